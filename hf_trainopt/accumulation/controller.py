@@ -1,0 +1,147 @@
+"""Chooses k window by window: ties the running noise scale, the timer and the policy together."""
+
+from dataclasses import dataclass, field
+
+from .noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics
+from .policy import AccumulationPolicy, Observation, RampPolicy, limit_change
+from .timing import StepTimer
+
+
+# Windows that are measured one after the other until |G|² is resolved for the first time. After so many the interval
+# applies all the same: where it takes longer, k stays where it is and measuring should not cost more.
+STARTUP_WINDOWS = 16
+
+STATE_VERSION = 1
+
+
+@dataclass
+class AccumulationController:
+    """State of adaptive k. Every rank holds one and feeds it the same numbers; rank 0 alone asks the policy.
+
+    Attributes:
+        policy: What k should be.
+        reference_steps: k_ref.
+        minimum: Least k.
+        maximum: Largest k.
+        world_size: W, ranks that hold different data.
+        micro_batch_size: b, samples of one rank's micro-batch.
+        tracker: Running noise scale, or `None` if nothing is measured.
+        measure_interval: Every n-th window is measured.
+        dwell: Windows between two changes of k.
+        timer: Measures what micro-batches and steps cost.
+        accumulation_steps: k decided for the next window.
+    """
+
+    policy: AccumulationPolicy
+    reference_steps: int
+    minimum: int
+    maximum: int
+    world_size: int
+    micro_batch_size: int
+    tracker: NoiseScaleTracker | None
+    measure_interval: int
+    dwell: int
+    timer: StepTimer = field(default_factory=StepTimer)
+    accumulation_steps: int = field(init=False)
+    num_windows: int = field(init=False, default=0)
+    windows_since_change: int = field(init=False, default=0)
+    windows_since_measured: int = field(init=False, default=0)
+    was_resolved: bool = field(init=False, default=False)
+    used_range: list[int] = field(init=False, default_factory=list)
+
+    def __post_init__(self):
+        # Two micro-batches are the fewest that tell their noise, and early gradients agree: starting large wastes
+        # data where starting small wastes a few optimizer steps.
+        self.accumulation_steps = min(self.reference_steps, 2)
+        wanted = self.policy(self.observe(progress=0.0, learning_rate_factor=1.0))
+        if wanted is not None:
+            self.accumulation_steps = round(wanted)
+        self.accumulation_steps = min(max(self.accumulation_steps, self.minimum), self.maximum)
+
+    @property
+    def noise(self) -> NoiseScale | None:
+        """The running noise scale, if any."""
+        return self.tracker.estimate() if self.tracker is not None else None
+
+    @property
+    def measures_next(self) -> bool:
+        """Whether gradient statistics are to be taken in the next window."""
+        if self.tracker is None:
+            return False
+        startup = not self.was_resolved and self.num_windows < STARTUP_WINDOWS
+        return startup or self.windows_since_measured + 1 >= self.measure_interval
+
+    @property
+    def next_window_steps(self) -> int:
+        """Micro-batches that the next window should have: k, or 2 where one micro-batch cannot tell its noise.
+
+        A window of one micro-batch on one rank carries no information on the spread between micro-batches, nor one
+        of k = 1 on the time without gradient reduction: every so often such a window is a probe of two.
+        """
+        k = self.accumulation_steps
+        if k > 1 or self.maximum < 2:
+            return k
+        probe_noise = self.measures_next and self.world_size == 1
+        probe_time = self.timer.needs_plain_micro_batch and self.num_windows % max(2, self.measure_interval) == 0
+        return 2 if probe_noise or (self.tracker is not None and probe_time) else k
+
+    def observe(self, progress: float, learning_rate_factor: float) -> Observation:
+        """Gather what a policy may know before the next window."""
+        return Observation(
+            accumulation_steps=self.accumulation_steps,
+            reference_steps=self.reference_steps,
+            micro_batch_samples=float(self.micro_batch_size * self.world_size),
+            progress=progress,
+            learning_rate_factor=learning_rate_factor,
+            noise=self.noise,
+            micro_batch_seconds=self.timer.micro_batch_seconds,
+            step_seconds=self.timer.step_seconds,
+        )
+
+    def decide(self, observation: Observation) -> int:
+        """Ask the policy for the next k, within the limits (rank 0 only). Changes nothing."""
+        exact = isinstance(self.policy, RampPolicy)
+        if not exact and self.windows_since_change < self.dwell:
+            return self.accumulation_steps
+        return limit_change(self.accumulation_steps, self.policy(observation), self.minimum, self.maximum, exact=exact)
+
+    def finish_window(self, statistics: WindowStatistics, measured: bool, next_k: int) -> None:
+        """Take in a finished window and the k that rank 0 decided; every rank calls it with the same numbers.
+
+        Args:
+            statistics: Sums over ranks (only `num_samples` is used if the window was not `measured`).
+            measured: Whether gradient statistics were taken.
+            next_k: k from the next window on.
+        """
+        planned = self.next_window_steps  # the last window of an epoch may be shorter
+        self.used_range = [min([planned, *self.used_range]), max([planned, *self.used_range])]
+        self.num_windows += 1
+        self.windows_since_change += 1
+        self.windows_since_measured += 1
+        if self.tracker is not None:
+            if measured:
+                self.windows_since_measured = 0
+                self.tracker.update(statistics)
+                noise = self.tracker.estimate()
+                self.was_resolved |= noise is not None and noise.resolved
+            else:
+                self.tracker.skip(statistics.num_samples)
+        if next_k != self.accumulation_steps:
+            self.accumulation_steps = next_k
+            self.windows_since_change = 0
+
+    _SAVED = ("accumulation_steps", "num_windows", "windows_since_change", "windows_since_measured", "was_resolved",
+              "used_range")  # fmt: skip
+
+    def state_dict(self) -> dict:
+        state = {name: getattr(self, name) for name in self._SAVED}
+        state["tracker"] = self.tracker.state_dict() if self.tracker is not None else None
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in self._SAVED:
+            setattr(self, name, state[name])
+        if self.tracker is not None and state["tracker"] is not None:
+            self.tracker.load_state_dict(state["tracker"])
+        # Bounds may be others now.
+        self.accumulation_steps = min(max(self.accumulation_steps, self.minimum), self.maximum)

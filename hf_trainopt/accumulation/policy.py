@@ -1,0 +1,169 @@
+r"""How many micro-batches make the next optimizer step: pure policies, and the limits that every policy is held to.
+
+A policy maps an `Observation` (all of it known before the window begins) to the k it would like, as a float, or to
+`None` for "hold". `limit_change` turns that wish into the next k: bounds, at most ×2 a change, hysteresis. Neither
+needs a Trainer, so a recorded run can be replayed.
+"""
+
+import bisect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .noise_scale import NoiseScale
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known when the next k is chosen.
+
+    Attributes:
+        accumulation_steps: k in force.
+        reference_steps: k_ref, `gradient_accumulation_steps`.
+        micro_batch_samples: Samples in one micro-batch over all ranks (b·W).
+        progress: Share of the data budget that was consumed, in [0, 1].
+        learning_rate_factor: Learning-rate schedule there, relative to its peak, in [0, 1], batch scaling excluded.
+        noise: B_noise in samples with its interval, or `None` before anything was measured.
+        micro_batch_seconds: Measured time of one more micro-batch in a window, or `None`.
+        step_seconds: Measured time that a window costs on top of its micro-batches (all-reduce, clipping, optimizer
+            step), or `None`.
+    """
+
+    accumulation_steps: int
+    reference_steps: int
+    micro_batch_samples: float
+    progress: float
+    learning_rate_factor: float = 1.0
+    noise: NoiseScale | None = None
+    micro_batch_seconds: float | None = None
+    step_seconds: float | None = None
+
+
+AccumulationPolicy = Callable[[Observation], float | None]
+
+
+@dataclass(frozen=True)
+class FixedPolicy:
+    """Always k_ref."""
+
+    def __call__(self, observation: Observation) -> float:
+        return float(observation.reference_steps)
+
+
+@dataclass(frozen=True)
+class NoiseScalePolicy:
+    """Follow the noise scale: a batch of ρ·B_noise samples (McCandlish et al. 2018, section 2.2, at ρ = 1).
+
+    For those who pay per optimizer step: at ρ = 1 a run takes twice the fewest possible steps and twice the least
+    possible data. Where time is proportional to data it is wasteful (see `GoodputPolicy`).
+
+    Args:
+        ratio: ρ.
+    """
+
+    ratio: float = 1.0
+
+    def __call__(self, observation: Observation) -> float | None:
+        noise = observation.noise
+        if noise is None or not noise.resolved:
+            return None
+        return self.ratio * noise.value / observation.micro_batch_samples
+
+
+@dataclass(frozen=True)
+class GoodputPolicy:
+    r"""Most progress per second: k* = √(r·B_noise), r the cost of an optimizer step, both in micro-batches.
+
+    Steps to a given loss are proportional to 1 + B_noise/B (McCandlish et al. 2018, eq. 2.11) and a window of k
+    micro-batches takes k·t_mb + t_step seconds, so that the time to the loss is proportional to
+    (k + r)(1 + B_noise/k), r = t_step/t_mb, which is least at k* = √(r·B_noise). This is the goodput of Pollux (Qiao
+    et al. 2021, arXiv 2008.12260, section 3) maximised over accumulation alone. On one device r is small and k* is
+    mostly 1 to 3; it grows where steps are dear (all-reduce over a slow network, offloaded optimizers).
+
+    Args:
+        step_cost: r in micro-batches instead of the measured one (makes a run reproducible to the bit).
+    """
+
+    step_cost: float | None = None
+
+    def __call__(self, observation: Observation) -> float | None:
+        noise = observation.noise
+        cost = self.step_cost
+        if cost is None and observation.micro_batch_seconds and observation.step_seconds is not None:
+            cost = observation.step_seconds / observation.micro_batch_seconds
+        if noise is None or not noise.resolved or cost is None:
+            return None
+        return math.sqrt(cost * noise.value / observation.micro_batch_samples)
+
+
+@dataclass(frozen=True)
+class RampPolicy:
+    """A stated schedule over the data: k is constant from each boundary to the next.
+
+    Args:
+        boundaries: Shares of the data budget at which k changes; ascending, the first is 0.
+        values: k from each boundary on.
+    """
+
+    boundaries: tuple[float, ...]
+    values: tuple[int, ...]
+
+    def __post_init__(self):
+        if len(self.boundaries) != len(self.values) or not self.boundaries or self.boundaries[0] != 0:
+            raise ValueError("a ramp needs one k for each boundary and must begin at 0.")
+        if list(self.boundaries) != sorted(set(self.boundaries)) or self.boundaries[-1] >= 1:
+            raise ValueError("the boundaries of a ramp must ascend within [0, 1).")
+        if any(value < 1 for value in self.values):
+            raise ValueError("every k of a ramp must be at least 1.")
+
+    @classmethod
+    def parse(cls, text: str) -> "RampPolicy":
+        """Read `"0:1,0.25:2,0.5:4"`: share of the data, k.
+
+        Raises:
+            ValueError: The text is not of that form.
+        """
+        try:
+            pairs = [item.split(":") for item in text.split(",")]
+            boundaries = tuple(float(boundary) for boundary, _ in pairs)
+            values = tuple(int(value) for _, value in pairs)
+        except ValueError:
+            raise ValueError(f"'{text}' is not a ramp: write 'share:k' pairs such as '0:1,0.25:2,0.5:4'.") from None
+        return cls(boundaries, values)
+
+    def __call__(self, observation: Observation) -> float:
+        return float(self.values[bisect.bisect_right(self.boundaries, observation.progress) - 1])
+
+
+def limit_change(
+    current: int, target: float | None, minimum: int, maximum: int, hysteresis: float = 1.25, exact: bool = False
+) -> int:
+    """Turn the k that a policy would like into the next k.
+
+    Args:
+        current: k in force.
+        target: k that the policy would like; `None` holds, `inf` and numbers out of bounds are clamped.
+        minimum: Least k.
+        maximum: Largest k.
+        hysteresis: `target` must differ from `current` by this factor before anything changes: the optimum is flat
+            (a factor of 1.25 off costs under 2 %), and every change disturbs the optimizer's averages.
+        exact: For stated schedules: go to the target at once.
+
+    Returns:
+        Next k, within [minimum, maximum], at most doubled or halved.
+
+    Raises:
+        ValueError: `target` is NaN (a policy's fault).
+    """
+    current = min(max(current, minimum), maximum)
+    if target is None:
+        return current
+    if math.isnan(target):
+        raise ValueError("the accumulation policy returned NaN; return None to hold k.")
+    target = min(max(target, minimum), maximum)
+    wanted = round(target)
+    if exact or wanted == current:
+        return wanted
+    if current / hysteresis < target < current * hysteresis:
+        return current
+    return min(wanted, 2 * current) if wanted > current else max(wanted, -(-current // 2))

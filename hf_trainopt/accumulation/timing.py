@@ -1,0 +1,99 @@
+"""What a micro-batch and what an optimizer step cost in seconds, measured while training."""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+
+
+class StepTimer:
+    """Median times over the last windows.
+
+    A window of k micro-batches is modelled as k·t_mb + t_step. t_mb is the time of a micro-batch without gradient
+    synchronisation, fetching its data included. t_step is all that a window costs on top: what the last micro-batch
+    takes longer because gradients are reduced in it (many ranks only), clipping, the optimizer step, zeroing.
+
+    Medians, because evaluations, saves and other processes disturb single windows.
+
+    Args:
+        synchronize: Waits for the device; `None` where work is done when a call returns (CPU).
+        distributed: Whether the last micro-batch of a window reduces gradients.
+        interval: Time every n-th window only (each timed window waits for the device once a micro-batch).
+        window: Measurements kept.
+    """
+
+    def __init__(
+        self,
+        synchronize: Callable[[], None] | None = None,
+        distributed: bool = False,
+        interval: int = 1,
+        window: int = 64,
+    ):
+        self._synchronize = synchronize
+        self._distributed = distributed
+        self._interval = interval
+        self._plain: deque[float] = deque(maxlen=window)
+        self._last: deque[float] = deque(maxlen=window)
+        self._step: deque[float] = deque(maxlen=window)
+        self._count = 0
+        self._timed = False
+        self._mark = 0.0
+        self._fetch = 0.0
+
+    def _now(self) -> float:
+        if self._synchronize is not None:
+            self._synchronize()
+        return time.perf_counter()
+
+    def start_window(self) -> None:
+        """Call before the window's data are fetched."""
+        # The first window is left out: lazy initialisation, autotuning, cold caches.
+        self._timed = self._count > 0 and self._count % self._interval == 0
+        self._count += 1
+        if self._timed:
+            self._mark = self._now()
+
+    def fetched(self, num_micro_batches: int) -> None:
+        """Call when the window's data are there."""
+        if self._timed:
+            now = self._now()
+            self._fetch = (now - self._mark) / max(1, num_micro_batches)
+            self._mark = now
+
+    def micro_batch_done(self, last: bool) -> None:
+        """Call after each backward pass; `last` is the one that reduces gradients."""
+        if not self._timed:
+            return
+        now = self._now()
+        seconds = now - self._mark + self._fetch
+        self._mark = now
+        (self._last if last and self._distributed else self._plain).append(seconds)
+
+    def restart(self) -> None:
+        """Leave out what happened since the last mark (gradient statistics, our own book-keeping)."""
+        if self._timed:
+            self._mark = self._now()
+
+    def step_done(self) -> None:
+        """Call after the optimizer step."""
+        if self._timed:
+            self._step.append(self._now() - self._mark)
+            self._timed = False
+
+    @property
+    def needs_plain_micro_batch(self) -> bool:
+        """Many ranks and no window of k ≥ 2 so far: what the reduction costs cannot be told apart."""
+        return self._distributed and len(self._plain) < 2
+
+    @property
+    def micro_batch_seconds(self) -> float | None:
+        return statistics.median(self._plain) if len(self._plain) >= 2 else None
+
+    @property
+    def step_seconds(self) -> float | None:
+        if len(self._step) < 2 or (self._distributed and (len(self._last) < 2 or len(self._plain) < 2)):
+            return None
+        reduction = 0.0
+        if self._distributed:
+            reduction = max(0.0, statistics.median(self._last) - statistics.median(self._plain))
+        return statistics.median(self._step) + reduction
