@@ -1,0 +1,149 @@
+"""Learning rates as a function of the data consumed and of the batch, whatever k does."""
+
+import math
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from transformers.optimization import GreedyLR
+
+
+# Driven by evaluation metrics, not by steps: Trainer steps them itself, and they need no index.
+METRIC_DRIVEN = (ReduceLROnPlateau, GreedyLR)
+
+BATCH_SCALING_RULES = ("none", "sqrt", "linear", "gain")
+
+
+def batch_scaling_factor(
+    rule: str, accumulation_steps: int, reference_steps: int, noise_in_micro_batches: float | None, adaptive: bool
+) -> float:
+    r"""Factor on the learning rate for a batch of k instead of k_ref micro-batches.
+
+    With κ = k/k_ref:
+
+    - `"none"`: 1.
+    - `"sqrt"`: √κ (Malladi et al. 2022, arXiv 2205.10287, for Adam where noise dominates).
+    - `"linear"`: κ (Goyal et al. 2017, arXiv 1706.02677, for SGD).
+    - `"gain"`: the gain r = (1 + B_noise/k_ref)/(1 + B_noise/k) of AdaScale (Johnson et al. 2020, arXiv 2007.05105),
+      which is ε_opt(B)/ε_opt(B_ref) of McCandlish et al. 2018, eq. 2.10: linear below the noise scale, flat above. Its
+      root for optimizers that divide by a running root mean square (Adam and its kin). While B_noise is unknown, its
+      limit for small batches, κ or √κ.
+
+    Args:
+        rule: One of `BATCH_SCALING_RULES`.
+        accumulation_steps: k.
+        reference_steps: k_ref.
+        noise_in_micro_batches: B_noise in micro-batches over all ranks, or `None`.
+        adaptive: Whether the optimizer is Adam-like (anything but SGD).
+
+    Returns:
+        The factor, 1.0 at k = k_ref.
+    """
+    ratio = accumulation_steps / reference_steps
+    if rule == "none" or ratio == 1:
+        return 1.0
+    if rule == "sqrt":
+        return math.sqrt(ratio)
+    if rule == "linear":
+        return ratio
+    if rule != "gain":
+        raise ValueError(f"lr_batch_scaling is '{rule}'; choose one of {', '.join(BATCH_SCALING_RULES)}.")
+    gain = ratio
+    if noise_in_micro_batches is not None and math.isfinite(noise_in_micro_batches):
+        gain = (1 + noise_in_micro_batches / reference_steps) / (1 + noise_in_micro_batches / accumulation_steps)
+    return math.sqrt(gain) if adaptive else gain
+
+
+def is_adaptive_optimizer(optimizer: Optimizer) -> bool:
+    """Return whether `optimizer` (or the one inside Accelerate's wrapper) is anything but SGD."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return "sgd" not in type(inner).__name__.lower()
+
+
+class DataIndexedLR(LRScheduler):
+    """Evaluates a step-indexed schedule at a position in the data, times the batch-scaling factor.
+
+    Stock `Trainer` steps the schedule once an optimizer step, so that it would run too fast or too slow as k changes.
+    Here `set_position` says where in the data (in reference windows, see `DataCursor`) the next window begins, and
+    `step` applies it. At a whole position and factor 1 the rates are those of the schedule inside, bit for bit.
+
+    A `LambdaLR` (every `lr_scheduler_type` that is not metric-driven is one) is evaluated at fractional positions.
+    Any other scheduler is a recursion and is stepped once for each whole reference window that was passed.
+
+    Args:
+        inner: Schedule in reference windows.
+    """
+
+    def __init__(self, inner: LRScheduler):
+        # Deliberately not `super().__init__()`: that would step the optimizer's rates a second time.
+        self.inner = inner
+        self.optimizer = inner.optimizer
+        self.base_lrs = inner.base_lrs
+        self.position: int | float = 0
+        self.scale = 1.0
+        self._whole_steps = 0
+        self._last_lr = list(inner.get_last_lr())
+
+    @property
+    def last_epoch(self) -> int | float:
+        """Position in reference windows (the name is torch's)."""
+        return self.position
+
+    def set_position(self, position: int | float, scale: float) -> None:
+        """Say where the next window begins and how its batch scales the rate; `step` applies it."""
+        self.position, self.scale = position, scale
+
+    def factor(self) -> float:
+        """Schedule at the current position relative to the base rate, batch scaling excluded."""
+        if isinstance(self.inner, LambdaLR):
+            return float(self.inner.lr_lambdas[0](self.position))
+        return self.inner.get_last_lr()[0] / self.base_lrs[0] if self.base_lrs[0] else 0.0
+
+    def step(self, epoch: Any = None) -> None:
+        """Set the optimizer's learning rates for the next window. Doing it twice changes nothing."""
+        if isinstance(self.inner, LambdaLR):
+            rates = [
+                base * function(self.position)
+                for base, function in zip(self.inner.base_lrs, self.inner.lr_lambdas, strict=True)
+            ]
+            self.inner.last_epoch = self.position
+            self.inner._last_lr = rates
+        else:
+            while self._whole_steps < math.floor(self.position):
+                self.inner.step()
+                self._whole_steps += 1
+            rates = self.inner.get_last_lr()
+        self._last_lr = [rate * self.scale for rate in rates]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            if hasattr(group["lr"], "fill_"):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def get_last_lr(self) -> list[float]:
+        return self._last_lr
+
+    def get_lr(self) -> list[float]:
+        return self._last_lr
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "inner": self.inner.state_dict(),
+            "position": self.position,
+            "scale": self.scale,
+            "whole_steps": self._whole_steps,
+            "last_lr": [float(rate) for rate in self._last_lr],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load its own state, or the state of a stock schedule (a checkpoint that stock `Trainer` wrote)."""
+        if "inner" not in state_dict:
+            self.inner.load_state_dict(state_dict)
+            self._whole_steps = int(state_dict["last_epoch"])
+            self._last_lr = list(self.inner.get_last_lr())
+            self.position = self._whole_steps
+            return
+        self.inner.load_state_dict(state_dict["inner"])
+        self.position, self.scale = state_dict["position"], state_dict["scale"]
+        self._whole_steps = state_dict["whole_steps"]
+        self._last_lr = list(state_dict["last_lr"])
