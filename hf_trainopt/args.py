@@ -41,9 +41,9 @@ class EfficientTrainingArgumentsMixin:
         default="goodput",
         metadata={
             "help": "How the number of micro-batches in an optimizer step (k) is chosen: 'goodput' = most progress "
-            "per second from the measured gradient noise and the measured times; 'noise_scale' = batch follows the noise "
-            "scale, for those who pay per optimizer step; 'ramp' = a stated schedule (accumulation_ramp); 'fixed' = "
-            "gradient_accumulation_steps always, exactly as stock Trainer."
+            "per second, from the measured gradient noise and the measured times; 'noise_scale' = batch follows the "
+            "noise scale, for those who pay per optimizer step; 'ramp' = a stated schedule (accumulation_ramp); "
+            "'fixed' = gradient_accumulation_steps always, exactly as stock Trainer."
         },
     )
     min_accumulation_steps: int = field(default=1, metadata={"help": "Least k that a policy may choose."})

@@ -109,12 +109,17 @@ class DataIndexedLR(LRScheduler):
             self.inner.last_epoch = self.position
             self.inner._last_lr = rates
         else:
+            # Such schedules continue from the rates that they find in the optimizer: ours are scaled.
+            self._set_rates(self.inner.get_last_lr())
             while self._whole_steps < math.floor(self.position):
                 self.inner.step()
                 self._whole_steps += 1
             rates = self.inner.get_last_lr()
         self._last_lr = [rate * self.scale for rate in rates]
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+        self._set_rates(self._last_lr)
+
+    def _set_rates(self, rates: list[float]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if hasattr(group["lr"], "fill_"):
                 group["lr"].fill_(rate)
             else:

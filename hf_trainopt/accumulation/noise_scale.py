@@ -3,13 +3,15 @@ r"""The gradient noise scale: unbiased estimates from one window, and their runn
 Micro-batch i of a window (i = 1 … m, m = k micro-batches × W ranks) has n_i items (tokens or samples) and mean
 gradient g_i with E g_i = G and Cov g_i = Σ/n_i. The window's gradient is ĝ = Σ w_i g_i with Σ w_i = 1. Then
 
-    L = |ĝ|²             E L = |G|² + c_L tr Σ,   c_L = Σ w_i²/n_i
-    A = Σ w_i |g_i|²     E A = |G|² + c_A tr Σ,   c_A = Σ w_i/n_i
+    L = |ĝ|²             E L = |G|² + c_L tr Σ,      c_L = Σ w_i²/n_i
+    A = Σ w_i |g_i|²     E A = |G|² + c_A tr Σ,      c_A = Σ w_i/n_i
+    Q = Σ w_i² |g_i|²    E Q = S |G|² + c_L tr Σ,    S = Σ w_i²
 
-so that tr Σ is estimated by (A − L)/(c_A − c_L) and |G|² by L − c_L·(that), both without bias for any weights. With
-token weights w_i = n_i/N these are N(A−L)/(m−1) and (mL−A)/(m−1). For equal sizes they are the estimators of
-McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1, with B_small one micro-batch and B_big the window. Note that A
-is the *weighted* mean of the square norms: the plain mean is biased as soon as sizes differ.
+so that tr Σ is estimated by (A − L)/(c_A − c_L) and |G|² by (L − Q)/(1 − S), both without bias for any weights. The
+second is the weighted mean of g_i·g_j over pairs of different micro-batches: it needs no more than their independence,
+and stays unbiased where tokens of one row are correlated and Cov g_i is not Σ/n_i. For equal sizes both are the
+estimators of McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1, with B_small one micro-batch and B_big the
+window. Note that A is the *weighted* mean of the square norms: the plain mean is biased as soon as sizes differ.
 
 B_noise = tr Σ/|G|² ("B_simple" there) is a ratio of two averages, never an average of ratios.
 """
@@ -24,18 +26,22 @@ class WindowStatistics:
 
     Attributes:
         weighted_square_norm: A = Σ w_i |g_i|².
+        squared_weight_square_norm: Q = Σ w_i² |g_i|².
         gradient_square_norm: L = |ĝ|², before clipping.
         individual_coefficient: c_A = Σ w_i/n_i.
         mean_coefficient: c_L = Σ w_i²/n_i.
+        squared_weight: S = Σ w_i².
         num_micro_batches: m.
         num_items: N = Σ n_i, tokens or samples.
         num_samples: Samples in the window.
     """
 
     weighted_square_norm: float
+    squared_weight_square_norm: float
     gradient_square_norm: float
     individual_coefficient: float
     mean_coefficient: float
+    squared_weight: float
     num_micro_batches: int
     num_items: float
     num_samples: float
@@ -52,11 +58,16 @@ def estimate_noise(statistics: WindowStatistics) -> tuple[float, float] | None:
         before it is averaged), or `None` if the window cannot tell (fewer than two micro-batches) or is not finite.
     """
     spread = statistics.individual_coefficient - statistics.mean_coefficient
-    values = (statistics.weighted_square_norm, statistics.gradient_square_norm, spread)
-    if statistics.num_micro_batches < 2 or not all(map(math.isfinite, values)) or spread <= 0:
+    pairs = 1.0 - statistics.squared_weight
+    norms = (
+        statistics.weighted_square_norm,
+        statistics.squared_weight_square_norm,
+        statistics.gradient_square_norm,
+    )
+    if statistics.num_micro_batches < 2 or not all(map(math.isfinite, norms)) or spread <= 0 or pairs <= 0:
         return None
-    trace = (statistics.weighted_square_norm - statistics.gradient_square_norm) / spread
-    return trace, statistics.gradient_square_norm - trace * statistics.mean_coefficient
+    individual, squared, mean = norms
+    return (individual - mean) / spread, (mean - squared) / pairs
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One accumulation window as one Trainer step: its micro-batches, and how each of them is weighted."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -49,8 +49,10 @@ class LocalSums:
     """This rank's share of a window's statistics: what is added up over ranks."""
 
     weighted_square_norm: float
+    squared_weight_square_norm: float
     individual_coefficient: float
     mean_coefficient: float
+    squared_weight: float
     num_micro_batches: int
     num_items: float
 
@@ -61,7 +63,7 @@ def local_sums(
     weights: list[float],
     gradient_factor: float,
 ) -> LocalSums:
-    """Return this rank's terms of A, c_A and c_L (see `noise_scale`).
+    """Return this rank's terms of A, Q, c_A, c_L and S (see `noise_scale`).
 
     Args:
         square_norms: Square norm of what each backward pass added to `.grad` on this rank.
@@ -74,47 +76,33 @@ def local_sums(
     terms = [t for t in zip(square_norms, num_items, weights, strict=True) if t[1] > 0 and t[2] > 0]
     return LocalSums(
         weighted_square_norm=sum(s * gradient_factor**2 / w for s, _, w in terms),
+        squared_weight_square_norm=sum(s * gradient_factor**2 for s, _, _ in terms),
         individual_coefficient=sum(w / n for _, n, w in terms),
         mean_coefficient=sum(w * w / n for _, n, w in terms),
+        squared_weight=sum(w * w for _, _, w in terms),
         num_micro_batches=len(terms),
         num_items=float(sum(n for _, n, _ in terms)),
     )
 
 
-# Layout of the vector that ranks add up at the end of a window, one all-reduce in all. The next k is decided by rank
-# 0 and travels in it: the others add 0.
-REDUCED = ("next_accumulation_steps", "num_samples", "square_norm", "individual", "mean", "micro_batches", "items")
+# Layout of the vector that ranks add up at the end of a window, one all-reduce in all: these two, then `LocalSums` in
+# the order of its fields. The next k is decided by rank 0 and travels in it; the others add 0.
+REDUCED = ("next_accumulation_steps", "num_samples", *(field.name for field in fields(LocalSums)))
 
 
 def to_vector(next_accumulation_steps: int, num_samples: int, sums: LocalSums | None) -> torch.Tensor:
     """Pack what ranks add up, in the order of `REDUCED`; float64 on the CPU."""
-    parts = (
-        (0.0, 0.0, 0.0, 0, 0.0)
-        if sums is None
-        else (
-            sums.weighted_square_norm,
-            sums.individual_coefficient,
-            sums.mean_coefficient,
-            sums.num_micro_batches,
-            sums.num_items,
-        )
-    )
+    parts = astuple(sums) if sums is not None else (0.0,) * len(fields(LocalSums))
     return torch.tensor([next_accumulation_steps, num_samples, *parts], dtype=torch.float64)
 
 
 def from_vector(vector: list[float], gradient_square_norm: float) -> tuple[int, int, WindowStatistics]:
     """Unpack the sum over ranks: next k, samples of the window, its statistics."""
-    next_steps, num_samples, square_norm, individual, mean, micro_batches, items = vector
+    named = dict(zip(REDUCED, vector, strict=True))
+    next_steps, num_samples = round(named.pop("next_accumulation_steps")), round(named.pop("num_samples"))
+    named["num_micro_batches"] = round(named["num_micro_batches"])
     return (
-        round(next_steps),
-        round(num_samples),
-        WindowStatistics(
-            weighted_square_norm=square_norm,
-            gradient_square_norm=gradient_square_norm,
-            individual_coefficient=individual,
-            mean_coefficient=mean,
-            num_micro_batches=round(micro_batches),
-            num_items=items,
-            num_samples=num_samples,
-        ),
+        next_steps,
+        num_samples,
+        WindowStatistics(gradient_square_norm=gradient_square_norm, num_samples=num_samples, **named),
     )

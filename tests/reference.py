@@ -1,0 +1,101 @@
+"""Slow, obviously right twins of the estimators and of the data cursor: full history, textbook formulas."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+
+def estimate_noise_by_pairs(gradients: np.ndarray, num_items: np.ndarray) -> tuple[float, float]:
+    """tr Σ (per item) and |G|² from all micro-batch gradients, without any formula for sums.
+
+    |G|²: mean inner product over pairs of different micro-batches (they are independent, so E g_i·g_j = |G|²),
+    weighted by the product of their numbers of items. tr Σ: weighted sample variance, Σ n_i |g_i − ĝ|²/(m − 1), which
+    estimates the covariance of one item (Var g_i = Σ/n_i).
+
+    Args:
+        gradients: Mean gradients of the micro-batches, shape (m, P).
+        num_items: Items of each, shape (m,).
+    """
+    m = len(gradients)
+    mean = (num_items[:, None] * gradients).sum(0) / num_items.sum()
+    trace = sum(n * ((g - mean) ** 2).sum() for n, g in zip(num_items, gradients, strict=True)) / (m - 1)
+    total = weight = 0.0
+    for i in range(m):
+        for j in range(m):
+            if i != j:
+                total += num_items[i] * num_items[j] * gradients[i] @ gradients[j]
+                weight += num_items[i] * num_items[j]
+    return float(trace), float(total / weight)
+
+
+def naive_noise(gradients: np.ndarray, num_items: np.ndarray) -> tuple[float, float]:
+    """The formula of McCandlish et al. 2018, appendix A.1, with plain means: biased when sizes differ."""
+    m = len(gradients)
+    b_small, b_big = num_items.mean(), num_items.sum()
+    small = (gradients**2).sum(1).mean()
+    big = (((num_items[:, None] * gradients).sum(0) / num_items.sum()) ** 2).sum()
+    trace = (small - big) / (1 / b_small - 1 / b_big)
+    square = (b_big * big - b_small * small) / (b_big - b_small)
+    assert m > 1
+    return float(trace), float(square)
+
+
+@dataclass
+class TrackedWindow:
+    trace: float
+    square: float
+    num_micro_batches: int
+    num_samples: float
+    position: float  # samples seen at its end
+
+
+def tracked_noise(windows: list[TrackedWindow], now: float, half_life: float) -> dict[str, float]:
+    """What `NoiseScaleTracker` must report, from the whole history and numpy's weighted moments."""
+    age = np.array([now - w.position for w in windows])
+    decay = 0.5 ** (age / half_life)
+    m = np.array([w.num_micro_batches for w in windows], dtype=float)
+    samples = np.array([w.num_samples for w in windows], dtype=float)
+    x = np.array([w.trace for w in windows])
+    y = np.array([w.square for w in windows])
+    a, c = decay * (m - 1), decay * (m - 1) / m * samples**2
+    trace, square = np.average(x, weights=a), np.average(y, weights=c)
+    effective = c.sum() ** 2 / (c**2).sum()
+    correction = effective / (effective - 1)
+    return {
+        "trace": trace,
+        "square": square,
+        "effective": effective,
+        "trace_variance": (a**2 * (x - trace) ** 2).sum() / a.sum() ** 2 * correction,
+        "square_variance": (c**2 * (y - square) ** 2).sum() / c.sum() ** 2 * correction,
+        "covariance": (a * c * (x - trace) * (y - square)).sum() / (a.sum() * c.sum()) * correction,
+    }
+
+
+def walk_the_data(
+    window_sizes: list[int], micro_batches_per_epoch: int, reference_steps: int, budget: int
+) -> list[tuple[int, int, Fraction]]:
+    """Where each window ends if an epoch is a list of micro-batches and windows eat from it.
+
+    Returns:
+        For each window `(epoch, micro-batches taken, position in reference windows)`; stops when the budget of
+        reference windows is used up. A window never crosses the end of an epoch, and the rest of an epoch that is
+        shorter than a reference window counts as a whole one.
+    """
+    result, epoch, left, finished = [], 0, list(range(micro_batches_per_epoch)), 0
+    for size in window_sizes:
+        position = Fraction(finished) + Fraction(micro_batches_per_epoch - len(left), reference_steps)
+        if position >= budget:
+            break
+        taken = 0
+        while taken < size and left and position < budget:
+            left.pop(0)
+            taken += 1
+            position += Fraction(1, reference_steps)
+        this_epoch = epoch
+        if not left:
+            finished += -(-micro_batches_per_epoch // reference_steps)
+            epoch, left = epoch + 1, list(range(micro_batches_per_epoch))
+            position = Fraction(finished)
+        result.append((this_epoch, taken, position))
+    return result

@@ -1,0 +1,100 @@
+"""Policies and limits are pure: they are checked, and replayed, without a Trainer."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_trainopt.accumulation import (
+    FixedPolicy,
+    GoodputPolicy,
+    NoiseScale,
+    NoiseScalePolicy,
+    Observation,
+    RampPolicy,
+    limit_change,
+)
+
+
+def noise(value: float, resolved: bool = True) -> NoiseScale:
+    return NoiseScale(value, value / 2, value * 2, value, 1.0, resolved, 10.0)
+
+
+def observe(**kwargs) -> Observation:
+    defaults = {"accumulation_steps": 2, "reference_steps": 8, "micro_batch_samples": 4.0, "progress": 0.5}
+    return Observation(**(defaults | kwargs))
+
+
+def test_fixed_is_the_reference():
+    assert FixedPolicy()(observe(accumulation_steps=3, noise=noise(100.0))) == 8
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 2.0])
+def test_noise_scale_targets_a_batch_of_rho_noise_scales(ratio):
+    assert NoiseScalePolicy(ratio)(observe(noise=noise(40.0))) == pytest.approx(ratio * 40.0 / 4.0)
+
+
+@pytest.mark.parametrize("policy", [NoiseScalePolicy(), GoodputPolicy(step_cost=0.5)])
+@pytest.mark.parametrize("seen", [None, noise(40.0, resolved=False), noise(math.inf, resolved=False)])
+def test_policies_hold_while_nothing_is_resolved(policy, seen):
+    assert policy(observe(noise=seen)) is None
+
+
+@given(cost=st.floats(0.01, 50), noise_scale=st.floats(0.1, 1e4))
+def test_goodput_is_the_best_k_of_a_brute_force_search(cost, noise_scale):
+    """k* minimises seconds to the loss, (k + r)(1 + B/k): searched on a fine grid."""
+    target = GoodputPolicy(step_cost=cost)(observe(noise=noise(noise_scale * 4.0)))
+    grid = [1e-2 * 1.01**i for i in range(2000)]
+    best = min(grid, key=lambda k: (k + cost) * (1 + noise_scale / k))
+    assert target == pytest.approx(best, rel=0.011)
+
+
+def test_goodput_measures_its_step_cost():
+    seen = observe(noise=noise(36.0), micro_batch_seconds=0.2, step_seconds=0.8)
+    assert GoodputPolicy()(seen) == pytest.approx(math.sqrt(4 * 9))
+    assert GoodputPolicy()(observe(noise=noise(36.0), micro_batch_seconds=0.2)) is None
+    assert GoodputPolicy(step_cost=1.0)(seen) == pytest.approx(3.0)
+
+
+def test_ramp_follows_its_text():
+    ramp = RampPolicy.parse("0:1,0.25:2,0.5:8")
+    assert [ramp(observe(progress=p)) for p in (0, 0.2499, 0.25, 0.49, 0.5, 1.0)] == [1, 1, 2, 2, 8, 8]
+
+
+@pytest.mark.parametrize("text", ["", "1", "0:1,0.5", "0.1:1", "0:1,0.5:2,0.4:3", "0:0", "0:1,1:2", "0:1.5"])
+def test_a_bad_ramp_is_refused(text):
+    with pytest.raises(ValueError, match="ramp|boundaries"):
+        RampPolicy.parse(text)
+
+
+targets = st.one_of(st.none(), st.floats(0, 1e6), st.just(math.inf))
+
+
+@given(st.integers(1, 500), targets, st.integers(1, 20), st.integers(0, 100))
+def test_limits_hold_for_every_wish(current, target, minimum, extra):
+    maximum = minimum + extra
+    found = limit_change(current, target, minimum, maximum)
+    assert minimum <= found <= maximum
+    inside = min(max(current, minimum), maximum)
+    assert inside / 2 <= found <= 2 * inside
+    if target is None:
+        assert found == inside
+
+
+@given(st.integers(1, 64), st.floats(1, 64))
+def test_a_constant_wish_is_reached_and_kept(current, target):
+    """Hysteresis neither oscillates nor stops short by more than its own width (or one)."""
+    for _ in range(20):
+        current = limit_change(current, target, 1, 64)
+    assert limit_change(current, target, 1, 64) == current
+    assert current / 1.25 <= target <= current * 1.25 or abs(current - target) <= 1
+
+
+def test_nan_is_a_fault_of_the_policy():
+    with pytest.raises(ValueError, match="NaN"):
+        limit_change(2, math.nan, 1, 8)
+
+
+def test_exact_wishes_are_not_damped():
+    assert limit_change(1, 16.0, 1, 32, exact=True) == 16

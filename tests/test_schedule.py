@@ -1,0 +1,123 @@
+"""Learning rates: stock at constant k, right where k varies, and scaled with the batch as the papers say."""
+
+import math
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import StepLR
+from transformers import get_scheduler
+
+from hf_trainopt.schedule import DataIndexedLR, batch_scaling_factor, is_adaptive_optimizer
+
+
+def optimizer(cls=torch.optim.AdamW, lr: float = 0.1):
+    first, second = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    return cls([{"params": [first]}, {"params": [second], "lr": lr / 3}], lr=lr)
+
+
+SCHEDULES = [
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_restarts",
+]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_whole_positions_are_stock_to_the_bit(name):
+    stock_optimizer, our_optimizer = optimizer(), optimizer()
+    stock = get_scheduler(name, stock_optimizer, num_warmup_steps=3, num_training_steps=20)
+    ours = DataIndexedLR(get_scheduler(name, our_optimizer, num_warmup_steps=3, num_training_steps=20))
+    for step in range(21):
+        rates = [[group["lr"] for group in o.param_groups] for o in (stock_optimizer, our_optimizer)]
+        assert rates[0] == rates[1]
+        assert ours.get_last_lr() == stock.get_last_lr()
+        stock_optimizer.step()
+        stock.step()
+        ours.set_position(step + 1, 1.0)
+        ours.step()
+
+
+def test_fractional_positions_lie_on_the_curve():
+    ours = DataIndexedLR(get_scheduler("cosine", optimizer(), num_warmup_steps=0, num_training_steps=20))
+    ours.set_position(7.25, 1.0)
+    ours.step()
+    assert ours.get_last_lr()[0] == pytest.approx(0.1 * 0.5 * (1 + math.cos(math.pi * 7.25 / 20)))
+    assert ours.get_last_lr()[1] == pytest.approx(ours.get_last_lr()[0] / 3)
+    assert ours.factor() == pytest.approx(0.5 * (1 + math.cos(math.pi * 7.25 / 20)))
+
+
+def test_a_recursive_schedule_is_stepped_once_a_reference_window():
+    ours = DataIndexedLR(StepLR(optimizer(), step_size=2, gamma=0.5))
+    found = []
+    for position in (0.5, 0.5, 1.5, 2.25, 6.75):
+        ours.set_position(position, 2.0)
+        ours.step()
+        found.append(ours.get_last_lr()[0])
+    assert found == pytest.approx([0.2, 0.2, 0.2, 0.1, 0.2 * 0.5**3])
+
+
+def test_step_is_idempotent_and_scales():
+    ours = DataIndexedLR(get_scheduler("linear", optimizer(), num_warmup_steps=0, num_training_steps=10))
+    ours.set_position(5, 0.5)
+    ours.step()
+    ours.step()
+    assert ours.optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
+def test_state_round_trip_and_stock_state():
+    def fresh():
+        return DataIndexedLR(get_scheduler("cosine", optimizer(), num_warmup_steps=2, num_training_steps=10))
+
+    first, second = fresh(), fresh()
+    first.set_position(3.5, 1.4)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    assert second.get_last_lr() == first.get_last_lr()
+    assert second.position == 3.5
+    stock_optimizer = optimizer()
+    stock = get_scheduler("cosine", stock_optimizer, num_warmup_steps=2, num_training_steps=10)
+    for _ in range(4):
+        stock_optimizer.step()
+        stock.step()
+    third = fresh()
+    third.load_state_dict(stock.state_dict())
+    assert third.position == 4
+    assert third.get_last_lr() == stock.get_last_lr()
+
+
+@pytest.mark.parametrize("rule", ["none", "sqrt", "linear", "gain"])
+@pytest.mark.parametrize("noise", [None, 0.5, 10.0])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_the_reference_batch_is_never_scaled(rule, noise, adaptive):
+    assert batch_scaling_factor(rule, 8, 8, noise, adaptive) == 1.0
+
+
+def test_rules():
+    assert batch_scaling_factor("none", 2, 8, 4.0, True) == 1.0
+    assert batch_scaling_factor("sqrt", 2, 8, 4.0, True) == pytest.approx(0.5)
+    assert batch_scaling_factor("linear", 2, 8, 4.0, True) == pytest.approx(0.25)
+    gain = (1 + 4 / 8) / (1 + 4 / 2)
+    assert batch_scaling_factor("gain", 2, 8, 4.0, adaptive=False) == pytest.approx(gain)
+    assert batch_scaling_factor("gain", 2, 8, 4.0, adaptive=True) == pytest.approx(math.sqrt(gain))
+    with pytest.raises(ValueError, match="lr_batch_scaling"):
+        batch_scaling_factor("cube", 2, 8, 4.0, True)
+
+
+@pytest.mark.parametrize(("adaptive", "limit"), [(False, "linear"), (True, "sqrt")])
+def test_gain_lies_between_its_limits(adaptive, limit):
+    """No noise: a larger batch is worth nothing. All noise: linear (SGD) or root (Adam)."""
+    assert batch_scaling_factor("gain", 2, 8, 1e-9, adaptive) == pytest.approx(1.0)
+    assert batch_scaling_factor("gain", 2, 8, 1e9, adaptive) == pytest.approx(
+        batch_scaling_factor(limit, 2, 8, None, adaptive), rel=1e-6
+    )
+    unknown = batch_scaling_factor("gain", 2, 8, None, adaptive)
+    assert unknown == batch_scaling_factor(limit, 2, 8, None, adaptive)
+
+
+def test_which_optimizers_are_adaptive():
+    assert is_adaptive_optimizer(optimizer(torch.optim.AdamW))
+    assert not is_adaptive_optimizer(optimizer(torch.optim.SGD))

@@ -1,0 +1,75 @@
+"""The step timer on a clock that the test moves."""
+
+import pytest
+
+from hf_trainopt.accumulation import timing
+from hf_trainopt.accumulation.timing import StepTimer
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "perf_counter", clock.perf_counter)
+    return clock
+
+
+def run_window(timer: StepTimer, clock: Clock, k: int, fetch=0.5, compute=2.0, reduction=0.0, step=3.0, ours=100.0):
+    timer.start_window()
+    clock.now += fetch * k
+    timer.fetched(k)
+    for index in range(k):
+        last = index == k - 1
+        clock.now += compute + (reduction if last else 0.0)
+        timer.micro_batch_done(last)
+    clock.now += ours  # our own statistics must not count
+    timer.restart()
+    clock.now += step
+    timer.step_done()
+
+
+def test_one_rank(clock):
+    timer = StepTimer()
+    for k in (4, 1, 1, 3):
+        run_window(timer, clock, k)
+    assert timer.micro_batch_seconds == pytest.approx(2.5)
+    assert timer.step_seconds == pytest.approx(3.0)
+    assert not timer.needs_plain_micro_batch
+
+
+def test_the_first_window_and_rare_disturbances_do_not_count(clock):
+    timer = StepTimer()
+    run_window(timer, clock, 2, compute=500.0)
+    assert timer.micro_batch_seconds is None
+    for k in (2, 2, 2):
+        run_window(timer, clock, k)
+    run_window(timer, clock, 1, compute=77.0, step=900.0)
+    assert timer.micro_batch_seconds == pytest.approx(2.5)
+    assert timer.step_seconds == pytest.approx(3.0)
+
+
+def test_many_ranks_count_the_reduction_as_part_of_the_step(clock):
+    timer = StepTimer(distributed=True)
+    for _ in range(4):
+        run_window(timer, clock, 1, reduction=1.5)
+    assert timer.needs_plain_micro_batch
+    assert timer.step_seconds is None
+    for _ in range(4):
+        run_window(timer, clock, 2, reduction=1.5)
+    assert timer.micro_batch_seconds == pytest.approx(2.5)
+    assert timer.step_seconds == pytest.approx(4.5)
+
+
+def test_interval_leaves_windows_untimed(clock):
+    waits = []
+    timer = StepTimer(synchronize=lambda: waits.append(clock.now), interval=4)
+    for _ in range(8):
+        run_window(timer, clock, 2)
+    assert len(waits) == 6  # one timed window (the fifth): start, fetch, two micro-batches, restart, step
