@@ -56,14 +56,20 @@ def run(options: argparse.Namespace) -> None:
         if options.policy == "fixed":
             trainer = transformers.Trainer(args=transformers.TrainingArguments(**common), **parts)
         else:
+            from candidates import CANDIDATES
+
             from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 
             extra = dict(item.split("=", 1) for item in options.set)
             extra = {key: _number(value) for key, value in extra.items()}
+            candidate = CANDIDATES.get(options.policy)
             args = EfficientTrainingArguments(
-                **common, accumulation_policy=options.policy, lr_batch_scaling=options.rule, **extra
+                **common,
+                accumulation_policy="goodput" if candidate else options.policy,
+                lr_batch_scaling=options.rule,
+                **extra,
             )
-            trainer = EfficientTrainer(args=args, **parts)
+            trainer = EfficientTrainer(args=args, accumulation_policy=candidate and candidate(), **parts)
         trainer.remove_callback(transformers.PrinterCallback)
         wall, cpu = time.perf_counter(), time.process_time()
         trainer.train()

@@ -64,7 +64,7 @@ def test_ramp_follows_its_text():
 
 @pytest.mark.parametrize("text", ["", "1", "0:1,0.5", "0.1:1", "0:1,0.5:2,0.4:3", "0:0", "0:1,1:2", "0:1.5"])
 def test_a_bad_ramp_is_refused(text):
-    with pytest.raises(ValueError, match="ramp|boundaries"):
+    with pytest.raises(ValueError, match=r"ramp|boundaries"):
         RampPolicy.parse(text)
 
 
