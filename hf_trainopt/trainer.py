@@ -69,6 +69,7 @@ class EfficientTrainerMixin:
         self._norms: MicroBatchNorms | None = None
         self._resumed_state: dict[str, Any] | None = None
         self._initial_samples_seen = 0
+        self._epoch_examples = 0
         self._last_window: tuple[int, int] | None = None
         self._epoch_is_over = False
         if self._adapts:
@@ -141,6 +142,7 @@ class EfficientTrainerMixin:
         if not self._adapts:
             return values
         epochs, _, examples, samples, total_batch, steps_in_epoch, max_steps = values
+        self._epoch_examples = examples
         sized = has_length(dataloader)
         self._cursor = DataCursor(
             reference_steps=self._reference_steps,
@@ -198,9 +200,9 @@ class EfficientTrainerMixin:
         cursor.epoch, windows = divmod(self.state.global_step, windows_per_epoch)
         cursor.finished_windows = cursor.epoch * windows_per_epoch
         cursor.micro_batch = windows * k
-        cursor.samples_seen = (
-            (cursor.epoch * length + cursor.micro_batch) * self._train_batch_size * self.args.world_size
-        )
+        micro_batch_samples = self._train_batch_size * self.args.world_size
+        epoch_samples = min(length * micro_batch_samples, self._epoch_examples)
+        cursor.samples_seen = cursor.epoch * epoch_samples + cursor.micro_batch * micro_batch_samples
         logger.info("The checkpoint has no %s: taken as written at k = %d throughout.", ACCUMULATION_STATE_NAME, k)
 
     def _run_epoch(self, *args, **kwargs):

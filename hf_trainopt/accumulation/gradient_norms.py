@@ -46,7 +46,7 @@ class MicroBatchNorms:
             self._repeated |= index in self._seen
             self._seen.add(index)
             values = gradient.coalesce().values() if gradient.is_sparse else gradient
-            self._norms.append(torch.linalg.vector_norm(values.detach(), dtype=torch.float32))
+            self._norms.append(torch.linalg.vector_norm(values.detach(), dtype=_norm_type(values)))
 
         return hook
 
@@ -71,11 +71,18 @@ def gradient_square_norm(parameters: Iterable[torch.nn.Parameter], device: torch
     if not gradients:
         return 0.0
     gradients = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
-    return _square_sum(_stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32), device))
+    norms = []
+    for dtype in {_norm_type(gradient) for gradient in gradients}:
+        norms += torch._foreach_norm([g for g in gradients if _norm_type(g) == dtype], 2.0, dtype=dtype)
+    return _square_sum(_stack(norms, device))
+
+
+def _norm_type(gradient: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(gradient.dtype, torch.float32)
 
 
 def _stack(norms: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
-    return torch.stack([norm.to(device) for norm in norms])
+    return torch.stack([norm.to(device, torch.promote_types(norm.dtype, torch.float32)) for norm in norms])
 
 
 def _square_sum(norms: torch.Tensor) -> float:
