@@ -27,7 +27,7 @@ PRIVATE_API: dict[str, tuple[tuple[str, ...], str]] = {
         None,
         "Whether num_items_in_batch counts labels[..., 1:]; the items of single micro-batches are counted likewise.",
     ),
-    "_created_lr_scheduler": (None, "Whether the schedule is Trainer's own and may be made anew."),
+    "_train_batch_size": (None, "Samples in a micro-batch of one rank, as the data loader makes them."),
 }
 
 

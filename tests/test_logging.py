@@ -1,0 +1,65 @@
+"""Each log line carries k, the batch, the noise scale and the samples; trackers plot them."""
+
+import math
+
+import pytest
+from helpers import Rows, arguments, quiet, tiny_gpt2
+
+from hf_trainopt import EfficientTrainer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    import os
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "board")
+    args = arguments(
+        folder, gradient_accumulation_steps=4, num_train_epochs=8, eval_strategy="epoch", report_to="tensorboard"
+    )
+    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(6)))
+    trainer.train()
+    del os.environ["TENSORBOARD_LOGGING_DIR"]
+    return trainer, folder
+
+
+def test_every_line_carries_the_keys(run):
+    trainer, _ = run
+    history = trainer.state.log_history
+    assert len(history) > 10
+    assert {"loss", "eval_loss", "train_runtime"} <= {key for entry in history for key in entry}
+    for entry in history:
+        assert entry["accumulation_steps"] >= 1
+        assert 1 <= entry["effective_batch_size"] <= 3 * entry["accumulation_steps"]
+    samples = [entry["samples_seen"] for entry in history]
+    assert samples == sorted(samples)
+    assert samples[-1] == 400
+
+
+def test_the_noise_scale_is_logged_with_its_interval_once_it_is_known(run):
+    trainer, _ = run
+    entries = [entry for entry in trainer.state.log_history if "noise_scale" in entry]
+    assert entries
+    for entry in entries:
+        assert math.isfinite(entry["noise_scale"])
+        assert entry["noise_scale"] > 0
+        assert entry["noise_scale_low"] <= entry["noise_scale"]
+        assert entry.get("noise_scale_high", math.inf) >= entry["noise_scale"]
+    noise = trainer._controller.noise
+    assert entries[-1]["noise_scale"] == pytest.approx(noise.value)
+
+
+def test_tensorboard_gets_them(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run[1] / "board"))
+    board.Reload()
+    tags = board.Tags()["scalars"]
+    for key in ("accumulation_steps", "effective_batch_size", "samples_seen", "noise_scale"):
+        assert f"train/{key}" in tags
+
+
+def test_evaluation_outside_training_logs_nothing_new(tmp_path):
+    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path), eval_dataset=Rows(6)))
+    assert "samples_seen" not in trainer.evaluate()
+    assert "samples_seen" not in trainer.state.log_history[-1]
