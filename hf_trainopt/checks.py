@@ -50,6 +50,17 @@ def check_adaptive_setup(trainer: Trainer, measures: bool) -> None:
             f"cannot be measured; set it to False, or {remedy}."
         )
     if (
+        measures
+        and args.accumulation_policy == "fixed"
+        and args.gradient_accumulation_steps == 1
+        and args.world_size == 1
+    ):
+        logger.warning(
+            "measure_noise_scale with gradient_accumulation_steps=1 on one device: one micro-batch cannot tell its "
+            "own noise, so every %d-th optimizer step (and the first ones) takes two.",
+            args.noise_scale_interval,
+        )
+    if (
         trainer.model_accepts_loss_kwargs
         and not hasattr(trainer.model, "loss_function")
         and not hasattr(trainer.model, "accepts_loss_kwargs")

@@ -233,7 +233,7 @@ class EfficientTrainerMixin:
             return [], num_items
         controller.timer.fetched(len(micro_batches))
         measured = controller.measures_next and len(micro_batches) * self.args.world_size >= 2
-        return [Window(micro_batches, measured)], num_items
+        return [Window(micro_batches, controller.next_window_steps, measured)], num_items
 
     def training_step(self, model, inputs, num_items_in_batch=None, *args, **kwargs):
         """Run the micro-batches of a window; gradients are reduced over ranks in the last one only."""
@@ -267,21 +267,21 @@ class EfficientTrainerMixin:
         """Count the window, take in its statistics, choose k and place the learning rate for the next one."""
         cursor, controller = self._cursor, self._controller
         samples = sum(count_samples(micro_batch) for micro_batch in window.micro_batches)
-        next_k = 0
+        next_k, square_norm, sums = 0, 0.0, None
         if self.args.process_index == 0:
             next_k = controller.decide(controller.observe(cursor.progress, self._learning_rate_factor()))
-        sums, square_norm = None, 0.0
         if window.measured:
             sums = self._measured_sums(window, num_items_in_batch)
-            square_norm = gradient_square_norm(self.model.parameters(), self.args.device) * self._unscale**2
-        vector = to_vector(next_k, samples, sums)
+            if self.args.process_index == 0:
+                square_norm = gradient_square_norm(self.model.parameters(), self.args.device) * self._unscale**2
+        vector = to_vector(next_k, samples, square_norm, sums)
         if self.args.world_size > 1:
             vector = self.accelerator.reduce(vector.to(self.args.device), reduction="sum").cpu()
-        next_k, samples, statistics = from_vector(vector.tolist(), square_norm)
+        next_k, statistics = from_vector(vector.tolist())
         controller.finish_window(statistics, window.measured, next_k)
-        cursor.advance(len(window), samples, end_of_epoch=self._epoch_is_over)
+        cursor.advance(len(window), statistics.num_samples, end_of_epoch=self._epoch_is_over)
         self._epoch_is_over |= cursor.micro_batch == 0
-        self._last_window = (len(window), samples)
+        self._last_window = (window.planned, statistics.num_samples)
         self._place_learning_rate()
 
     @property
@@ -379,24 +379,32 @@ class EfficientTrainerMixin:
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in `Trainer`, with k, batch, noise scale and samples on every line (not if everything is stock).
 
-        Logged keys: `accumulation_steps` (k of the last window), `effective_batch_size` (its samples over all ranks),
-        `samples_seen` (over all ranks), and once measured `noise_scale`, `noise_scale_low`, `noise_scale_high`
-        (B_noise and its 95 % interval, in samples; absent where infinite).
+        Logged keys: `accumulation_steps` (k decided for the last window), `effective_batch_size` (samples that it had
+        over all ranks), `samples_seen` (over all ranks), and once measured `noise_scale`, `noise_scale_low`,
+        `noise_scale_high` (B_noise and its 95 % interval, in samples; absent where infinite).
         """
-        if self._cursor is not None and self._last_window is not None:
-            logs["accumulation_steps"], logs["effective_batch_size"] = self._last_window
-            logs["samples_seen"] = self._cursor.samples_seen
-            noise = self._controller.noise
-            if noise is not None:
-                for key, value in (("", noise.value), ("_low", noise.lower), ("_high", noise.upper)):
-                    if value < float("inf"):
-                        logs[f"noise_scale{key}"] = value
-            if "train_samples_per_second" in logs and logs.get("train_runtime"):
-                # Upstream takes the share of steps for the share of the data.
-                samples = self._cursor.samples_seen - self._initial_samples_seen
-                logs["train_samples_per_second"] = round(samples / logs["train_runtime"], 3)
+        if self._cursor is not None and "train_samples_per_second" in logs and logs.get("train_runtime"):
+            # Upstream takes the share of steps for the share of the data.
+            samples = self._cursor.samples_seen - self._initial_samples_seen
+            logs["train_samples_per_second"] = round(samples / logs["train_runtime"], 3)
+        ours = self._accumulation_logs()
+        line = {**logs, **ours}
         with self._reference_steps_shown():
-            super().log(logs, *args, **kwargs)
+            super().log(line, *args, **kwargs)
+        # What upstream adds in place (`epoch`) goes back to the caller, whose dict may be the result of `evaluate`.
+        logs.update({key: value for key, value in line.items() if key not in ours})
+
+    def _accumulation_logs(self) -> dict[str, float]:
+        if self._cursor is None or self._last_window is None:
+            return {}
+        k, samples = self._last_window
+        logs = {"accumulation_steps": k, "effective_batch_size": samples, "samples_seen": self._cursor.samples_seen}
+        noise = self._controller.noise
+        if noise is not None:
+            for key, value in (("", noise.value), ("_low", noise.lower), ("_high", noise.upper)):
+                if value < float("inf"):
+                    logs[f"noise_scale{key}"] = value
+        return logs
 
     def save_model(self, *args, **kwargs):
         """As in `Trainer`."""

@@ -6,6 +6,7 @@ distributed_worker.py OUTPUT_DIR CASE
 import json
 import os
 import sys
+from dataclasses import asdict
 
 import torch
 from helpers import AnyK, Rows, arguments, quiet, tiny_gpt2, tiny_resnet
@@ -48,6 +49,26 @@ class ChangesK(TrainerCallback):
         args.gradient_accumulation_steps = 3 if state.global_step % 2 else 2
 
 
+class Listening(AnyK):
+    """Keeps the micro-batches of this rank and the statistics of each measured window."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.windows, self.statistics = [[]], []
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.windows[-1].append({key: value.tolist() for key, value in inputs.items()})
+        if self.accelerator.sync_gradients:
+            self.windows.append([])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def set_initial_training_values(self, *args, **kwargs):
+        values = super().set_initial_training_values(*args, **kwargs)
+        update = self._controller.tracker.update
+        self._controller.tracker.update = lambda found: (self.statistics.append(asdict(found)), update(found))[1]
+        return values
+
+
 def make(case: str, output_dir: str, watch: Watch):
     common = {"per_device_train_batch_size": 2 * 2 // int(os.environ.get("WORLD_SIZE", "1"))}
     if case == "sequence":
@@ -73,6 +94,12 @@ def make(case: str, output_dir: str, watch: Watch):
 
         args = arguments(output_dir, gradient_accumulation_steps=2, remove_unused_columns=False, **common)
         return EfficientTrainer(model=tiny_resnet(), args=args, train_dataset=Pictures(), callbacks=[watch])
+    if case == "statistics":
+        args = arguments(
+            output_dir, gradient_accumulation_steps=2, num_train_epochs=1, noise_scale_interval=1, learning_rate=0.0,
+            weight_decay=0.0, max_grad_norm=0.01, **common,
+        )  # fmt: skip
+        return Listening(model=tiny_gpt2(), args=args, train_dataset=Rows(48), callbacks=[watch], sequence=K_SEQUENCE)
     if case in ("goodput", "resume"):
         args = arguments(
             output_dir, gradient_accumulation_steps=4, num_train_epochs=4, noise_scale_interval=2,
@@ -93,6 +120,8 @@ def main() -> None:
         "steps": watch.steps,
         "world_size": trainer.args.world_size,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "windows": getattr(trainer, "windows", None),
+        "statistics": getattr(trainer, "statistics", None),
         "weights": {name: value.tolist() for name, value in trainer.model.state_dict().items()},
     }
     with open(os.path.join(output_dir, f"rank{rank}.json"), "w") as file:

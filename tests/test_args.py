@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from helpers import Rows, arguments, quiet, tiny_gpt2
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -52,6 +53,29 @@ def test_what_cannot_work_with_varying_k(tmp_path, bad, message):
         EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, **bad), train_dataset=Rows())
     fixed = arguments(tmp_path, accumulation_policy="fixed", **bad)
     EfficientTrainer(model=tiny_gpt2(), args=fixed, train_dataset=Rows())
+
+
+def test_probes_of_a_fixed_policy_are_warned_of(tmp_path, caplog):
+    args = arguments(tmp_path, accumulation_policy="fixed", measure_noise_scale=True)
+    EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows())
+    assert "takes two" in caplog.text
+    caplog.clear()
+    args.gradient_accumulation_steps = 2
+    EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows())
+    assert "takes two" not in caplog.text
+
+
+def test_a_model_whose_loss_may_be_scaled_twice_is_warned_of(tmp_path, caplog):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_gpt2()
+
+        def forward(self, input_ids, labels, **kwargs):
+            return {"loss": self.inner(input_ids=input_ids, labels=labels).loss}
+
+    EfficientTrainer(model=Plain(), args=arguments(tmp_path), train_dataset=Rows())
+    assert "accepts_loss_kwargs = False" in caplog.text
 
 
 def test_stock_arguments_are_refused(tmp_path):

@@ -78,6 +78,32 @@ def test_measured_decisions_are_the_same_on_all_ranks(case, tmp_path):
     assert records[0]["steps"][-1]["noise"] is not None
 
 
+def test_statistics_over_ranks_equal_their_slow_twin(tmp_path):
+    """Micro-batches of both ranks, gradients averaged by DDP: against every gradient by itself."""
+    from helpers import tiny_gpt2
+    from reference import estimate_noise_by_pairs
+
+    from hf_trainopt.accumulation import WindowStatistics, estimate_noise
+
+    records = launch("statistics", tmp_path)
+    assert records[0]["statistics"] == records[1]["statistics"]
+    model = tiny_gpt2(dtype=torch.float64)
+    assert len(records[0]["statistics"]) > 4
+    for statistics, *windows in zip(
+        records[0]["statistics"], records[0]["windows"], records[1]["windows"], strict=False
+    ):
+        gradients, counts = [], []
+        for batch in windows[0] + windows[1]:
+            batch = {key: torch.tensor(value) for key, value in batch.items()}
+            model.zero_grad()
+            model(**batch).loss.backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            counts.append(int((batch["labels"][:, 1:] != -100).sum()))
+        expected = estimate_noise_by_pairs(torch.stack(gradients).numpy(), torch.tensor(counts).numpy())
+        assert estimate_noise(WindowStatistics(**statistics)) == pytest.approx(expected, rel=5e-4)
+        assert statistics["num_micro_batches"] == len(windows[0]) + len(windows[1])
+
+
 def test_constant_k_is_stock_on_two_ranks(tmp_path):
     stock, ours = launch("stock", tmp_path / "stock"), launch("constant", tmp_path / "ours")
     assert [s["checksum"] for s in stock[0]["steps"]] == [s["checksum"] for s in ours[0]["steps"]]

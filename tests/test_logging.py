@@ -15,8 +15,9 @@ def run(tmp_path_factory):
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "board")
     args = arguments(
-        folder, gradient_accumulation_steps=4, num_train_epochs=8, eval_strategy="epoch", report_to="tensorboard"
-    )
+        folder, gradient_accumulation_steps=4, num_train_epochs=8, eval_strategy="epoch", report_to="tensorboard",
+        optimizer_step_cost=1.0,
+    )  # fmt: skip
     trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(6)))
     trainer.train()
     del os.environ["TENSORBOARD_LOGGING_DIR"]
@@ -45,8 +46,9 @@ def test_the_noise_scale_is_logged_with_its_interval_once_it_is_known(run):
         assert entry["noise_scale"] > 0
         assert entry["noise_scale_low"] <= entry["noise_scale"]
         assert entry.get("noise_scale_high", math.inf) >= entry["noise_scale"]
-    noise = trainer._controller.noise
-    assert entries[-1]["noise_scale"] == pytest.approx(noise.value)
+    noise = trainer._controller.noise.value
+    last = trainer.state.log_history[-1]
+    assert last.get("noise_scale", math.inf) == pytest.approx(noise)
 
 
 def test_tensorboard_gets_them(run):
@@ -57,6 +59,17 @@ def test_tensorboard_gets_them(run):
     tags = board.Tags()["scalars"]
     for key in ("accumulation_steps", "effective_batch_size", "samples_seen", "noise_scale"):
         assert f"train/{key}" in tags
+
+
+def test_results_of_evaluations_hold_nothing_of_ours(tmp_path):
+    args = arguments(tmp_path, gradient_accumulation_steps=4, eval_strategy="epoch")
+    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(6)))
+    metrics = trainer.train().metrics
+    assert "accumulation_steps" not in metrics
+    results = trainer.evaluate()
+    assert "accumulation_steps" not in results
+    assert results["epoch"] == 2.0
+    assert "accumulation_steps" in trainer.state.log_history[-1]
 
 
 def test_evaluation_outside_training_logs_nothing_new(tmp_path):

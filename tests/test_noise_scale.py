@@ -33,9 +33,9 @@ def statistics_of(gradients: np.ndarray, num_items: np.ndarray, weights=None, wo
         sums = local_sums(
             list((in_grad**2).sum(1)), list(num_items[mine]), list(weights[mine]), gradient_factor=1 / world_size
         )
-        vector += to_vector(0, len(gradients[mine]), sums)
-    mean = (weights[:, None] * gradients).sum(0)
-    _, _, statistics = from_vector(vector.tolist(), float(mean @ mean))
+        mean = (weights[:, None] * gradients).sum(0)
+        vector += to_vector(0, len(gradients[mine]), float(mean @ mean) if rank == 0 else 0.0, sums)
+    _, statistics = from_vector(vector.tolist())
     return statistics
 
 

@@ -14,10 +14,16 @@ from .noise_scale import WindowStatistics
 class Window:
     """The micro-batches of one optimizer step on this rank.
 
-    Stock `Trainer` sees it as one batch. `measured` says whether gradient statistics are taken in it.
+    Stock `Trainer` sees it as one batch.
+
+    Attributes:
+        micro_batches: At least one.
+        planned: k that was decided for it; the last window of an epoch may have fewer micro-batches.
+        measured: Whether gradient statistics are taken in it.
     """
 
     micro_batches: list[Any]
+    planned: int
     measured: bool = False
 
     def __len__(self) -> int:
@@ -85,24 +91,28 @@ def local_sums(
     )
 
 
-# Layout of the vector that ranks add up at the end of a window, one all-reduce in all: these two, then `LocalSums` in
-# the order of its fields. The next k is decided by rank 0 and travels in it; the others add 0.
-REDUCED = ("next_accumulation_steps", "num_samples", *(field.name for field in fields(LocalSums)))
+# Layout of the vector that ranks add up at the end of a window, one all-reduce in all: these, then `LocalSums` in the
+# order of its fields. The first and the third come from rank 0, the others add 0: all ranks go on with the same bits.
+REDUCED = (
+    "next_accumulation_steps",
+    "num_samples",
+    "gradient_square_norm",
+    *(field.name for field in fields(LocalSums)),
+)
 
 
-def to_vector(next_accumulation_steps: int, num_samples: int, sums: LocalSums | None) -> torch.Tensor:
+def to_vector(
+    next_accumulation_steps: int, num_samples: int, gradient_square_norm: float, sums: LocalSums | None
+) -> torch.Tensor:
     """Pack what ranks add up, in the order of `REDUCED`; float64 on the CPU."""
     parts = astuple(sums) if sums is not None else (0.0,) * len(fields(LocalSums))
-    return torch.tensor([next_accumulation_steps, num_samples, *parts], dtype=torch.float64)
+    return torch.tensor([next_accumulation_steps, num_samples, gradient_square_norm, *parts], dtype=torch.float64)
 
 
-def from_vector(vector: list[float], gradient_square_norm: float) -> tuple[int, int, WindowStatistics]:
-    """Unpack the sum over ranks: next k, samples of the window, its statistics."""
+def from_vector(vector: list[float]) -> tuple[int, WindowStatistics]:
+    """Unpack the sum over ranks: next k, and the statistics of the window."""
     named = dict(zip(REDUCED, vector, strict=True))
-    next_steps, num_samples = round(named.pop("next_accumulation_steps")), round(named.pop("num_samples"))
-    named["num_micro_batches"] = round(named["num_micro_batches"])
-    return (
-        next_steps,
-        num_samples,
-        WindowStatistics(gradient_square_norm=gradient_square_norm, num_samples=num_samples, **named),
-    )
+    next_steps = round(named.pop("next_accumulation_steps"))
+    for name in ("num_samples", "num_micro_batches"):
+        named[name] = round(named[name])
+    return next_steps, WindowStatistics(**named)

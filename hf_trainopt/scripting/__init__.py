@@ -1,0 +1,1 @@
+"""What `run_clm.py` and `run_image.py` need besides the Trainer: flags, data, augmentation, metrics, a last table."""

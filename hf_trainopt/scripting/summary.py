@@ -1,0 +1,82 @@
+"""The table that a script prints at its end."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+
+def peak_memory_gib() -> tuple[float, str]:
+    """Return the peak memory in GiB and what it counts: tensors on the CUDA device, or the whole process on CPU.
+
+    Raises:
+        OSError: on a system without the `resource` module (Windows) and without CUDA.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30, "CUDA tensors"
+    try:
+        import resource
+    except ImportError as error:
+        raise OSError("The peak memory of a process cannot be read on this system.") from error
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    return peak / (2**30 if sys.platform == "darwin" else 2**20), "process"
+
+
+def summary_rows(trainer: Trainer, train_metrics: Mapping[str, Any], eval_metrics: Mapping[str, Any]) -> list[tuple]:
+    """Return `(name, value)` pairs of what a run did; what was not measured is left out."""
+    rows: list[tuple[str, str]] = []
+    history = trainer.state.log_history
+    if train_metrics:
+        steps = [entry["accumulation_steps"] for entry in history if "accumulation_steps" in entry]
+        if steps:
+            reference = trainer.args.gradient_accumulation_steps
+            chosen = (
+                f"{min(steps):g} to {max(steps):g}, last {steps[-1]:g}" if len(set(steps)) > 1 else f"{steps[0]:g}"
+            )
+            rows.append(("micro-batches per step (k)", f"{chosen} (reference {reference})"))
+        else:
+            rows.append(("micro-batches per step (k)", f"{trainer.args.gradient_accumulation_steps} (fixed)"))
+        noise = [entry["noise_scale"] for entry in history if entry.get("noise_scale") is not None]
+        if noise:
+            rows.append(("gradient noise scale, samples", f"{noise[0]:.4g} (first), {noise[-1]:.4g} (last)"))
+        rows.append(("optimizer steps", str(trainer.state.global_step)))
+        rows.append(("samples/s", f"{_samples_per_second(trainer, train_metrics):.4g}"))
+        rows.append(("train loss (mean of the run)", f"{train_metrics['train_loss']:.4f}"))
+    for key, label in (("eval_loss", "eval loss"), ("perplexity", "perplexity"), ("eval_accuracy", "accuracy")):
+        if key in eval_metrics:
+            rows.append((label, f"{eval_metrics[key]:.4f}"))
+    try:
+        peak, counted = peak_memory_gib()
+    except OSError:
+        return rows
+    rows.append((f"peak memory ({counted}), GiB", f"{peak:.2f}"))
+    return rows
+
+
+def _samples_per_second(trainer: Trainer, train_metrics: Mapping[str, Any]) -> float:
+    """Samples trained on per second, from `samples_seen` where it is logged (the accumulation may have varied)."""
+    seen = [entry["samples_seen"] for entry in trainer.state.log_history if "samples_seen" in entry]
+    start = getattr(trainer, "_initial_global_step", 0)
+    if seen and start == 0:
+        return seen[-1] / train_metrics["train_runtime"]
+    return train_metrics["train_samples_per_second"]
+
+
+def print_summary(
+    trainer: Trainer,
+    train_metrics: Mapping[str, Any],
+    eval_metrics: Mapping[str, Any],
+    next_command: Sequence[str] = (),
+) -> None:
+    """Print the table on the main process, and `next_command`, one line of a shell command each, below it."""
+    if not trainer.is_world_process_zero():
+        return
+    rows = summary_rows(trainer, train_metrics, eval_metrics)
+    width = max(len(name) for name, _ in rows)
+    print("\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
+    print(f"  {'saved in':<{width}}  {trainer.args.output_dir}")
+    if next_command:
+        print("\nThe same at full size:\n\n  " + " \\\n      ".join(next_command) + "\n")

@@ -1,0 +1,47 @@
+"""What the tests of the two scripts share: running them in a process of their own, comparing saved weights."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# One thread and no progress bars: tests share a small machine. Offline, the Hub client does not retry for a minute.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+RESULT_FILES = ("config.json", "model.safetensors", "training_args.bin", "trainer_state.json", "README.md")
+RESULT_FILES += ("train_results.json", "eval_results.json", "all_results.json")
+
+
+def run_script(name: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run a script of the repository on the CPU, under torchrun if `processes` is above one."""
+    launcher = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    return subprocess.run(
+        [*launcher, str(REPOSITORY / name), *map(str, flags)],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    left, right = weights(first), weights(second)
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different
