@@ -1,16 +1,19 @@
 """Stock `Trainer` at fixed k against adaptive k, at equal data, on WikiText-2 and CIFAR-10.
 
     python benchmarks/accumulation.py run --task language --policy fixed -k 8 --learning_rate 2e-3 --seed 0
-    python benchmarks/accumulation.py suite --workers 2        # every run that has no record yet
-    python benchmarks/accumulation.py table                    # writes benchmarks/README.md
+    python benchmarks/accumulation.py suite                    # every run of the tables that has no record yet
+    python benchmarks/accumulation.py costs                    # seconds of a micro-batch and of an optimizer step
+    python benchmarks/accumulation.py table                    # writes benchmarks/accumulation.md from the records
 
-`--policy fixed` is stock `transformers.Trainer`. Every run writes one JSON record to `benchmarks/results/accumulation/`.
+`--policy fixed` is stock `transformers.Trainer`. Every run writes one JSON record to
+`benchmarks/results/accumulation/`. Needs ../shared/data (see `tasks.py`).
 """
 
 import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +34,6 @@ def record_path(options: argparse.Namespace) -> Path:
 def run(options: argparse.Namespace) -> None:
     import torch
     import transformers
-
     from tasks import TASKS, build
 
     torch.set_num_threads(options.threads)
@@ -102,7 +104,7 @@ def _number(text: str):
         return text
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="one run, one record")
@@ -114,8 +116,37 @@ def main() -> None:
     one.add_argument("--set", nargs="*", default=[], metavar="ARGUMENT=VALUE")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    run(options)
+    commands.add_parser("suite", help="every run of the tables that has no record yet, one after the other")
+    costs = commands.add_parser("costs", help="seconds of a micro-batch and of an optimizer step of both tasks")
+    costs.add_argument("--rounds", type=int, default=5)
+    commands.add_parser("table", help="write benchmarks/accumulation.md from the records")
+    return parser
+
+
+def main() -> None:
+    options = make_parser().parse_args()
+    if options.command == "run":
+        run(options)
+    elif options.command == "suite":
+        run_suite()
+    elif options.command == "costs":
+        from accumulation_report import measure_costs
+
+        measure_costs(options.rounds)
+    else:
+        from accumulation_report import write_report
+
+        write_report()
+
+
+def run_suite() -> None:
+    """Run what the tables need and is not there, each in a process of its own."""
+    from accumulation_report import SUITE
+
+    for arguments in SUITE:
+        options = make_parser().parse_args(["run", *arguments])
+        if not record_path(options).exists():
+            subprocess.run([sys.executable, __file__, "run", *arguments], check=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""The runs behind the tables of `accumulation.md`, the unit costs of both tasks, and the tables themselves."""
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+RECORDS = HERE / "results" / "accumulation"
+COSTS = HERE / "results" / "accumulation_costs.json"
+OVERHEAD = HERE / "results" / "overhead.json"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of a table."""
+
+    task: str
+    policy: str
+    learning_rate: float
+    k: int = 8
+    rule: str | None = None
+    seeds: int = 3
+
+    def arguments(self, seed: int) -> list[str]:
+        result = ["--task", self.task, "--policy", self.policy, "-k", str(self.k)]
+        result += ["--learning_rate", f"{self.learning_rate:g}", "--seed", str(seed)]
+        return result + (["--rule", self.rule] if self.rule else [])
+
+    def records(self) -> list[dict]:
+        return [
+            record
+            for record in map(json.loads, (path.read_text() for path in sorted(RECORDS.glob("*.json"))))
+            if (record["task"], record["policy"], record["k"], record["rule"])
+            == (self.task, self.policy, self.k, self.rule)
+            and abs(record["learning_rate"] / self.learning_rate - 1) < 1e-6
+        ]
+
+
+# Each policy at the learning rate that was best for it among those tried.
+MAIN = [
+    Setting("language", "fixed", 2e-3, k=8),
+    Setting("language", "fixed", 3e-3, k=2),
+    Setting("language", "fixed", 3e-3, k=1),
+    Setting("language", "goodput", 8e-3, rule="sqrt"),
+    Setting("language", "noise_scale", 8e-3, rule="sqrt"),
+    Setting("language", "annealed_goodput", 8e-3, rule="sqrt"),
+    Setting("vision", "fixed", 4e-3, k=8),
+    Setting("vision", "fixed", 1e-3, k=2),
+    Setting("vision", "fixed", 1e-3, k=1),
+    Setting("vision", "goodput", 2e-3, rule="sqrt"),
+    Setting("vision", "noise_scale", 4e-3, rule="sqrt"),
+    Setting("vision", "annealed_goodput", 2e-3, rule="sqrt"),
+]
+# The user keeps the rate that was tuned for k_ref = 8 and only changes the Trainer: what `lr_batch_scaling` is for.
+TRANSFER = [
+    Setting(task, "goodput", rate, rule=rule, seeds=1)
+    for task, rate in (("language", 2e-3), ("vision", 4e-3))
+    for rule in ("none", "sqrt", "gain")
+]
+SUITE = [setting.arguments(seed) for setting in MAIN + TRANSFER for seed in range(setting.seeds)]
+
+
+def measure_costs(rounds: int) -> None:
+    """Solve t_mb and t_step from CPU seconds of stock `Trainer` at k = 1 and k = 8, taking turns in one process."""
+    import torch
+    import transformers
+    from tasks import TASKS, build
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    result = {"command": f"python benchmarks/accumulation.py costs --rounds {rounds}", "tasks": {}}
+    for name, task in TASKS.items():
+        parts = build(task, seed=0)
+        for key in ("eval_dataset", "compute_metrics"):
+            parts.pop(key, None)
+        found = []
+        for index in range(rounds + 1):
+            taken = {}
+            for k in (1, 8) if index % 2 else (8, 1):
+                with tempfile.TemporaryDirectory() as folder:
+                    args = transformers.TrainingArguments(
+                        output_dir=folder, per_device_train_batch_size=task.micro_batch_size, max_steps=64 // k,
+                        gradient_accumulation_steps=k, save_strategy="no", logging_strategy="no", report_to="none",
+                        disable_tqdm=True, use_cpu=True, **task.training_arguments,
+                    )  # fmt: skip
+                    trainer = transformers.Trainer(args=args, **parts)
+                    begin = time.process_time()
+                    trainer.train()
+                    taken[k] = (time.process_time() - begin) / 64
+            if index:  # the first round warms up
+                step = (taken[1] - taken[8]) / (1 - 1 / 8)
+                found.append((taken[1] - step, step))
+        micro_batch, step = (statistics.median(values) for values in zip(*found, strict=True))
+        ratios = sorted(s / m for m, s in found)
+        result["tasks"][name] = {"micro_batch_seconds": micro_batch, "step_seconds": step,
+                                 "step_cost_range_in_micro_batches": [ratios[0], ratios[-1]]}  # fmt: skip
+        print(name, result["tasks"][name], flush=True)
+    COSTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def spread(values: list[float], digits: int) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def k_path(record: dict) -> str:
+    steps = [entry["accumulation_steps"] for entry in record["history"] if "accumulation_steps" in entry]
+    if not steps:
+        return str(record["k"])
+    third = max(1, len(steps) // 3)
+    means = [statistics.mean(steps[i : i + third]) for i in (0, third, 2 * third)]
+    return " → ".join(f"{mean:.1f}" for mean in means)
+
+
+def row(setting: Setting, costs: dict) -> str | None:
+    records = setting.records()
+    if not records:
+        return None
+    micro_batches = {"language": 1000, "vision": 2000}[setting.task]
+    seconds = [
+        micro_batches * costs["micro_batch_seconds"] + record["optimizer_steps"] * costs["step_seconds"]
+        for record in records
+    ]
+    name = f"stock, k = {setting.k}" if setting.policy == "fixed" else f"`{setting.policy}`, {setting.rule}"
+    cells = [name, f"{setting.learning_rate:g}", k_path(records[0]),
+             spread([record["optimizer_steps"] for record in records], 0), f"{statistics.mean(seconds):.0f}",
+             spread([record["eval_loss"] for record in records], 3)]  # fmt: skip
+    if setting.task == "vision":
+        cells.append(spread([100 * record["eval_accuracy"] for record in records], 1))
+    return "| " + " | ".join([*cells, str(len(records))]) + " |"
+
+
+def table(settings: list[Setting], task: str, costs: dict) -> str:
+    columns = ["policy", "learning rate", "k (thirds of the run)", "optimizer steps", "seconds", "validation loss"]
+    columns += ["accuracy, %"] * (task == "vision") + ["seeds"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    rows = (row(setting, costs) for setting in settings if setting.task == task)
+    return "\n".join([*lines, *(line for line in rows if line)])
+
+
+def write_report() -> None:
+    """Fill the template `accumulation.template.md` with the tables."""
+    costs = json.loads(COSTS.read_text())["tasks"]
+    overhead = json.loads(OVERHEAD.read_text())
+    text = (HERE / "accumulation.template.md").read_text()
+    for task in ("language", "vision"):
+        text = text.replace(f"@@main {task}@@", table(MAIN, task, costs[task]))
+        text = text.replace(f"@@transfer {task}@@", table(TRANSFER, task, costs[task]))
+    lines = ["| task | stock, s per micro-batch | windows | windows, measured every 8th |", "|---|---|---|---|"]
+    for task, entry in overhead["tasks"].items():
+        cells = [
+            f"{100 * (entry[loop]['median_ratio'] - 1):+.1f} % ({100 * (entry[loop]['range'][0] - 1):+.1f} to "
+            f"{100 * (entry[loop]['range'][1] - 1):+.1f})"
+            for loop in ("windows", "windows, measured")
+        ]
+        lines.append(f"| {task} | {entry['stock_seconds_per_micro_batch']:.4f} | {cells[0]} | {cells[1]} |")
+    text = text.replace("@@overhead@@", "\n".join(lines))
+    for task in costs:
+        cost = costs[task]
+        low, high = cost["step_cost_range_in_micro_batches"]
+        text = text.replace(
+            f"@@cost {task}@@",
+            f"a micro-batch {1000 * cost['micro_batch_seconds']:.0f} ms, a step "
+            f"{1000 * cost['step_seconds']:.1f} ms ({low:.3f} to {high:.3f} micro-batches)",
+        )
+    (HERE / "accumulation.md").write_text(text)
