@@ -1,5 +1,6 @@
 """Arguments of the efficient parts, on top of `TrainingArguments`."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,6 +9,8 @@ from transformers import TrainingArguments
 from .accumulation.policy import FixedPolicy, GoodputPolicy, NoiseScalePolicy, RampPolicy
 from .schedule import BATCH_SCALING_RULES
 
+
+logger = logging.getLogger(__name__)
 
 POLICIES = ("fixed", "noise_scale", "goodput", "ramp")
 
@@ -143,6 +146,17 @@ class EfficientTrainingArgumentsMixin:
             raise ValueError(
                 f"accumulation_ramp is set but accumulation_policy is '{self.accumulation_policy}'; set it to 'ramp'."
             )
+        smallest, largest = self.accumulation_bounds
+        if self.accumulation_policy == "fixed" and not smallest <= self.gradient_accumulation_steps <= largest:
+            raise ValueError(
+                f"accumulation_policy='fixed' keeps k at gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}), which is not within min_accumulation_steps ({smallest}) and "
+                f"max_accumulation_steps ({largest}); leave these unset."
+            )
+        if self.noise_scale_ratio != 1.0 and self.accumulation_policy != "noise_scale":
+            logger.warning("noise_scale_ratio is ignored: accumulation_policy is '%s'.", self.accumulation_policy)
+        if self.optimizer_step_cost is not None and self.accumulation_policy != "goodput":
+            logger.warning("optimizer_step_cost is ignored: accumulation_policy is '%s'.", self.accumulation_policy)
         if self.measure_noise_scale is False and (
             self.accumulation_policy in ("noise_scale", "goodput") or self.lr_batch_scaling == "gain"
         ):

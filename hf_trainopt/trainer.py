@@ -62,7 +62,9 @@ class EfficientTrainerMixin:
                 "EfficientTrainingArgumentsMixin and your TrainingArguments)."
             )
         self._has_own_policy = accumulation_policy is not None
-        self.accumulation_policy = accumulation_policy or self.args.make_accumulation_policy()
+        self.accumulation_policy = (
+            accumulation_policy if self._has_own_policy else self.args.make_accumulation_policy()
+        )
         self._reference_steps = self.args.gradient_accumulation_steps
         self._cursor: DataCursor | None = None
         self._controller: AccumulationController | None = None
@@ -164,7 +166,6 @@ class EfficientTrainerMixin:
             micro_batch_size=self._train_batch_size,
             tracker=NoiseScaleTracker(half_life) if self._measures else None,
             measure_interval=args.noise_scale_interval,
-            dwell=4,
             timer=StepTimer(
                 synchronize=None if device.type == "cpu" else torch.accelerator.synchronize,
                 distributed=args.world_size > 1,
@@ -210,15 +211,15 @@ class EfficientTrainerMixin:
             return super()._run_epoch(*args, **kwargs)
         self._epoch_is_over = False
         with self._accumulation_steps_shown(1):
-            result = super()._run_epoch(*args, **kwargs)
-        return result
+            return super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args, **kwargs):
         """Take the micro-batches of one window and hand them to the loop as one batch."""
         if self._cursor is None:
             return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
         controller = self._controller
-        wanted = 0 if self._epoch_is_over else min(controller.next_window_steps, self._cursor.available())
+        planned, measures = controller.next_window_steps, controller.measures_next
+        wanted = 0 if self._epoch_is_over else min(planned, self._cursor.available())
         if wanted:
             controller.timer.start_window()
         with self._accumulation_steps_shown(max(1, wanted)):
@@ -232,8 +233,8 @@ class EfficientTrainerMixin:
             self.control.should_epoch_stop = True
             return [], num_items
         controller.timer.fetched(len(micro_batches))
-        measured = controller.measures_next and len(micro_batches) * self.args.world_size >= 2
-        return [Window(micro_batches, controller.next_window_steps, measured)], num_items
+        measured = measures and len(micro_batches) * self.args.world_size >= 2
+        return [Window(micro_batches, planned, measured)], num_items
 
     def training_step(self, model, inputs, num_items_in_batch=None, *args, **kwargs):
         """Run the micro-batches of a window; gradients are reduced over ranks in the last one only."""
@@ -278,7 +279,7 @@ class EfficientTrainerMixin:
         if self.args.world_size > 1:
             vector = self.accelerator.reduce(vector.to(self.args.device), reduction="sum").cpu()
         next_k, statistics = from_vector(vector.tolist())
-        controller.finish_window(statistics, window.measured, next_k)
+        controller.finish_window(window.planned, statistics, window.measured, next_k)
         cursor.advance(len(window), statistics.num_samples, end_of_epoch=self._epoch_is_over)
         self._epoch_is_over |= cursor.micro_batch == 0
         self._last_window = (window.planned, statistics.num_samples)

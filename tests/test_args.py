@@ -27,6 +27,10 @@ from hf_trainopt.accumulation import FixedPolicy, GoodputPolicy, NoiseScalePolic
         ({"accumulation_policy": "ramp", "accumulation_ramp": "1:1"}, "must begin at 0"),
         ({"accumulation_ramp": "0:1"}, "set it to 'ramp'"),
         ({"measure_noise_scale": False}, "leave it unset"),
+        (
+            {"accumulation_policy": "fixed", "max_accumulation_steps": 2, "gradient_accumulation_steps": 4},
+            "leave these",
+        ),
         ({"accumulation_policy": "fixed", "lr_batch_scaling": "gain", "measure_noise_scale": False}, "leave it unset"),
     ],
 )
@@ -53,6 +57,16 @@ def test_what_cannot_work_with_varying_k(tmp_path, bad, message):
         EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, **bad), train_dataset=Rows())
     fixed = arguments(tmp_path, accumulation_policy="fixed", **bad)
     EfficientTrainer(model=tiny_gpt2(), args=fixed, train_dataset=Rows())
+
+
+def test_ignored_settings_are_warned_of(tmp_path, caplog):
+    arguments(tmp_path, accumulation_policy="fixed", noise_scale_ratio=0.5, optimizer_step_cost=0.1)
+    assert "noise_scale_ratio is ignored" in caplog.text
+    assert "optimizer_step_cost is ignored" in caplog.text
+    caplog.clear()
+    arguments(tmp_path, accumulation_policy="noise_scale", noise_scale_ratio=0.5)
+    arguments(tmp_path, accumulation_policy="goodput", optimizer_step_cost=0.1)
+    assert "ignored" not in caplog.text
 
 
 def test_probes_of_a_fixed_policy_are_warned_of(tmp_path, caplog):

@@ -47,7 +47,7 @@ def replay(subject: AccumulationController, noise_scales: list[float]) -> list[t
         k = subject.next_window_steps
         measured = subject.measures_next and k * subject.world_size >= 2
         next_k = subject.decide(subject.observe(index / len(noise_scales), 1.0))
-        subject.finish_window(window(max(2, k), scale, 0.1 * (-1) ** index), measured, next_k)
+        subject.finish_window(k, window(max(2, k), scale, 0.1 * (-1) ** index), measured, next_k)
         done.append((k, measured))
     return done
 
@@ -95,8 +95,9 @@ def test_two_ranks_need_no_probe():
 def test_k_holds_while_the_gradient_is_not_resolved():
     subject = controller(NoiseScalePolicy())
     for _ in range(40):
-        statistics = window(subject.next_window_steps, 1e9, 0.0)
-        subject.finish_window(statistics, subject.measures_next, subject.decide(subject.observe(0.0, 1.0)))
+        k = subject.next_window_steps
+        next_k = subject.decide(subject.observe(0.0, 1.0))
+        subject.finish_window(k, window(k, 1e9, 0.0), subject.measures_next, next_k)
     assert subject.noise is not None
     assert subject.accumulation_steps <= 32
 

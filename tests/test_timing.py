@@ -57,6 +57,7 @@ def test_the_first_window_and_rare_disturbances_do_not_count(clock):
 
 def test_many_ranks_count_the_reduction_as_part_of_the_step(clock):
     timer = StepTimer(distributed=True)
+    assert not timer.needs_plain_micro_batch  # the first window is not timed
     for _ in range(4):
         run_window(timer, clock, 1, reduction=1.5)
     assert timer.needs_plain_micro_batch
@@ -64,6 +65,16 @@ def test_many_ranks_count_the_reduction_as_part_of_the_step(clock):
     for _ in range(4):
         run_window(timer, clock, 2, reduction=1.5)
     assert timer.micro_batch_seconds == pytest.approx(2.5)
+    assert timer.step_seconds == pytest.approx(4.5)
+
+
+def test_a_probe_is_asked_for_only_where_it_is_timed(clock):
+    timer = StepTimer(distributed=True, interval=4)
+    asked = []
+    for index in range(13):
+        asked += [index] * timer.needs_plain_micro_batch
+        run_window(timer, clock, 2 if timer.needs_plain_micro_batch else 1, reduction=1.5)
+    assert asked == [4, 8]
     assert timer.step_seconds == pytest.approx(4.5)
 
 

@@ -40,7 +40,7 @@ class AccumulationController:
     micro_batch_size: int
     tracker: NoiseScaleTracker | None
     measure_interval: int
-    dwell: int
+    dwell: int = 4
     timer: StepTimer = field(default_factory=StepTimer)
     accumulation_steps: int = field(init=False)
     num_windows: int = field(init=False, default=0)
@@ -82,8 +82,8 @@ class AccumulationController:
         if k > 1 or self.maximum < 2:
             return k
         probe_noise = self.measures_next and self.world_size == 1
-        probe_time = self.timer.needs_plain_micro_batch and self.num_windows % max(2, self.measure_interval) == 0
-        return 2 if probe_noise or (self.tracker is not None and probe_time) else k
+        probe_time = self.tracker is not None and self.timer.needs_plain_micro_batch
+        return 2 if probe_noise or probe_time else k
 
     def observe(self, progress: float, learning_rate_factor: float) -> Observation:
         """Gather what a policy may know before the next window."""
@@ -105,15 +105,15 @@ class AccumulationController:
             return self.accumulation_steps
         return limit_change(self.accumulation_steps, self.policy(observation), self.minimum, self.maximum, exact=exact)
 
-    def finish_window(self, statistics: WindowStatistics, measured: bool, next_k: int) -> None:
+    def finish_window(self, planned: int, statistics: WindowStatistics, measured: bool, next_k: int) -> None:
         """Take in a finished window and the k that rank 0 decided; every rank calls it with the same numbers.
 
         Args:
+            planned: `next_window_steps` before the window (the last one of an epoch may have been shorter).
             statistics: Sums over ranks (only `num_samples` is used if the window was not `measured`).
             measured: Whether gradient statistics were taken.
             next_k: k from the next window on.
         """
-        planned = self.next_window_steps  # the last window of an epoch may be shorter
         self.used_range = [min([planned, *self.used_range]), max([planned, *self.used_range])]
         self.num_windows += 1
         self.windows_since_change += 1

@@ -47,8 +47,7 @@ class StepTimer:
 
     def start_window(self) -> None:
         """Call before the window's data are fetched."""
-        # The first window is left out: lazy initialisation, autotuning, cold caches.
-        self._timed = self._count > 0 and self._count % self._interval == 0
+        self._timed = self._times_next
         self._count += 1
         if self._timed:
             self._mark = self._now()
@@ -81,9 +80,17 @@ class StepTimer:
             self._timed = False
 
     @property
+    def _times_next(self) -> bool:
+        # The first window is left out: lazy initialisation, autotuning, cold caches.
+        return self._count > 0 and self._count % self._interval == 0
+
+    @property
     def needs_plain_micro_batch(self) -> bool:
-        """Many ranks and no window of k ≥ 2 so far: what the reduction costs cannot be told apart."""
-        return self._distributed and len(self._plain) < 2
+        """Whether the next window is timed but k = 1 on many ranks could not tell what the reduction costs.
+
+        Equal on all ranks: it depends on how often was measured, not on what.
+        """
+        return self._distributed and len(self._plain) < 2 and self._times_next
 
     @property
     def micro_batch_seconds(self) -> float | None:
