@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="one run, one record")
-    one.add_argument("--task", choices=("language", "vision"), required=True)
+    one.add_argument("--task", choices=("language", "vision", "language_low_floor"), required=True)
     one.add_argument("--policy", default="fixed")
     one.add_argument("-k", type=int, default=8, help="gradient_accumulation_steps (the reference)")
     one.add_argument("--learning_rate", type=float, required=True)

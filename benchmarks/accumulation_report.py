@@ -3,7 +3,6 @@
 import json
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,40 +64,39 @@ SUITE = [setting.arguments(seed) for setting in MAIN + TRANSFER for seed in rang
 
 
 def measure_costs(rounds: int) -> None:
-    """Solve t_mb and t_step from CPU seconds of stock `Trainer` at k = 1 and k = 8, taking turns in one process."""
+    """Median seconds of a micro-batch and of what an optimizer step costs on top, as `StepTimer` measures them."""
     import torch
     import transformers
-    from tasks import TASKS, build
+    from tasks import LANGUAGE, VISION, build
+
+    from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     result = {"command": f"python benchmarks/accumulation.py costs --rounds {rounds}", "tasks": {}}
-    for name, task in TASKS.items():
+    for task in (LANGUAGE, VISION):
         parts = build(task, seed=0)
         for key in ("eval_dataset", "compute_metrics"):
             parts.pop(key, None)
         found = []
-        for index in range(rounds + 1):
-            taken = {}
-            for k in (1, 8) if index % 2 else (8, 1):
-                with tempfile.TemporaryDirectory() as folder:
-                    args = transformers.TrainingArguments(
-                        output_dir=folder, per_device_train_batch_size=task.micro_batch_size, max_steps=64 // k,
-                        gradient_accumulation_steps=k, save_strategy="no", logging_strategy="no", report_to="none",
-                        disable_tqdm=True, use_cpu=True, **task.training_arguments,
-                    )  # fmt: skip
-                    trainer = transformers.Trainer(args=args, **parts)
-                    begin = time.process_time()
-                    trainer.train()
-                    taken[k] = (time.process_time() - begin) / 64
-            if index:  # the first round warms up
-                step = (taken[1] - taken[8]) / (1 - 1 / 8)
-                found.append((taken[1] - step, step))
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                args = EfficientTrainingArguments(
+                    output_dir=folder, per_device_train_batch_size=task.micro_batch_size, max_steps=48,
+                    gradient_accumulation_steps=1, accumulation_policy="ramp", accumulation_ramp="0:1",
+                    save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+                    **task.training_arguments,
+                )  # fmt: skip
+                trainer = EfficientTrainer(args=args, **parts)
+                trainer.remove_callback(transformers.PrinterCallback)
+                trainer.train()
+                timer = trainer._controller.timer
+                found.append((timer.micro_batch_seconds, timer.step_seconds))
         micro_batch, step = (statistics.median(values) for values in zip(*found, strict=True))
         ratios = sorted(s / m for m, s in found)
-        result["tasks"][name] = {"micro_batch_seconds": micro_batch, "step_seconds": step,
+        result["tasks"][task.name] = {"micro_batch_seconds": micro_batch, "step_seconds": step,
                                  "step_cost_range_in_micro_batches": [ratios[0], ratios[-1]]}  # fmt: skip
-        print(name, result["tasks"][name], flush=True)
+        print(task.name, result["tasks"][task.name], flush=True)
     COSTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -151,14 +149,14 @@ def write_report() -> None:
     for task in ("language", "vision"):
         text = text.replace(f"@@main {task}@@", table(MAIN, task, costs[task]))
         text = text.replace(f"@@transfer {task}@@", table(TRANSFER, task, costs[task]))
-    lines = ["| task | stock, s per micro-batch | windows | windows, measured every 8th |", "|---|---|---|---|"]
+    lines = ["| task | stock, s per step | windows | statistics, every 8th step |", "|---|---|---|---|"]
     for task, entry in overhead["tasks"].items():
         cells = [
             f"{100 * (entry[loop]['median_ratio'] - 1):+.1f} % ({100 * (entry[loop]['range'][0] - 1):+.1f} to "
             f"{100 * (entry[loop]['range'][1] - 1):+.1f})"
-            for loop in ("windows", "windows, measured")
+            for loop in ("windows", "measured")
         ]
-        lines.append(f"| {task} | {entry['stock_seconds_per_micro_batch']:.4f} | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {task} | {entry['stock_seconds_per_step']:.4f} | {cells[0]} | {cells[1]} |")
     text = text.replace("@@overhead@@", "\n".join(lines))
     for task in costs:
         cost = costs[task]

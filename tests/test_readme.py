@@ -1,0 +1,76 @@
+"""What the README and the docs say can be done, can be done."""
+
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers import Rows, quiet, tiny_gpt2
+
+import hf_trainopt
+from hf_trainopt import EfficientTrainer, EfficientTrainingArgumentsMixin
+
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "accumulation.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_example_runs(tmp_path):
+    (example,) = [block for block in blocks(README, "python") if "trainer.train()" in block]
+    lines = [line for line in example.splitlines() if line.strip()]
+    assert len(lines) <= 12
+    code = example.replace('AutoModelForCausalLM.from_pretrained("gpt2")', "model").replace(
+        'output_dir="outputs"', f'output_dir="{tmp_path}", use_cpu=True, report_to="none", disable_tqdm=True'
+    )
+    names = {"model": tiny_gpt2(), "dataset": Rows(64)}
+    exec(code, names)
+    assert names["trainer"].state.log_history[-1]["samples_seen"] == 3 * 64
+
+
+def test_the_policy_of_the_docs_runs(tmp_path):
+    (example,) = [block for block in blocks(DOCS, "python") if "def twice_the_noise" in block]
+    names: dict = {}
+    exec(example.split("EfficientTrainer(")[0], names)
+    args = hf_trainopt.EfficientTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, gradient_accumulation_steps=4
+    )
+    policy = names["twice_the_noise"]
+    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(64), accumulation_policy=policy))
+    trainer.train()
+    assert trainer.state.log_history[-1]["samples_seen"] == 3 * 64
+
+
+def test_there_are_exactly_two_commands_for_a_fresh_machine():
+    commands = [block.strip() for block in blocks(README, "bash") if block.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert all("\n" not in command for command in commands)
+    first, second = commands
+    assert first.endswith("python run_clm.py")
+    assert second.endswith("python -m pytest")
+
+
+def test_ci_calls_the_second():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (pattern,) = re.findall(r"grep -m1 -E '([^']+)'", script)
+    found = subprocess.run(
+        ["grep", "-m1", "-E", pattern, "README.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert found.strip().endswith("python -m pytest")
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EfficientTrainingArgumentsMixin)])
+def test_every_setting_is_explained(field):
+    assert field in README + DOCS, f"{field} is in neither README.md nor docs/accumulation.md"
+    assert field in EfficientTrainingArgumentsMixin.__doc__
+
+
+def test_no_placeholder_is_left():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+        if "template" not in path.name:
+            assert "@@" not in path.read_text(encoding="utf-8"), path
