@@ -46,19 +46,21 @@ MAIN = [
     Setting("language", "fixed", 3e-3, k=1),
     Setting("language", "goodput", 8e-3, rule="sqrt"),
     Setting("language", "noise_scale", 8e-3, rule="sqrt"),
-    Setting("language", "annealed_goodput", 8e-3, rule="sqrt"),
+    Setting("language", "plain_goodput", 8e-3, rule="sqrt"),
+    Setting("language", "annealed_to_noise_scale", 8e-3, rule="sqrt"),
     Setting("vision", "fixed", 4e-3, k=8),
     Setting("vision", "fixed", 1e-3, k=2),
     Setting("vision", "fixed", 1e-3, k=1),
     Setting("vision", "goodput", 2e-3, rule="sqrt"),
     Setting("vision", "noise_scale", 4e-3, rule="sqrt"),
-    Setting("vision", "annealed_goodput", 2e-3, rule="sqrt"),
+    Setting("vision", "plain_goodput", 2e-3, rule="sqrt"),
+    Setting("vision", "annealed_to_noise_scale", 2e-3, rule="sqrt"),
 ]
 # The user keeps the rate that was tuned for k_ref = 8 and only changes the Trainer: what `lr_batch_scaling` is for.
 TRANSFER = [
-    Setting(task, "goodput", rate, rule=rule, seeds=1)
+    Setting(task, policy, rate, rule=rule, seeds=1)
     for task, rate in (("language", 2e-3), ("vision", 4e-3))
-    for rule in ("none", "sqrt", "gain")
+    for policy, rule in (("plain_goodput", "none"), ("goodput", "sqrt"), ("goodput", "gain"))
 ]
 SUITE = [setting.arguments(seed) for setting in MAIN + TRANSFER for seed in range(setting.seeds)]
 

@@ -12,7 +12,7 @@ TESTED_TRANSFORMERS = ("5.23.0", "5.24.0")
 # Private attributes of `transformers.Trainer` that we override or read: name -> (parameters that we rely on, why).
 PRIVATE_API: dict[str, tuple[tuple[str, ...], str]] = {
     "_run_epoch": (
-        (),
+        ("epoch",),
         "One window is one step of the upstream loop, so it must read gradient_accumulation_steps as 1. Overridden "
         "only to show it that; every callback and hook inside sees the user's value again.",
     ),
@@ -21,7 +21,8 @@ PRIVATE_API: dict[str, tuple[tuple[str, ...], str]] = {
         "Returns (epochs, micro-batches) to skip on resume, computed as global_step times k: replaced by the saved "
         "cursor.",
     ),
-    "_save_optimizer_and_scheduler": (("output_dir",), "The accumulation state is saved beside the scheduler."),
+    "_save_checkpoint": (("model", "trial"), "The accumulation state is part of every checkpoint."),
+    "_get_output_dir": (("trial",), "Where that checkpoint lies: trials of a hyperparameter search have their own."),
     "_track_num_input_tokens": (("inputs",), "Counts tokens of a batch: called for each micro-batch of a window."),
     "_loss_shifts_labels": (
         None,

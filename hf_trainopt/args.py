@@ -28,11 +28,13 @@ class EfficientTrainingArgumentsMixin:
         accumulation_policy (`str`, defaults to `"goodput"`): `"fixed"`, `"noise_scale"`, `"goodput"` or `"ramp"`.
         min_accumulation_steps (`int`, defaults to 1): Least k.
         max_accumulation_steps (`int`, *optional*): Largest k; the larger of 32 and 4·k_ref if unset.
-        lr_batch_scaling (`str`, defaults to `"none"`): `"none"`, `"sqrt"`, `"linear"` or `"gain"`, relative to k_ref.
+        lr_batch_scaling (`str`, defaults to `"sqrt"`): `"none"`, `"sqrt"`, `"linear"` or `"gain"`, relative to k_ref.
         noise_scale_ratio (`float`, defaults to 1.0): ρ of `"noise_scale"`.
         accumulation_ramp (`str`, *optional*): Schedule of `"ramp"`, as `"share of data:k,..."`.
         optimizer_step_cost (`float`, *optional*): Cost of an optimizer step in micro-batches for `"goodput"` instead
             of the measured one.
+        annealing_noise_ratio (`float`, defaults to 0.25): As the learning rate decays, the batch of `"goodput"` grows
+            in its place, up to this many noise scales; 0 for never.
         measure_noise_scale (`bool`, *optional*): Take gradient statistics. Unset: where the policy or the learning
             rate needs them.
         noise_scale_interval (`int`, defaults to 8): Every n-th window is measured.
@@ -58,7 +60,7 @@ class EfficientTrainingArgumentsMixin:
         },
     )
     lr_batch_scaling: Literal["none", "sqrt", "linear", "gain"] = field(
-        default="none",
+        default="sqrt",
         metadata={
             "help": "How the learning rate follows k relative to gradient_accumulation_steps: 'none', 'sqrt' (Adam), "
             "'linear' (SGD), or 'gain' (AdaScale: linear below the noise scale, flat above; its root for Adam)."
@@ -80,6 +82,13 @@ class EfficientTrainingArgumentsMixin:
         metadata={
             "help": "accumulation_policy='goodput': cost of an optimizer step in micro-batches. Measured if unset; "
             "set it to make a run reproducible to the bit."
+        },
+    )
+    annealing_noise_ratio: float = field(
+        default=0.25,
+        metadata={
+            "help": "accumulation_policy='goodput': as the learning rate decays, the batch grows in its place, up to "
+            "this many noise scales (not with lr_batch_scaling='none'). 0: never."
         },
     )
     measure_noise_scale: bool | None = field(
@@ -104,9 +113,18 @@ class EfficientTrainingArgumentsMixin:
 
     def __post_init__(self):
         super().__post_init__()
-        self._validate_accumulation()
+        self.validate_accumulation()
+        if self.noise_scale_ratio != 1.0 and self.accumulation_policy != "noise_scale":
+            logger.warning("noise_scale_ratio is ignored: accumulation_policy is '%s'.", self.accumulation_policy)
+        if self.optimizer_step_cost is not None and self.accumulation_policy != "goodput":
+            logger.warning("optimizer_step_cost is ignored: accumulation_policy is '%s'.", self.accumulation_policy)
 
-    def _validate_accumulation(self) -> None:
+    def validate_accumulation(self) -> None:
+        """Check the settings of adaptive accumulation against each other.
+
+        Raises:
+            ValueError: One is out of range or contradicts another.
+        """
         if self.accumulation_policy not in POLICIES:
             raise ValueError(
                 f"accumulation_policy is '{self.accumulation_policy}'; choose one of {', '.join(POLICIES)}, or pass "
@@ -131,6 +149,8 @@ class EfficientTrainingArgumentsMixin:
             raise ValueError(f"noise_scale_ratio is {self.noise_scale_ratio}; it must be positive.")
         if self.optimizer_step_cost is not None and self.optimizer_step_cost < 0:
             raise ValueError(f"optimizer_step_cost is {self.optimizer_step_cost}; it must not be negative.")
+        if self.annealing_noise_ratio < 0:
+            raise ValueError(f"annealing_noise_ratio is {self.annealing_noise_ratio}; it must not be negative.")
         if self.noise_scale_interval < 1:
             raise ValueError(f"noise_scale_interval is {self.noise_scale_interval}; it must be at least 1.")
         if self.noise_scale_half_life <= 0:
@@ -139,9 +159,15 @@ class EfficientTrainingArgumentsMixin:
             if self.accumulation_ramp is None:
                 raise ValueError("accumulation_policy='ramp' needs accumulation_ramp, such as '0:1,0.25:2,0.5:4'.")
             try:
-                RampPolicy.parse(self.accumulation_ramp)
+                ramp = RampPolicy.parse(self.accumulation_ramp)
             except ValueError as error:
                 raise ValueError(f"accumulation_ramp: {error}") from None
+            smallest, largest = self.accumulation_bounds
+            if min(ramp.values) < smallest or max(ramp.values) > largest:
+                raise ValueError(
+                    f"accumulation_ramp has values outside min_accumulation_steps ({smallest}) to "
+                    f"max_accumulation_steps ({largest}); leave these unset."
+                )
         elif self.accumulation_ramp is not None:
             raise ValueError(
                 f"accumulation_ramp is set but accumulation_policy is '{self.accumulation_policy}'; set it to 'ramp'."
@@ -153,10 +179,6 @@ class EfficientTrainingArgumentsMixin:
                 f"({self.gradient_accumulation_steps}), which is not within min_accumulation_steps ({smallest}) and "
                 f"max_accumulation_steps ({largest}); leave these unset."
             )
-        if self.noise_scale_ratio != 1.0 and self.accumulation_policy != "noise_scale":
-            logger.warning("noise_scale_ratio is ignored: accumulation_policy is '%s'.", self.accumulation_policy)
-        if self.optimizer_step_cost is not None and self.accumulation_policy != "goodput":
-            logger.warning("optimizer_step_cost is ignored: accumulation_policy is '%s'.", self.accumulation_policy)
         if self.measure_noise_scale is False and (
             self.accumulation_policy in ("noise_scale", "goodput") or self.lr_batch_scaling == "gain"
         ):
@@ -172,6 +194,8 @@ class EfficientTrainingArgumentsMixin:
         largest = self.max_accumulation_steps
         if largest is None:
             largest = max(32, 4 * self.gradient_accumulation_steps, self.min_accumulation_steps)
+            if self.accumulation_policy == "ramp":
+                largest = max(largest, *RampPolicy.parse(self.accumulation_ramp).values)
         return self.min_accumulation_steps, largest
 
     def make_accumulation_policy(self) -> FixedPolicy | NoiseScalePolicy | GoodputPolicy | RampPolicy:
@@ -182,7 +206,9 @@ class EfficientTrainingArgumentsMixin:
             return NoiseScalePolicy(ratio=self.noise_scale_ratio)
         if self.accumulation_policy == "ramp":
             return RampPolicy.parse(self.accumulation_ramp)
-        return GoodputPolicy(step_cost=self.optimizer_step_cost)
+        # Without the rate following the batch, a growing batch would be a second decay on top of the schedule.
+        annealing = 0.0 if self.lr_batch_scaling == "none" else self.annealing_noise_ratio
+        return GoodputPolicy(step_cost=self.optimizer_step_cost, annealing_ratio=annealing)
 
 
 @dataclass

@@ -1,30 +1,33 @@
 """Refusals: what cannot work with varying k is said before training starts, with the remedy."""
 
 import logging
-from typing import Any
 
+import torch
 from transformers import Trainer
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
-
-from .accumulation.controller import STATE_VERSION
 
 
 logger = logging.getLogger(__name__)
 
 
-def check_adaptive_setup(trainer: Trainer, measures: bool) -> None:
+def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool) -> None:
     """Refuse what cannot work with varying k, and warn of a model whose loss may be scaled twice.
 
     Args:
         trainer: Trainer with `EfficientTrainingArguments`.
         measures: Whether gradient statistics are taken.
+        has_own_policy: Whether the policy is the user's own.
 
     Raises:
         ValueError: Something asked for does not work with varying k.
     """
     args = trainer.args
     what = f"accumulation_policy='{args.accumulation_policy}'"
-    remedy = "set accumulation_policy='fixed' and leave measure_noise_scale unset"
+    remedy = "set accumulation_policy='fixed'"
+    if has_own_policy:
+        what, remedy = "an accumulation policy of your own", remedy + " and pass no policy"
+    elif args.accumulation_policy == "fixed":
+        what, remedy = "measuring the noise scale", "leave measure_noise_scale unset and lr_batch_scaling at 'none'"
     if trainer.is_deepspeed_enabled:
         raise ValueError(f"{what} does not work with DeepSpeed, whose engine fixes k when it starts; {remedy}.")
     if is_sagemaker_mp_enabled() or trainer.is_fsdp_xla_enabled:
@@ -43,6 +46,19 @@ def check_adaptive_setup(trainer: Trainer, measures: bool) -> None:
             f"auto_find_batch_size changes the size of micro-batches, in which {what} counts; set it to False, or "
             f"{remedy}."
         )
+    if any(name in str(args.optim).lower() for name in ("layerwise", "lomo")):
+        raise ValueError(
+            f"optim='{args.optim}' takes its steps inside the backward pass, so that gradients cannot be accumulated; "
+            f"choose another optimizer, or {remedy}."
+        )
+    model = trainer.model
+    accepts_unset = not hasattr(model, "accepts_loss_kwargs") and trainer.compute_loss_func is None
+    if trainer.model_accepts_loss_kwargs and accepts_unset and _loss_ignores_num_items(model):
+        raise ValueError(
+            f"the loss of {type(model).__name__} for regression or multi-label classification ignores "
+            "num_items_in_batch, so that gradients would grow with k; set `model.accepts_loss_kwargs = False` before "
+            f"you make the Trainer (a mean of micro-batch means), or {remedy}."
+        )
     reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant")
     if measures and args.activation_checkpointing and reentrant:
         raise ValueError(
@@ -60,46 +76,20 @@ def check_adaptive_setup(trainer: Trainer, measures: bool) -> None:
             "own noise, so every %d-th optimizer step (and the first ones) takes two.",
             args.noise_scale_interval,
         )
-    if (
-        trainer.model_accepts_loss_kwargs
-        and not hasattr(trainer.model, "loss_function")
-        and not hasattr(trainer.model, "accepts_loss_kwargs")
-        and trainer.compute_loss_func is None
-    ):
+    if trainer.model_accepts_loss_kwargs and accepts_unset and not hasattr(type(model), "loss_function"):
         logger.warning(
             "%s takes **kwargs, so Trainer expects its loss to be divided by `num_items_in_batch`. If it returns a "
             "plain mean, set `accepts_loss_kwargs = False` on the model: gradients would grow with k otherwise.",
-            type(trainer.model).__name__,
+            type(model).__name__,
         )
 
 
-def check_resumed_state(state: dict[str, Any], setup: dict[str, int], path: str, adapts: bool) -> None:
-    """Refuse an accumulation state that does not fit this run.
-
-    Args:
-        state: Contents of the checkpoint's accumulation state.
-        setup: What this run counts its position in the data in.
-        path: Where `state` was read.
-        adapts: Whether this run goes through windows.
-
-    Raises:
-        ValueError: Another version or set-up wrote it, or k has varied and this run is stock.
-    """
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(
-            f"{path} has version {state.get('version')}, this hf_trainopt reads version {STATE_VERSION}; resume with "
-            "the version that wrote it."
-        )
-    for name, value in setup.items():
-        if state["setup"][name] != value:
-            raise ValueError(
-                f"{name} is {value} but the checkpoint was written with {state['setup'][name]}: its position in the "
-                "data is counted in these micro-batches; resume with the same value."
-            )
-    reference = setup["gradient_accumulation_steps"]
-    if not adapts and state["controller"]["used_range"] not in ([], [reference, reference]):
-        raise ValueError(
-            "accumulation_policy='fixed' cannot resume a checkpoint in which k has varied (stock Trainer would not "
-            "find its place in the data); resume with the policy that it was written with, or set "
-            "measure_noise_scale=True."
-        )
+def _loss_ignores_num_items(model: torch.nn.Module) -> bool:
+    """Whether the loss of transformers is a mean of its own here: sequence classification but single-label."""
+    config = getattr(model, "config", None)
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return False
+    return (
+        getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
+        or getattr(config, "num_labels", None) == 1
+    )

@@ -31,6 +31,7 @@ class WindowCallbackHandler(CallbackHandler):
         handler: Handler of the Trainer; its callbacks are taken over in order.
         show_arguments: Context in which `args.gradient_accumulation_steps` is k_ref (the loop is run with 1).
         before_step_end: Called first at the end of each optimizer step, with the state.
+        cursor: Position in the data, or `None` while everything is stock.
     """
 
     def __init__(
@@ -38,11 +39,18 @@ class WindowCallbackHandler(CallbackHandler):
         handler: CallbackHandler,
         show_arguments: Callable[[], AbstractContextManager],
         before_step_end: Callable[[TrainerState], None],
+        cursor: Callable[[], DataCursor | None],
     ):
         # Not `super().__init__()`: it would add the callbacks anew and warn about those that are there twice.
         self.__dict__.update(handler.__dict__)
         self._show_arguments = show_arguments
         self._before_step_end = before_step_end
+        self._cursor = cursor
+        self.callbacks = put_on_data_axis(self.callbacks, cursor)
+
+    def add_callback(self, callback):
+        super().add_callback(callback)
+        self.callbacks = put_on_data_axis(self.callbacks, self._cursor)
 
     def call_event(self, event, args, state, control, **kwargs):
         if event == "on_step_end":

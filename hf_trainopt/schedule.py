@@ -11,6 +11,9 @@ from transformers.optimization import GreedyLR
 # Driven by evaluation metrics, not by steps: Trainer steps them itself, and they need no index.
 METRIC_DRIVEN = (ReduceLROnPlateau, GreedyLR)
 
+# Our part of a saved schedule.
+STATE_KEY = "hf_trainopt"
+
 BATCH_SCALING_RULES = ("none", "sqrt", "linear", "gain")
 
 
@@ -78,7 +81,11 @@ class DataIndexedLR(LRScheduler):
         # Deliberately not `super().__init__()`: that would step the optimizer's rates a second time.
         self.inner = inner
         self.optimizer = inner.optimizer
-        self.base_lrs = inner.base_lrs
+        self.base_lrs = getattr(inner, "base_lrs", None) or [
+            group.get("initial_lr", group["lr"]) for group in inner.optimizer.param_groups
+        ]
+        # A schedule that was stepped before (by the user, or in an earlier `train`) goes on from there.
+        self._offset = inner.last_epoch if isinstance(inner, LambdaLR) else 0
         self.position: int | float = 0
         self.scale = 1.0
         self._whole_steps = 0
@@ -93,20 +100,20 @@ class DataIndexedLR(LRScheduler):
         """Say where the next window begins and how its batch scales the rate; `step` applies it."""
         self.position, self.scale = position, scale
 
-    def factor(self) -> float:
-        """Schedule at the current position relative to the base rate, batch scaling excluded."""
+    def factor(self, position: int | float) -> float:
+        """Schedule at a position relative to the base rate, batch scaling excluded (a recursion: where it stands)."""
         if isinstance(self.inner, LambdaLR):
-            return float(self.inner.lr_lambdas[0](self.position))
+            return float(self.inner.lr_lambdas[0](position + self._offset))
         return self.inner.get_last_lr()[0] / self.base_lrs[0] if self.base_lrs[0] else 0.0
 
     def step(self, epoch: Any = None) -> None:
         """Set the optimizer's learning rates for the next window. Doing it twice changes nothing."""
         if isinstance(self.inner, LambdaLR):
             rates = [
-                base * function(self.position)
+                base * function(self.position + self._offset)
                 for base, function in zip(self.inner.base_lrs, self.inner.lr_lambdas, strict=True)
             ]
-            self.inner.last_epoch = self.position
+            self.inner.last_epoch = self.position + self._offset
             self.inner._last_lr = rates
         else:
             # Such schedules continue from the rates that they find in the optimizer: ours are scaled.
@@ -132,23 +139,25 @@ class DataIndexedLR(LRScheduler):
         return self._last_lr
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "inner": self.inner.state_dict(),
+        """The state of the schedule inside, which stock `Trainer` can load, and ours under one key."""
+        ours = {
             "position": self.position,
             "scale": self.scale,
             "whole_steps": self._whole_steps,
             "last_lr": [float(rate) for rate in self._last_lr],
         }
+        return {**self.inner.state_dict(), STATE_KEY: ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load its own state, or the state of a stock schedule (a checkpoint that stock `Trainer` wrote)."""
-        if "inner" not in state_dict:
-            self.inner.load_state_dict(state_dict)
-            self._whole_steps = int(state_dict["last_epoch"])
+        inner = dict(state_dict)
+        ours = inner.pop(STATE_KEY, None)
+        self.inner.load_state_dict(inner)
+        if ours is None:
+            # A position is known already: the Trainer's, taken from the number of steps.
+            self._whole_steps = math.floor(self.position)
             self._last_lr = list(self.inner.get_last_lr())
-            self.position = self._whole_steps
             return
-        self.inner.load_state_dict(state_dict["inner"])
-        self.position, self.scale = state_dict["position"], state_dict["scale"]
-        self._whole_steps = state_dict["whole_steps"]
-        self._last_lr = list(state_dict["last_lr"])
+        self.position, self.scale = ours["position"], ours["scale"]
+        self._whole_steps = ours["whole_steps"]
+        self._last_lr = list(ours["last_lr"])

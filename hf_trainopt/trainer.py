@@ -1,7 +1,6 @@
 """`EfficientTrainer`: wires the parts into the public hooks of `transformers.Trainer`."""
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -9,11 +8,12 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length
 
-from .accumulation.controller import STATE_VERSION, AccumulationController
+from .accumulation.checkpoint import place_after_stock_steps, read_state, restore, run_state, write_state
+from .accumulation.controller import AccumulationController
 from .accumulation.cursor import DataCursor
-from .accumulation.gradient_norms import MicroBatchNorms, gradient_square_norm
+from .accumulation.gradient_norms import MicroBatchNorms
 from .accumulation.noise_scale import NoiseScaleTracker
 from .accumulation.policy import AccumulationPolicy, FixedPolicy
 from .accumulation.timing import StepTimer
@@ -27,14 +27,12 @@ from .accumulation.window import (
     to_vector,
 )
 from .args import EfficientTrainingArgumentsMixin
-from .checks import check_adaptive_setup, check_resumed_state
-from .flow import WindowCallbackHandler, put_on_data_axis
+from .checks import check_adaptive_setup
+from .flow import WindowCallbackHandler
 from .schedule import METRIC_DRIVEN, DataIndexedLR, batch_scaling_factor, is_adaptive_optimizer
 
 
 logger = logging.getLogger(__name__)
-
-ACCUMULATION_STATE_NAME = "accumulation_state.json"
 
 
 class EfficientTrainerMixin:
@@ -74,12 +72,11 @@ class EfficientTrainerMixin:
         self._epoch_examples = 0
         self._last_window: tuple[int, int] | None = None
         self._epoch_is_over = False
-        if self._adapts:
-            check_adaptive_setup(self, self._measures)
+        self._committed_state: dict[str, Any] | None = None
+        self._read_arguments()
         self.callback_handler = WindowCallbackHandler(
-            self.callback_handler, self._reference_steps_shown, self._before_step_end
+            self.callback_handler, self._reference_steps_shown, self._before_step_end, lambda: self._cursor
         )
-        self.callback_handler.callbacks = put_on_data_axis(self.callback_handler.callbacks, lambda: self._cursor)
 
     # ---- What is in play -------------------------------------------------------------------------------------------
 
@@ -95,6 +92,15 @@ class EfficientTrainerMixin:
     def _adapts(self) -> bool:
         """Whether training goes through windows at all; if not, everything is stock."""
         return self._measures or not isinstance(self.accumulation_policy, FixedPolicy)
+
+    def _read_arguments(self) -> None:
+        """Take k_ref and the policy from the arguments, which may have changed (hyperparameter search)."""
+        self._reference_steps = self.args.gradient_accumulation_steps
+        self.args.validate_accumulation()
+        if not self._has_own_policy:
+            self.accumulation_policy = self.args.make_accumulation_policy()
+        if self._adapts:
+            check_adaptive_setup(self, self._measures, self._has_own_policy)
 
     # ---- The loop --------------------------------------------------------------------------------------------------
 
@@ -119,27 +125,19 @@ class EfficientTrainerMixin:
         Raises:
             ValueError: The checkpoint was written with another micro-batch size, number of ranks or k_ref.
         """
-        self._resumed_state = None
+        self._resumed_state = self._committed_state = None
         self._cursor = self._controller = None
-        # Arguments may have changed since the last call (hyperparameter search).
-        self._reference_steps = self.args.gradient_accumulation_steps
-        if not self._has_own_policy:
-            self.accumulation_policy = self.args.make_accumulation_policy()
-        if self._adapts:
-            check_adaptive_setup(self, self._measures)
+        self._read_arguments()
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
         if checkpoint:
-            path = os.path.join(checkpoint, ACCUMULATION_STATE_NAME)
-            if os.path.isfile(path):
-                with open(path, encoding="utf-8") as file:
-                    self._resumed_state = json.load(file)
-                check_resumed_state(self._resumed_state, self._setup, path, self._adapts)
+            self._resumed_state = read_state(checkpoint, self._setup, self._adapts)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, args, dataloader, *other, **kwargs):
         """Let the loop run as many steps as there can be windows; schedules stay in reference windows."""
+        self._read_arguments()  # a trial of a hyperparameter search is applied after `train` was entered
         values = super().set_initial_training_values(args, dataloader, *other, **kwargs)
         if not self._adapts:
             return values
@@ -170,10 +168,16 @@ class EfficientTrainerMixin:
                 synchronize=None if device.type == "cpu" else torch.accelerator.synchronize,
                 distributed=args.world_size > 1,
                 interval=1 if device.type == "cpu" else args.noise_scale_interval,
+                enabled=self._has_own_policy or getattr(self.accumulation_policy, "step_cost", 0.0) is None,
             ),
         )
-        self._norms = MicroBatchNorms(self.model.parameters(), device) if self._measures else None
+        self._norms = MicroBatchNorms(self.model, device) if self._measures else None
         self._last_window = None
+        logger.info(
+            "k varies: in what is logged next, steps are reference windows of %d micro-batches, and 'update steps per "
+            "epoch' are micro-batches.",
+            self._reference_steps,
+        )
         # k >= 1, so an epoch has at most as many windows as micro-batches; an iterator that is dry ends it earlier.
         return epochs, steps_in_epoch, examples, samples, total_batch, steps_in_epoch, max_steps
 
@@ -181,34 +185,30 @@ class EfficientTrainerMixin:
         epochs, micro_batches = super()._init_training_state(*args, **kwargs)
         if self._cursor is None:
             return epochs, micro_batches
+        cursor = self._cursor
         if self._resumed_state is not None:
-            for name, value in self._resumed_state["cursor"].items():
-                setattr(self._cursor, name, value)
-            self._controller.load_state_dict(self._resumed_state["controller"])
+            restore(self._resumed_state, cursor, self._controller)
         elif self.state.global_step:
-            self._place_cursor_of_stock_checkpoint()
-        self._initial_samples_seen = self._cursor.samples_seen
-        self.state.max_steps = self.state.global_step + self._cursor.remaining_windows(
-            self._controller.accumulation_steps
-        )
-        return self._cursor.epoch, 0 if self.args.ignore_data_skip else self._cursor.micro_batch
+            place_after_stock_steps(
+                cursor,
+                self.state.global_step,
+                self._train_batch_size * self.args.world_size,
+                self._epoch_examples,
+                self.state.log_history,
+            )
+        if self.args.ignore_data_skip:
+            cursor.restart_epoch()
+        self._initial_samples_seen = cursor.samples_seen
+        self._committed_state = run_state(self._setup, cursor, self._controller)
+        self.state.max_steps = self.state.global_step + cursor.remaining_windows(self._controller.accumulation_steps)
+        return cursor.epoch, cursor.micro_batch
 
-    def _place_cursor_of_stock_checkpoint(self) -> None:
-        """A checkpoint of stock Trainer: every step was a reference window."""
-        cursor, k = self._cursor, self._reference_steps
-        length = cursor.micro_batches_per_epoch or cursor.budget_units
-        windows_per_epoch = -(-length // k)
-        cursor.epoch, windows = divmod(self.state.global_step, windows_per_epoch)
-        cursor.finished_windows = cursor.epoch * windows_per_epoch
-        cursor.micro_batch = windows * k
-        micro_batch_samples = self._train_batch_size * self.args.world_size
-        epoch_samples = min(length * micro_batch_samples, self._epoch_examples)
-        cursor.samples_seen = cursor.epoch * epoch_samples + cursor.micro_batch * micro_batch_samples
-        logger.info("The checkpoint has no %s: taken as written at k = %d throughout.", ACCUMULATION_STATE_NAME, k)
-
-    def _run_epoch(self, *args, **kwargs):
+    def _run_epoch(self, *args, epoch: int, **kwargs):
+        kwargs["epoch"] = epoch
         if self._cursor is None:
             return super()._run_epoch(*args, **kwargs)
+        if epoch > self._cursor.epoch:  # a callback has stopped the last one early
+            self._cursor.close_epoch()
         self._epoch_is_over = False
         with self._accumulation_steps_shown(1):
             return super()._run_epoch(*args, **kwargs)
@@ -224,13 +224,14 @@ class EfficientTrainerMixin:
             controller.timer.start_window()
         with self._accumulation_steps_shown(max(1, wanted)):
             micro_batches, num_items = super().get_batch_samples(epoch_iterator, wanted, *args, **kwargs)
-        if len(micro_batches) < wanted:
-            self._epoch_is_over = True
+        # Accelerate's loaders look one batch ahead, so that a stream says with its last batch that it is dry.
+        self._epoch_is_over |= len(micro_batches) < wanted or self.accelerator.gradient_state.end_of_dataloader
         if not micro_batches:
-            if self._cursor.micro_batch:
+            if wanted and self._cursor.micro_batch:
                 self._cursor.close_epoch()
             # The loop is set to as many steps as the epoch has micro-batches: let it not count through the rest.
             self.control.should_epoch_stop = True
+            self.control.should_training_stop |= self._cursor.exhausted
             return [], num_items
         controller.timer.fetched(len(micro_batches))
         measured = measures and len(micro_batches) * self.args.world_size >= 2
@@ -268,20 +269,22 @@ class EfficientTrainerMixin:
         """Count the window, take in its statistics, choose k and place the learning rate for the next one."""
         cursor, controller = self._cursor, self._controller
         samples = sum(count_samples(micro_batch) for micro_batch in window.micro_batches)
+        cursor.advance(len(window), end_of_epoch=self._epoch_is_over)
+        self._epoch_is_over |= cursor.micro_batch == 0
         next_k, square_norm, sums = 0, 0.0, None
+        rate = self._learning_rate_factor()
         if self.args.process_index == 0:
-            next_k = controller.decide(controller.observe(cursor.progress, self._learning_rate_factor()))
+            next_k = controller.decide(controller.observe(cursor.progress, rate))
         if window.measured:
             sums = self._measured_sums(window, num_items_in_batch)
             if self.args.process_index == 0:
-                square_norm = gradient_square_norm(self.model.parameters(), self.args.device) * self._unscale**2
+                square_norm = self._norms.accumulated_square_norm() * self._unscale**2
         vector = to_vector(next_k, samples, square_norm, sums)
         if self.args.world_size > 1:
             vector = self.accelerator.reduce(vector.to(self.args.device), reduction="sum").cpu()
         next_k, statistics = from_vector(vector.tolist())
-        controller.finish_window(window.planned, statistics, window.measured, next_k)
-        cursor.advance(len(window), statistics.num_samples, end_of_epoch=self._epoch_is_over)
-        self._epoch_is_over |= cursor.micro_batch == 0
+        cursor.samples_seen += statistics.num_samples
+        controller.finish_window(window.planned, statistics, window.measured, next_k, rate)
         self._last_window = (window.planned, statistics.num_samples)
         self._place_learning_rate()
 
@@ -294,16 +297,17 @@ class EfficientTrainerMixin:
     def _measured_sums(self, window: Window, num_items_in_batch: Any) -> LocalSums:
         """This rank's terms of the window's statistics."""
         world_size = self.args.world_size
-        by_tokens = num_items_in_batch is not None and (
-            self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        )
-        if by_tokens:
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if scaled and num_items_in_batch is not None:
             # The loss of each micro-batch was divided by the items of the window, on all ranks or on this one.
             items = [count_target_tokens(batch, self._loss_shifts_labels) for batch in window.micro_batches]
+            total = sum(items) * world_size
             if self.args.average_tokens_across_devices:
-                weights = [n / float(num_items_in_batch) for n in items]
-            else:
-                weights = [n / (sum(items) * world_size) for n in items]
+                # One number a device under DataParallel, all the same.
+                total = float(torch.as_tensor(num_items_in_batch).flatten()[0])
+            weights = [n / total if total else 0.0 for n in items]
         else:
             # The loss of each micro-batch is a mean of its own, divided by their number.
             items = [count_samples(batch) for batch in window.micro_batches]
@@ -319,9 +323,10 @@ class EfficientTrainerMixin:
             return scheduler
         if isinstance(scheduler, METRIC_DRIVEN):
             if self.args.lr_batch_scaling != "none":
-                raise ValueError(
-                    f"lr_batch_scaling='{self.args.lr_batch_scaling}' does not work with lr_scheduler_type="
-                    f"'{self.args.lr_scheduler_type}', which sets the rate itself; set it to 'none'."
+                logger.warning(
+                    "lr_batch_scaling='%s' is ignored: lr_scheduler_type='%s' sets the rate itself.",
+                    self.args.lr_batch_scaling,
+                    self.args.lr_scheduler_type,
                 )
             return scheduler
         inner = scheduler.inner if isinstance(scheduler, DataIndexedLR) else scheduler
@@ -331,7 +336,11 @@ class EfficientTrainerMixin:
         return self.lr_scheduler
 
     def _learning_rate_factor(self) -> float:
-        return self.lr_scheduler.factor() if isinstance(self.lr_scheduler, DataIndexedLR) else 1.0
+        return (
+            self.lr_scheduler.factor(self._cursor.reference_position)
+            if isinstance(self.lr_scheduler, DataIndexedLR)
+            else 1.0
+        )
 
     def _place_learning_rate(self) -> None:
         """Tell the schedule where the next window begins and how large it will be."""
@@ -359,6 +368,7 @@ class EfficientTrainerMixin:
         state.epoch = self._cursor.reported_epoch
         remaining = self._cursor.remaining_windows(self._controller.accumulation_steps)
         state.max_steps = state.global_step + remaining
+        self._committed_state = run_state(self._setup, self._cursor, self._controller)
         # The loop does not step the schedule after a skipped optimizer step (fp16 overflow), but the data were used.
         if self.accelerator.optimizer_step_was_skipped and isinstance(self.lr_scheduler, DataIndexedLR):
             self.lr_scheduler.step()
@@ -421,18 +431,13 @@ class EfficientTrainerMixin:
             "gradient_accumulation_steps": self._reference_steps,
         }
 
-    def _save_optimizer_and_scheduler(self, output_dir: str, *args, **kwargs) -> None:
-        super()._save_optimizer_and_scheduler(output_dir, *args, **kwargs)
-        if self._cursor is None or not self.args.should_save:
-            return
-        state = {
-            "version": STATE_VERSION,
-            "setup": self._setup,
-            "cursor": self._cursor.state_dict(),
-            "controller": self._controller.state_dict(),
-        }
-        with open(os.path.join(output_dir, ACCUMULATION_STATE_NAME), "w", encoding="utf-8") as file:
-            json.dump(state, file, indent=1)
+    def _save_checkpoint(self, model, trial, *args, **kwargs):
+        if self._cursor is not None and self.args.should_save:
+            # First: a checkpoint without it would be taken for one of stock Trainer. That of the last finished step,
+            # since a checkpoint may be asked for in the middle of one.
+            folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            write_state(self._committed_state, folder)
+        return super()._save_checkpoint(model, trial, *args, **kwargs)
 
 
 class EfficientTrainer(EfficientTrainerMixin, Trainer):

@@ -21,6 +21,7 @@ from hf_trainopt.accumulation import FixedPolicy, GoodputPolicy, NoiseScalePolic
         ({"min_accumulation_steps": 4, "max_accumulation_steps": 2}, "raise the one or lower the other"),
         ({"noise_scale_ratio": 0.0}, "must be positive"),
         ({"optimizer_step_cost": -1.0}, "must not be negative"),
+        ({"annealing_noise_ratio": -1.0}, "must not be negative"),
         ({"noise_scale_interval": 0}, "must be at least 1"),
         ({"noise_scale_half_life": 0.0}, "must be positive"),
         ({"accumulation_policy": "ramp"}, "needs accumulation_ramp"),
@@ -97,16 +98,14 @@ def test_stock_arguments_are_refused(tmp_path):
         EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, TrainingArguments), train_dataset=Rows())
 
 
-def test_metric_driven_schedules_refuse_batch_scaling(tmp_path):
+def test_metric_driven_schedules_set_the_rate_themselves(tmp_path, caplog):
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "warmup_steps": 0}
-    args = arguments(tmp_path, lr_batch_scaling="sqrt", **plateau)
-    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(6)))
-    with pytest.raises(ValueError, match="set it to 'none'"):
-        trainer.train()
-    args = arguments(tmp_path, lr_batch_scaling="none", **plateau)
+    args = arguments(tmp_path, **plateau)
     trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(6)))
     trainer.train()
+    assert "lr_batch_scaling='sqrt' is ignored" in caplog.text
     assert trainer.state.epoch == 2.0
+    assert trainer.optimizer.param_groups[0]["lr"] == args.learning_rate
 
 
 def test_defaults_of_training_arguments_are_not_changed(tmp_path):
@@ -134,7 +133,9 @@ def test_arguments_are_flags(tmp_path):
 def test_policies_by_name(tmp_path):
     make = lambda **kwargs: arguments(tmp_path, **kwargs).make_accumulation_policy()  # noqa: E731
     assert make(accumulation_policy="fixed") == FixedPolicy()
-    assert make(accumulation_policy="goodput", optimizer_step_cost=0.5) == GoodputPolicy(0.5)
+    assert make(accumulation_policy="goodput", optimizer_step_cost=0.5) == GoodputPolicy(0.5, 0.25)
+    assert make(annealing_noise_ratio=0.5) == GoodputPolicy(None, 0.5)
+    assert make(lr_batch_scaling="none") == GoodputPolicy(None, 0.0)
     assert make(accumulation_policy="ramp", accumulation_ramp="0:1,0.5:2") == RampPolicy((0.0, 0.5), (1, 2))
 
 

@@ -8,6 +8,7 @@ import pytest
 from transformers import Trainer
 
 import hf_trainopt
+from hf_trainopt import _compat
 from hf_trainopt._compat import PRIVATE_API, TESTED_TRANSFORMERS, check_transformers_version
 
 
@@ -53,11 +54,13 @@ def test_the_loop_is_what_we_wrap():
     assert "self.set_initial_training_values(args, train_dataloader)" in inspect.getsource(
         Trainer._inner_training_loop
     )
-    assert "self._save_optimizer_and_scheduler(output_dir)" in inspect.getsource(Trainer._save_checkpoint)
+    saving = inspect.getsource(Trainer._save_checkpoint)
+    assert 'f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"' in saving
+    assert "self._get_output_dir(trial=trial)" in saving
 
 
 def test_another_version_is_warned_of(monkeypatch):
-    monkeypatch.setattr("transformers.__version__", "99.0.0")
+    monkeypatch.setattr(_compat.transformers, "__version__", "99.0.0")
     with pytest.warns(UserWarning, match="not with 99"):
         check_transformers_version()
     assert len(TESTED_TRANSFORMERS) == 2

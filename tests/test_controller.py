@@ -116,6 +116,19 @@ def test_bounds_hold_from_the_first_window():
     assert controller(NoiseScalePolicy(), minimum=4).accumulation_steps == 4
 
 
+def test_decay_is_relative_to_the_highest_rate_so_far():
+    """Warm-up is no decay; a restart is the end of one. The peak survives a checkpoint."""
+    subject = controller(FixedPolicy())
+    seen = []
+    for factor in (0.0, 0.5, 1.0, 0.5, 0.25, 1.0):
+        seen.append(subject.observe(0.5, factor).learning_rate_decay)
+        subject.finish_window(8, window(8, 4.0, 0.0), False, 8, factor)
+    assert seen == [1.0, 1.0, 1.0, 0.5, 0.25, 1.0]
+    other = controller(FixedPolicy())
+    other.load_state_dict(subject.state_dict())
+    assert other.observe(0.5, 0.1).learning_rate_decay == pytest.approx(0.1)
+
+
 def test_a_saved_controller_goes_on_as_if_nothing_had_happened():
     scales = [6.0, 9.0, 3.0, 20.0] * 20
     whole = controller(NoiseScalePolicy())

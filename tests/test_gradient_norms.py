@@ -34,7 +34,7 @@ def norm_by_itself(model, x) -> float:
 def test_norms_equal_autograd_one_micro_batch_at_a_time():
     model = Tied()
     batches = [torch.randn(5, 6) * (i + 1) for i in range(3)]
-    norms = MicroBatchNorms(model.parameters(), CPU)
+    norms = MicroBatchNorms(model, CPU)
     with norms:
         for batch in batches:
             model(batch).backward()
@@ -46,7 +46,7 @@ def test_norms_equal_autograd_one_micro_batch_at_a_time():
 
 def test_hooks_are_gone_outside():
     model = Tied()
-    norms = MicroBatchNorms(model.parameters(), CPU)
+    norms = MicroBatchNorms(model, CPU)
     with norms:
         pass
     assert not any(p._backward_hooks for p in model.parameters())
@@ -56,14 +56,14 @@ def test_hooks_are_gone_outside():
 
 def test_hooks_are_gone_after_an_error():
     model = Tied()
-    with pytest.raises(RuntimeError, match="out of memory"), MicroBatchNorms(model.parameters(), CPU):
+    with pytest.raises(RuntimeError, match="out of memory"), MicroBatchNorms(model, CPU):
         raise RuntimeError("out of memory")
     assert not any(p._backward_hooks for p in model.parameters())
 
 
 def test_sparse_gradients():
     embedding = torch.nn.Embedding(10, 3, sparse=True)
-    norms = MicroBatchNorms(embedding.parameters(), CPU)
+    norms = MicroBatchNorms(embedding, CPU)
     index = torch.tensor([1, 1, 4])
     with norms:
         embedding(index).square().sum().backward()
@@ -75,7 +75,7 @@ def test_sparse_gradients():
 
 def test_squares_of_half_precision_gradients_do_not_overflow():
     parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
-    norms = MicroBatchNorms([parameter], CPU)
+    norms = MicroBatchNorms(torch.nn.ParameterList([parameter]), CPU)
     with norms:
         (parameter * 300.0).sum().backward()
         norms.end_micro_batch()
@@ -88,7 +88,7 @@ def test_activation_checkpointing(use_reentrant):
     """Re-entrant checkpointing reports a tied weight in pieces: NaN, never a wrong number."""
     model = Tied()
     x = torch.randn(5, 6, requires_grad=True)
-    norms = MicroBatchNorms(model.parameters(), CPU)
+    norms = MicroBatchNorms(model, CPU)
     with norms:
         hidden = checkpoint(model.first, x, use_reentrant=use_reentrant)
         hidden = checkpoint(model.second, torch.tanh(hidden), use_reentrant=use_reentrant)
@@ -102,8 +102,21 @@ def test_activation_checkpointing(use_reentrant):
 
 
 def test_no_gradient_at_all():
-    norms = MicroBatchNorms([torch.nn.Parameter(torch.zeros(1))], CPU)
+    norms = MicroBatchNorms(torch.nn.Linear(1, 1), CPU)
     with norms:
         norms.end_micro_batch()
     assert norms.finish() != norms.finish()  # NaN
     assert gradient_square_norm([torch.nn.Parameter(torch.zeros(1))], CPU) == 0.0
+
+
+def test_parameters_may_be_frozen_and_unfrozen_between_windows():
+    model, batch = Tied(), torch.randn(5, 6)
+    norms = MicroBatchNorms(model, CPU)
+    for parameter, trained in ((model.first.weight, True), (model.first.weight, False), (model.first.weight, True)):
+        parameter.requires_grad_(trained)
+        model.zero_grad()
+        with norms:
+            model(batch).backward()
+            norms.end_micro_batch()
+        assert norms.finish() == pytest.approx([norm_by_itself(model, batch)], rel=1e-6)
+        assert norms.accumulated_square_norm() == pytest.approx(norms.finish()[0], rel=1e-6)

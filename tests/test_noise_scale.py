@@ -243,7 +243,7 @@ def test_tracker_state_round_trip():
     for window in windows[:6]:
         whole.update(window)
         first.update(window)
-    second = NoiseScaleTracker(1.0)
+    second = NoiseScaleTracker(50.0)
     second.load_state_dict(first.state_dict())
     for window in windows[6:]:
         whole.update(window)

@@ -44,10 +44,27 @@ def test_policies_hold_while_nothing_is_resolved(policy, seen):
 @given(cost=st.floats(0.01, 50), noise_scale=st.floats(0.1, 1e4))
 def test_goodput_is_the_best_k_of_a_brute_force_search(cost, noise_scale):
     """k* minimises seconds to the loss, (k + r)(1 + B/k): searched on a fine grid."""
-    target = GoodputPolicy(step_cost=cost)(observe(noise=noise(noise_scale * 4.0)))
+    policy = GoodputPolicy(step_cost=cost, annealing_ratio=0.0)
+    target = policy(observe(noise=noise(noise_scale * 4.0), learning_rate_decay=0.1))
     grid = [1e-2 * 1.01**i for i in range(2000)]
     best = min(grid, key=lambda k: (k + cost) * (1 + noise_scale / k))
     assert target == pytest.approx(best, rel=0.011)
+
+
+@pytest.mark.parametrize(
+    ("decay", "noise_in_micro_batches", "expected"),
+    [
+        (1.0, 100.0, 2.0),  # k* alone: √(0.04 · 100)
+        (0.5, 100.0, 4.0),  # half the rate: twice the batch
+        (0.05, 100.0, 25.0),  # not above a quarter of the noise scale
+        (0.5, 4.0, 1.0),  # k* = 0.4 counts as the 1 that it is, and the ceiling is 1
+        (0.0, 400.0, 100.0),  # a schedule that ends at zero
+        (0.5, 1.0, 0.25),  # the ceiling is below 1: k stays 1 by the limits
+    ],
+)
+def test_goodput_grows_as_the_rate_decays(decay, noise_in_micro_batches, expected):
+    seen = observe(noise=noise(4 * noise_in_micro_batches), learning_rate_decay=decay)
+    assert GoodputPolicy(step_cost=0.04)(seen) == pytest.approx(expected)
 
 
 def test_goodput_measures_its_step_cost():

@@ -10,7 +10,7 @@ from helpers import Pictures, Rows, arguments, quiet, tiny_gpt2, tiny_resnet, we
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.trainer import ACCUMULATION_STATE_NAME
+from hf_trainopt.accumulation.checkpoint import STATE_NAME
 
 
 # k varies in every one of them, and none depends on the clock.
@@ -82,7 +82,7 @@ def loss_history(trainer) -> list[tuple]:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_k_varies_in_these_runs(whole_runs, policy):
     sizes = [entry["accumulation_steps"] for entry in whole_runs[policy].state.log_history if "loss" in entry]
-    assert len(set(sizes)) >= 3
+    assert len(set(sizes)) >= (4 if policy == "ramp" else 2)
     if policy != "ramp":
         assert whole_runs[policy]._controller.was_resolved
 
@@ -123,7 +123,8 @@ def test_batch_norm_statistics_come_back(tmp_path):
     whole = run()
     whole.train()
     resumed = run()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    in_mid_run = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[2]
+    resumed.train(resume_from_checkpoint=str(in_mid_run))
     assert weights_equal(whole.model, resumed.model)
 
 
@@ -136,7 +137,7 @@ def test_data_skip_can_be_ignored_as_in_stock(whole_runs, tmp_path):
 
 def test_throughput_counts_this_call_only(whole_runs, tmp_path):
     checkpoint = Path(whole_runs["ramp"].args.output_dir) / "checkpoint-4"
-    seen = json.loads((checkpoint / ACCUMULATION_STATE_NAME).read_text())["cursor"]["samples_seen"]
+    seen = json.loads((checkpoint / STATE_NAME).read_text())["cursor"]["samples_seen"]
     trainer = make(tmp_path, "ramp", saves=False)
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint)).metrics
     assert metrics["train_samples_per_second"] == pytest.approx((100 - seen) / metrics["train_runtime"], rel=0.01)
@@ -180,8 +181,8 @@ def test_another_setup_is_refused(whole_runs, tmp_path):
         make(tmp_path, "ramp", accumulation_policy="fixed", accumulation_ramp=None).train(checkpoint)
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)
-    state = json.loads((broken / ACCUMULATION_STATE_NAME).read_text())
-    (broken / ACCUMULATION_STATE_NAME).write_text(json.dumps(state | {"version": 99}))
+    state = json.loads((broken / STATE_NAME).read_text())
+    (broken / STATE_NAME).write_text(json.dumps(state | {"version": 99}))
     with pytest.raises(ValueError, match="version 99"):
         make(tmp_path, "ramp").train(resume_from_checkpoint=str(broken))
 

@@ -47,7 +47,7 @@ def test_fractional_positions_lie_on_the_curve():
     ours.step()
     assert ours.get_last_lr()[0] == pytest.approx(0.1 * 0.5 * (1 + math.cos(math.pi * 7.25 / 20)))
     assert ours.get_last_lr()[1] == pytest.approx(ours.get_last_lr()[0] / 3)
-    assert ours.factor() == pytest.approx(0.5 * (1 + math.cos(math.pi * 7.25 / 20)))
+    assert ours.factor(7.25) == pytest.approx(0.5 * (1 + math.cos(math.pi * 7.25 / 20)))
 
 
 def test_a_recursive_schedule_is_stepped_once_a_reference_window():
@@ -85,9 +85,39 @@ def test_state_round_trip_and_stock_state():
         stock_optimizer.step()
         stock.step()
     third = fresh()
+    third.set_position(4, 1.0)
     third.load_state_dict(stock.state_dict())
-    assert third.position == 4
+    third.step()
     assert third.get_last_lr() == stock.get_last_lr()
+    # ... and stock loads ours.
+    stock.load_state_dict(first.state_dict())
+
+
+def test_a_schedule_that_was_stepped_before_goes_on_from_there():
+    stock_optimizer, our_optimizer = optimizer(), optimizer()
+    stock = get_scheduler("linear", stock_optimizer, num_warmup_steps=0, num_training_steps=10)
+    inner = get_scheduler("linear", our_optimizer, num_warmup_steps=0, num_training_steps=10)
+    for scheduler in (stock, inner):
+        for _ in range(3):
+            scheduler.optimizer.step()
+            scheduler.step()
+    ours = DataIndexedLR(inner)
+    for step in range(4):
+        ours.set_position(step, 1.0)
+        ours.step()
+        assert ours.get_last_lr() == stock.get_last_lr()
+        stock_optimizer.step()
+        stock.step()
+
+
+def test_schedules_without_base_rates():
+    inner_optimizer = optimizer()
+    first = StepLR(inner_optimizer, step_size=2)
+    second = get_scheduler("constant", inner_optimizer)
+    ours = DataIndexedLR(torch.optim.lr_scheduler.SequentialLR(inner_optimizer, [first, second], milestones=[3]))
+    assert ours.base_lrs == pytest.approx([0.1, 0.1 / 3])
+    second_optimizer = optimizer()
+    DataIndexedLR(torch.optim.lr_scheduler.ChainedScheduler([StepLR(second_optimizer, step_size=2)]))
 
 
 @pytest.mark.parametrize("rule", ["none", "sqrt", "linear", "gain"])

@@ -122,7 +122,7 @@ def test_the_trainer_takes_the_statistics_of_its_slow_twin(tmp_path, k):
 @given(sequences)
 @relaxed
 def test_the_schedule_follows_the_data(tmp_path, sequence):
-    trainer, recorder = train(tmp_path, sequence, warmup_steps=0)
+    trainer, recorder = train(tmp_path, sequence, warmup_steps=0, lr_batch_scaling="none")
     budget = 2 * math.ceil(17 / 4) * 4
     position, in_epoch = 0, 0
     for window, rate in zip(trainer.windows, recorder.learning_rates, strict=True):

@@ -3,15 +3,13 @@
 from dataclasses import dataclass, field
 
 from .noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics
-from .policy import AccumulationPolicy, Observation, RampPolicy, limit_change
+from .policy import AccumulationPolicy, FixedPolicy, Observation, RampPolicy, limit_change
 from .timing import StepTimer
 
 
 # Windows that are measured one after the other until |G|² is resolved for the first time. After so many the interval
 # applies all the same: where it takes longer, k stays where it is and measuring should not cost more.
 STARTUP_WINDOWS = 16
-
-STATE_VERSION = 1
 
 
 @dataclass
@@ -48,15 +46,16 @@ class AccumulationController:
     windows_since_measured: int = field(init=False, default=0)
     was_resolved: bool = field(init=False, default=False)
     used_range: list[int] = field(init=False, default_factory=list)
+    peak_factor: float = field(init=False, default=0.0)
 
     def __post_init__(self):
         # Two micro-batches are the fewest that tell their noise, and early gradients agree: starting large wastes
         # data where starting small wastes a few optimizer steps.
         self.accumulation_steps = min(self.reference_steps, 2)
-        wanted = self.policy(self.observe(progress=0.0, learning_rate_factor=1.0))
-        if wanted is not None:
-            self.accumulation_steps = round(wanted)
-        self.accumulation_steps = min(max(self.accumulation_steps, self.minimum), self.maximum)
+        wanted = self.policy(self.observe(progress=0.0, learning_rate_factor=0.0))
+        self.accumulation_steps = limit_change(
+            self.accumulation_steps, wanted, self.minimum, self.maximum, exact=wanted is not None
+        )
 
     @property
     def noise(self) -> NoiseScale | None:
@@ -86,13 +85,19 @@ class AccumulationController:
         return 2 if probe_noise or probe_time else k
 
     def observe(self, progress: float, learning_rate_factor: float) -> Observation:
-        """Gather what a policy may know before the next window."""
+        """Gather what a policy may know before the next window.
+
+        Args:
+            progress: Share of the data budget that was consumed.
+            learning_rate_factor: Schedule there, relative to the base rate.
+        """
+        peak = max(self.peak_factor, learning_rate_factor)
         return Observation(
             accumulation_steps=self.accumulation_steps,
             reference_steps=self.reference_steps,
             micro_batch_samples=float(self.micro_batch_size * self.world_size),
             progress=progress,
-            learning_rate_factor=learning_rate_factor,
+            learning_rate_decay=learning_rate_factor / peak if peak > 0 else 1.0,
             noise=self.noise,
             micro_batch_seconds=self.timer.micro_batch_seconds,
             step_seconds=self.timer.step_seconds,
@@ -100,12 +105,19 @@ class AccumulationController:
 
     def decide(self, observation: Observation) -> int:
         """Ask the policy for the next k, within the limits (rank 0 only). Changes nothing."""
-        exact = isinstance(self.policy, RampPolicy)
+        exact = isinstance(self.policy, FixedPolicy | RampPolicy)
         if not exact and self.windows_since_change < self.dwell:
             return self.accumulation_steps
         return limit_change(self.accumulation_steps, self.policy(observation), self.minimum, self.maximum, exact=exact)
 
-    def finish_window(self, planned: int, statistics: WindowStatistics, measured: bool, next_k: int) -> None:
+    def finish_window(
+        self,
+        planned: int,
+        statistics: WindowStatistics,
+        measured: bool,
+        next_k: int,
+        learning_rate_factor: float = 1.0,
+    ) -> None:
         """Take in a finished window and the k that rank 0 decided; every rank calls it with the same numbers.
 
         Args:
@@ -113,7 +125,9 @@ class AccumulationController:
             statistics: Sums over ranks (only `num_samples` is used if the window was not `measured`).
             measured: Whether gradient statistics were taken.
             next_k: k from the next window on.
+            learning_rate_factor: As in `observe`.
         """
+        self.peak_factor = max(self.peak_factor, learning_rate_factor)
         self.used_range = [min([planned, *self.used_range]), max([planned, *self.used_range])]
         self.num_windows += 1
         self.windows_since_change += 1
@@ -131,7 +145,7 @@ class AccumulationController:
             self.windows_since_change = 0
 
     _SAVED = ("accumulation_steps", "num_windows", "windows_since_change", "windows_since_measured", "was_resolved",
-              "used_range")  # fmt: skip
+              "used_range", "peak_factor")  # fmt: skip
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name) for name in self._SAVED}

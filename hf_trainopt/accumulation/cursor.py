@@ -7,7 +7,8 @@ one window is one reference window and every count equals that of stock `Trainer
 included (it counts as a whole one, as it does there).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass
@@ -25,7 +26,8 @@ class DataCursor:
         finished_windows: Reference windows of all finished epochs, short last windows counted as whole.
         samples_seen: Samples consumed over all ranks.
         reported_epoch: `state.epoch` after the last window.
-        previous_units: `units` before the last window.
+        reported_units: `units` when the last window was over.
+        previous_units: `units` when the one before it was over.
     """
 
     reference_steps: int
@@ -37,6 +39,7 @@ class DataCursor:
     finished_windows: int = 0
     samples_seen: int = 0
     reported_epoch: float = 0.0
+    reported_units: int = 0
     previous_units: int = 0
 
     @property
@@ -76,29 +79,48 @@ class DataCursor:
     def crossed(self, interval: int | float) -> bool:
         """Whether the last window reached or passed a multiple of `interval` reference windows."""
         size = interval * self.reference_steps
-        return size > 0 and self.units // size > self.previous_units // size
+        return size > 0 and self.reported_units // size > self.previous_units // size
 
-    def advance(self, num_micro_batches: int, num_samples: int, end_of_epoch: bool = False) -> None:
-        """Count a window of `num_micro_batches` (`num_samples` over all ranks).
+    def advance(self, num_micro_batches: int, end_of_epoch: bool = False) -> None:
+        """Count a window of `num_micro_batches`.
 
         `end_of_epoch` says that the iterator ran dry in it; where the length is known that is found out here.
         """
-        self.previous_units = self.units
+        self.previous_units = self.reported_units
         self.micro_batch += num_micro_batches
-        self.samples_seen += num_samples
         self.reported_epoch = self.epoch + self.micro_batch / self.epoch_length
         if end_of_epoch or self.micro_batch == self.micro_batches_per_epoch:
             self.close_epoch()
+        self.reported_units = self.units
 
     def close_epoch(self) -> None:
         """Move to the start of the next epoch; a part of a reference window counts as a whole one."""
-        self.finished_windows += -(-self.micro_batch // self.reference_steps)
+        self.restart_epoch()
         self.epoch += 1
+
+    def restart_epoch(self) -> None:
+        """Move to the start of the same epoch; what was consumed stays consumed."""
+        self.finished_windows += -(-self.micro_batch // self.reference_steps)
         self.micro_batch = 0
 
     def remaining_windows(self, accumulation_steps: int) -> int:
         """Windows until the budget is used up if k stays `accumulation_steps` (at least 1 unless exhausted)."""
         return -(-max(0, self.budget_units - self.units) // accumulation_steps)
 
-    def state_dict(self) -> dict[str, int | float | None]:
-        return asdict(self)
+    # The position alone: budget and length of the data belong to the run that resumes.
+    _SAVED: ClassVar[tuple[str, ...]] = (
+        "epoch",
+        "micro_batch",
+        "finished_windows",
+        "samples_seen",
+        "reported_epoch",
+        "reported_units",
+        "previous_units",
+    )
+
+    def state_dict(self) -> dict[str, int | float]:
+        return {name: getattr(self, name) for name in self._SAVED}
+
+    def load_state_dict(self, state: dict[str, int | float]) -> None:
+        for name in self._SAVED:
+            setattr(self, name, state[name])

@@ -16,12 +16,13 @@ class MicroBatchNorms:
     cannot be put together again: such a micro-batch is reported as NaN, and the window is dropped.
 
     Args:
-        parameters: Those that are trained.
+        model: Its parameters that require gradients when a window begins are measured.
         device: Where the sums are kept; nothing waits for the device until `finish`.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], device: torch.device):
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    def __init__(self, model: torch.nn.Module, device: torch.device):
+        self._model = model
+        self._parameters: list[torch.nn.Parameter] = []
         self._device = device
         self._norms: list[torch.Tensor] = []
         self._seen: set[int] = set()
@@ -32,6 +33,8 @@ class MicroBatchNorms:
     def __enter__(self) -> "MicroBatchNorms":
         self._micro_batches = []
         self._reset()
+        # Anew each time: callbacks freeze and unfreeze.
+        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         for index, parameter in enumerate(self._parameters):
             self._handles.append(parameter.register_hook(self._make_hook(index)))
         return self
@@ -63,6 +66,10 @@ class MicroBatchNorms:
     def finish(self) -> list[float]:
         """Return the square norm of each micro-batch (waits for the device); NaN where it cannot be told."""
         return [float("nan") if norms is None else _square_sum(norms) for norms in self._micro_batches]
+
+    def accumulated_square_norm(self) -> float:
+        """Return |ĝ|² of what the same parameters hold in `.grad`."""
+        return gradient_square_norm(self._parameters, self._device)
 
 
 def gradient_square_norm(parameters: Iterable[torch.nn.Parameter], device: torch.device) -> float:

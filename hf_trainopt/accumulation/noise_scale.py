@@ -234,7 +234,6 @@ class NoiseScaleTracker:
 
     def state_dict(self) -> dict:
         return {
-            "half_life": self.half_life,
             "num_windows": self.num_windows,
             "num_dropped": self.num_dropped,
             "pending_samples": self._pending_samples,
@@ -242,7 +241,6 @@ class NoiseScaleTracker:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.half_life = state["half_life"]
         self.num_windows = state["num_windows"]
         self.num_dropped = state["num_dropped"]
         self._pending_samples = state["pending_samples"]

@@ -22,7 +22,8 @@ class Observation:
         reference_steps: k_ref, `gradient_accumulation_steps`.
         micro_batch_samples: Samples in one micro-batch over all ranks (b·W).
         progress: Share of the data budget that was consumed, in [0, 1].
-        learning_rate_factor: Learning-rate schedule there, relative to its peak, in [0, 1], batch scaling excluded.
+        learning_rate_decay: Learning-rate schedule there, relative to the highest it was so far, in [0, 1]: 1 during
+            warm-up. Batch scaling excluded.
         noise: B_noise in samples with its interval, or `None` before anything was measured.
         micro_batch_seconds: Measured time of one more micro-batch in a window, or `None`.
         step_seconds: Measured time that a window costs on top of its micro-batches (all-reduce, clipping, optimizer
@@ -33,7 +34,7 @@ class Observation:
     reference_steps: int
     micro_batch_samples: float
     progress: float
-    learning_rate_factor: float = 1.0
+    learning_rate_decay: float = 1.0
     noise: NoiseScale | None = None
     micro_batch_seconds: float | None = None
     step_seconds: float | None = None
@@ -80,11 +81,18 @@ class GoodputPolicy:
     et al. 2021, arXiv 2008.12260, section 3) maximised over accumulation alone. On one device r is small and k* is
     mostly 1 to 3; it grows where steps are dear (all-reduce over a slow network, offloaded optimizers).
 
+    As the learning rate decays to c of its peak, the batch grows to k*/c in its place, up to `annealing_ratio` noise
+    scales: where the rate follows the batch by its root, that is the same decay of noise for Adam in fewer steps
+    (Seesaw, Meterez et al. 2025, arXiv 2510.14717). The ceiling is ours, found by measurement: without it data are
+    wasted where the noise scale is large from the start (`benchmarks/accumulation.md`).
+
     Args:
         step_cost: r in micro-batches instead of the measured one (makes a run reproducible to the bit).
+        annealing_ratio: Largest batch that annealing may ask for, in noise scales; 0 for k* alone.
     """
 
     step_cost: float | None = None
+    annealing_ratio: float = 0.25
 
     def __call__(self, observation: Observation) -> float | None:
         noise = observation.noise
@@ -93,7 +101,11 @@ class GoodputPolicy:
             cost = observation.step_seconds / observation.micro_batch_seconds
         if noise is None or not noise.resolved or cost is None:
             return None
-        return math.sqrt(cost * noise.value / observation.micro_batch_samples)
+        noise_in_micro_batches = noise.value / observation.micro_batch_samples
+        best = math.sqrt(cost * noise_in_micro_batches)
+        ceiling = self.annealing_ratio * noise_in_micro_batches
+        grown = max(best, 1.0) / max(observation.learning_rate_decay, 1e-3)
+        return max(best, min(grown, ceiling))
 
 
 @dataclass(frozen=True)

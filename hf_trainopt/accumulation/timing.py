@@ -20,6 +20,7 @@ class StepTimer:
         distributed: Whether the last micro-batch of a window reduces gradients.
         interval: Time every n-th window only (each timed window waits for the device once a micro-batch).
         window: Measurements kept.
+        enabled: Whether anything is timed at all.
     """
 
     def __init__(
@@ -28,10 +29,12 @@ class StepTimer:
         distributed: bool = False,
         interval: int = 1,
         window: int = 64,
+        enabled: bool = True,
     ):
         self._synchronize = synchronize
         self._distributed = distributed
         self._interval = interval
+        self._enabled = enabled
         self._plain: deque[float] = deque(maxlen=window)
         self._last: deque[float] = deque(maxlen=window)
         self._step: deque[float] = deque(maxlen=window)
@@ -82,7 +85,7 @@ class StepTimer:
     @property
     def _times_next(self) -> bool:
         # The first window is left out: lazy initialisation, autotuning, cold caches.
-        return self._count > 0 and self._count % self._interval == 0
+        return self._enabled and self._count > 0 and self._count % self._interval == 0
 
     @property
     def needs_plain_micro_batch(self) -> bool:
