@@ -43,7 +43,7 @@ def summary_rows(trainer: Trainer, train_metrics: Mapping[str, Any], eval_metric
         if noise:
             rows.append(("gradient noise scale, samples", f"{noise[0]:.4g} (first), {noise[-1]:.4g} (last)"))
         rows.append(("optimizer steps", str(trainer.state.global_step)))
-        rows.append(("samples/s", f"{_samples_per_second(trainer, train_metrics):.4g}"))
+        rows.append(("samples/s", f"{train_metrics['train_samples_per_second']:.4g}"))
         rows.append(("train loss (mean of the run)", f"{train_metrics['train_loss']:.4f}"))
     for key, label in (("eval_loss", "eval loss"), ("perplexity", "perplexity"), ("eval_accuracy", "accuracy")):
         if key in eval_metrics:
@@ -54,15 +54,6 @@ def summary_rows(trainer: Trainer, train_metrics: Mapping[str, Any], eval_metric
         return rows
     rows.append((f"peak memory ({counted}), GiB", f"{peak:.2f}"))
     return rows
-
-
-def _samples_per_second(trainer: Trainer, train_metrics: Mapping[str, Any]) -> float:
-    """Samples trained on per second, from `samples_seen` where it is logged (the accumulation may have varied)."""
-    seen = [entry["samples_seen"] for entry in trainer.state.log_history if "samples_seen" in entry]
-    start = getattr(trainer, "_initial_global_step", 0)
-    if seen and start == 0:
-        return seen[-1] / train_metrics["train_runtime"]
-    return train_metrics["train_samples_per_second"]
 
 
 def print_summary(
