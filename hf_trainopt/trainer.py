@@ -60,10 +60,7 @@ class EfficientTrainerMixin:
                 "EfficientTrainingArgumentsMixin and your TrainingArguments)."
             )
         self._has_own_policy = accumulation_policy is not None
-        self.accumulation_policy = (
-            accumulation_policy if self._has_own_policy else self.args.make_accumulation_policy()
-        )
-        self._reference_steps = self.args.gradient_accumulation_steps
+        self.accumulation_policy = accumulation_policy
         self._cursor: DataCursor | None = None
         self._controller: AccumulationController | None = None
         self._norms: MicroBatchNorms | None = None
