@@ -6,7 +6,7 @@
     python benchmarks/accumulation.py table                    # writes benchmarks/accumulation.md from the records
 
 `--policy fixed` is stock `transformers.Trainer`. Every run writes one JSON record to
-`benchmarks/results/accumulation/`. Needs ../shared/data (see `tasks.py`).
+`benchmarks/results/accumulation/`. HF_TRAINOPT_DATA names the folder of the data (see `tasks.py`).
 """
 
 import argparse
@@ -145,7 +145,9 @@ def run_suite() -> None:
 
     for arguments in SUITE:
         options = make_parser().parse_args(["run", *arguments])
-        if not record_path(options).exists():
+        if record_path(options).exists():
+            print(f"{record_path(options).stem}: there is a record; delete it to run it again")
+        else:
             subprocess.run([sys.executable, __file__, "run", *arguments], check=True)
 
 

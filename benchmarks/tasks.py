@@ -6,6 +6,7 @@ test (data, model, schedule) is here, so that stock `Trainer` and `EfficientTrai
 
 import hashlib
 import io
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DATA = REPOSITORY.parent / "shared" / "data"
+DATA = Path(os.environ.get("HF_TRAINOPT_DATA", REPOSITORY.parent / "shared" / "data"))
 CACHE = Path("/tmp/hf_trainopt_benchmarks")
 
 
@@ -97,10 +98,19 @@ class Images(torch.utils.data.Dataset):
         return {"pixel_values": pixels, "labels": self.labels[index]}
 
 
+def _require(path: Path) -> Path:
+    if not path.exists():
+        raise SystemExit(
+            f"{path} is not there: the benchmarks need WikiText-2 (wikitext-2/train.txt, valid.txt) and CIFAR-10 "
+            "(cifar10/train.parquet, test.parquet with columns img and label) in a folder that HF_TRAINOPT_DATA names."
+        )
+    return path
+
+
 def _language_tokens(split: str) -> np.ndarray:
     """Tokens of a WikiText-2 split under a byte-level BPE of 4,096 trained on the train split (cached)."""
     source = DATA / "wikitext-2"
-    key = hashlib.sha256((source / "train.txt").read_bytes()).hexdigest()[:12]
+    key = hashlib.sha256(_require(source / "train.txt").read_bytes()).hexdigest()[:12]
     path = CACHE / f"wikitext2-bpe4096-{key}-{split}.npy"
     if not path.exists():
         from tokenizers import ByteLevelBPETokenizer
@@ -122,7 +132,7 @@ def _vision_arrays(split: str, limit: int | None = None) -> tuple[torch.Tensor, 
         from PIL import Image
 
         CACHE.mkdir(parents=True, exist_ok=True)
-        table = pyarrow.parquet.read_table(DATA / "cifar10" / f"{split}.parquet")
+        table = pyarrow.parquet.read_table(_require(DATA / "cifar10" / f"{split}.parquet"))
         images = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["img"].to_pylist()]
         np.savez(path, pixels=np.stack(images), labels=np.array(table["label"].to_pylist()))
     arrays = np.load(path)

@@ -128,7 +128,7 @@ class EfficientTrainingArgumentsMixin:
         if self.accumulation_policy not in POLICIES:
             raise ValueError(
                 f"accumulation_policy is '{self.accumulation_policy}'; choose one of {', '.join(POLICIES)}, or pass "
-                "your own policy to the Trainer."
+                "your own as EfficientTrainer(accumulation_policy=...)."
             )
         if self.lr_batch_scaling not in BATCH_SCALING_RULES:
             raise ValueError(

@@ -35,6 +35,11 @@ from .schedule import METRIC_DRIVEN, DataIndexedLR, batch_scaling_factor, is_ada
 logger = logging.getLogger(__name__)
 
 
+# What `log` adds to each line.
+LOGGED_KEYS = ("accumulation_steps", "effective_batch_size", "samples_seen", "noise_scale", "noise_scale_low",
+               "noise_scale_high")  # fmt: skip
+
+
 class EfficientTrainerMixin:
     """Adaptive gradient accumulation for any `Trainer` class: put it before that class.
 
@@ -413,6 +418,22 @@ class EfficientTrainerMixin:
                 if value < float("inf"):
                     logs[f"noise_scale{key}"] = value
         return logs
+
+    @property
+    def accumulation_range(self) -> tuple[int, int, int] | None:
+        """Least, largest and present k of the last `train`; `None` if it was stock."""
+        if self._controller is None or not self._controller.used_range:
+            return None
+        return (*self._controller.used_range, self._controller.accumulation_steps)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As in `Trainer`; what we log beside evaluations is not a result of theirs."""
+        history = self.state.log_history
+        self.state.log_history = [{k: v for k, v in entry.items() if k not in LOGGED_KEYS} for entry in history]
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.state.log_history = history
 
     def save_model(self, *args, **kwargs):
         """As in `Trainer`."""

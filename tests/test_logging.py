@@ -6,6 +6,7 @@ import pytest
 from helpers import Rows, arguments, quiet, tiny_gpt2
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt.trainer import LOGGED_KEYS
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,26 @@ def test_results_of_evaluations_hold_nothing_of_ours(tmp_path):
     assert "accumulation_steps" not in results
     assert results["epoch"] == 2.0
     assert "accumulation_steps" in trainer.state.log_history[-1]
+
+
+def test_the_model_card_lists_no_settings_as_results(tmp_path):
+    args = arguments(tmp_path, gradient_accumulation_steps=4, eval_strategy="epoch")
+    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(6)))
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "Loss" in card
+    for key in LOGGED_KEYS:
+        assert key.replace("_", " ").title() not in card
+    assert "accumulation_steps" in trainer.state.log_history[-1]  # the log is whole again
+
+
+def test_the_range_of_k_is_told(tmp_path):
+    ramp = {"accumulation_policy": "ramp", "accumulation_ramp": "0:2,0.5:5"}
+    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, **ramp), train_dataset=Rows()))
+    assert trainer.accumulation_range is None
+    trainer.train()
+    assert trainer.accumulation_range == (2, 5, 5)
 
 
 def test_evaluation_outside_training_logs_nothing_new(tmp_path):

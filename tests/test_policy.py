@@ -108,9 +108,10 @@ def test_a_constant_wish_is_reached_and_kept(current, target):
     assert current / 1.25 <= target <= current * 1.25 or abs(current - target) <= 1
 
 
-def test_nan_is_a_fault_of_the_policy():
-    with pytest.raises(ValueError, match="NaN"):
-        limit_change(2, math.nan, 1, 8)
+@pytest.mark.parametrize("wish", [math.nan, "8"])
+def test_what_is_no_number_is_a_fault_of_the_policy(wish):
+    with pytest.raises(ValueError, match="the accumulation policy returned"):
+        limit_change(2, wish, 1, 8)
 
 
 def test_exact_wishes_are_not_damped():

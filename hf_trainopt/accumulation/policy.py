@@ -7,6 +7,7 @@ needs a Trainer, so a recorded run can be replayed.
 
 import bisect
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -165,13 +166,13 @@ def limit_change(
         Next k, within [minimum, maximum], at most doubled or halved.
 
     Raises:
-        ValueError: `target` is NaN (a policy's fault).
+        ValueError: `target` is no number or NaN (a policy's fault).
     """
     current = min(max(current, minimum), maximum)
     if target is None:
         return current
-    if math.isnan(target):
-        raise ValueError("the accumulation policy returned NaN; return None to hold k.")
+    if not isinstance(target, numbers.Real) or math.isnan(target):
+        raise ValueError(f"the accumulation policy returned {target!r}; return a number, or None to hold k.")
     target = min(max(target, minimum), maximum)
     wanted = round(target)
     if exact or wanted == current:

@@ -30,18 +30,14 @@ def summary_rows(trainer: Trainer, train_metrics: Mapping[str, Any], eval_metric
     rows: list[tuple[str, str]] = []
     history = trainer.state.log_history
     if train_metrics:
-        steps = [entry["accumulation_steps"] for entry in history if "accumulation_steps" in entry]
-        if steps:
-            reference = trainer.args.gradient_accumulation_steps
-            chosen = (
-                f"{min(steps):g} to {max(steps):g}, last {steps[-1]:g}" if len(set(steps)) > 1 else f"{steps[0]:g}"
-            )
-            rows.append(("micro-batches per step (k)", f"{chosen} (reference {reference})"))
-        else:
-            rows.append(("micro-batches per step (k)", f"{trainer.args.gradient_accumulation_steps} (fixed)"))
-        noise = [entry["noise_scale"] for entry in history if entry.get("noise_scale") is not None]
+        reference = trainer.args.gradient_accumulation_steps
+        used = getattr(trainer, "accumulation_range", None)
+        chosen = f"{used[0]} to {used[1]}, last {used[2]} (reference {reference})" if used else f"{reference} (fixed)"
+        rows.append(("micro-batches per step (k)", chosen))
+        noise = [entry for entry in history if entry.get("noise_scale_low") is not None]
         if noise:
-            rows.append(("gradient noise scale, samples", f"{noise[0]:.4g} (first), {noise[-1]:.4g} (last)"))
+            first, last = _noise_text(noise[0]), _noise_text(noise[-1])
+            rows.append(("gradient noise scale, samples", first if len(noise) == 1 else f"{first}, at the end {last}"))
         rows.append(("optimizer steps", str(trainer.state.global_step)))
         rows.append(("samples/s", f"{train_metrics['train_samples_per_second']:.4g}"))
         rows.append(("train loss (mean of the run)", f"{train_metrics['train_loss']:.4f}"))
@@ -54,6 +50,13 @@ def summary_rows(trainer: Trainer, train_metrics: Mapping[str, Any], eval_metric
         return rows
     rows.append((f"peak memory ({counted}), GiB", f"{peak:.2f}"))
     return rows
+
+
+def _noise_text(entry: Mapping[str, Any]) -> str:
+    """The noise scale of a log line; only its lower end where the gradient is not resolved from zero."""
+    if "noise_scale" in entry and "noise_scale_high" in entry:
+        return f"{entry['noise_scale']:.4g}"
+    return f"over {entry['noise_scale_low']:.4g}"
 
 
 def print_summary(
