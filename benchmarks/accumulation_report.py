@@ -47,9 +47,9 @@ MAIN = [
     Setting("language", "fixed", 3e-3, k=1),
     Setting("language", "goodput", 8e-3, rule="sqrt"),
     Setting("vision", "fixed", 4e-3, k=8),
-    Setting("vision", "fixed", 1.4e-3, k=4, seeds=1),
+    Setting("vision", "fixed", 7e-4, k=4, seeds=1),
     Setting("vision", "fixed", 5e-4, k=2),
-    Setting("vision", "fixed", 5e-4, k=1, seeds=1),
+    Setting("vision", "fixed", 3.5e-4, k=1, seeds=1),
     Setting("vision", "goodput", 7e-4, rule="sqrt"),
 ]
 # The policies at one and the same rate: what annealing does, and how far it should go.
@@ -67,13 +67,14 @@ TRANSFER = [
 ]
 # The search for the rates, seed 0 but where more is there (that of the prototype stands in the text).
 SEARCH = [
+    Setting("vision", "fixed", 1.4e-3, k=4, seeds=1),
     Setting("vision", "fixed", 2e-3, k=2, seeds=1),
     Setting("vision", "fixed", 1e-3, k=2),
     Setting("vision", "fixed", 7e-4, k=2),
     Setting("vision", "fixed", 3.5e-4, k=2, seeds=1),
     Setting("vision", "fixed", 2e-3, k=1, seeds=1),
     Setting("vision", "fixed", 1e-3, k=1),
-    Setting("vision", "fixed", 3.5e-4, k=1, seeds=1),
+    Setting("vision", "fixed", 5e-4, k=1),
     Setting("vision", "plain_goodput", 2.83e-3, rule="sqrt", seeds=1),
     Setting("vision", "goodput", 1.4e-3, rule="sqrt", seeds=2),
     Setting("vision", "goodput", 1e-3, rule="sqrt", seeds=2),
