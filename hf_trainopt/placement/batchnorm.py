@@ -1,0 +1,127 @@
+"""Buffers that a forward pass changes (running statistics) are changed once, not again by the recomputation.
+
+Which buffers change cannot be told from the class: besides `nn.BatchNorm*d` and `nn.SyncBatchNorm` there are timm's
+EvoNorm, spectral normalization, codebooks, and modules of users. So nothing is looked up by class. All buffers of the
+region are copied before its forward pass, and the recomputation runs with copies of these copies in their place. It
+hence starts from the same values as the forward pass did, which matters where the output depends on them (spectral
+normalization iterates from its buffers; a batch norm with `momentum=None` counts batches), and what it changes is
+dropped.
+
+Copies of norm layers are some KiB. A causal mask or a codebook can be large, and the version counter of a tensor,
+which is free to read, tells whether it changed: large buffers are copied in the first call, and from then on only if
+they changed in it.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+# Elements up to which a buffer is always copied: far above the channels of any norm, far below a causal mask.
+SMALL_BUFFER = 65536
+
+
+@dataclass
+class _Copied:
+    """One buffer of one module, as it was before the forward pass."""
+
+    owner: nn.Module
+    name: str
+    buffer: torch.Tensor
+    version: int | None
+    copy: torch.Tensor | None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the buffer was replaced or written to since then."""
+        return self.owner._buffers.get(self.name) is not self.buffer or _version(self.buffer) != self.version
+
+
+class BufferKeeper:
+    """Takes snapshots of the buffers of a region, and remembers which large ones never change."""
+
+    def __init__(self):
+        self._constant: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict) -> "BufferKeeper":
+        return BufferKeeper()
+
+    def take(self, module: nn.Module) -> "BufferSnapshot | None":
+        """Copy the buffers of `module` and what is inside it: call just before its forward pass.
+
+        Returns:
+            `None` if there are no buffers.
+        """
+        entries = []
+        copies: dict[int, torch.Tensor] = {}  # buffers that modules share stay shared
+        for owner in module.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is None:
+                    continue
+                copy = None
+                if buffer.numel() <= SMALL_BUFFER or name not in self._constant.get(owner, ()):
+                    if id(buffer) not in copies:
+                        copies[id(buffer)] = buffer.detach().clone()
+                    copy = copies[id(buffer)]
+                entries.append(_Copied(owner, name, buffer, _version(buffer), copy))
+        return BufferSnapshot(self, entries) if entries else None
+
+    def _sort(self, entries: list[_Copied]) -> list[_Copied]:
+        """Return the entries that a recomputation must start from."""
+        kept = []
+        for entry in entries:
+            large = entry.buffer.numel() > SMALL_BUFFER
+            if entry.copy is None and entry.changed:
+                raise RuntimeError(
+                    f"the buffer '{entry.name}' ({entry.buffer.numel()} elements) of a {type(entry.owner).__name__} "
+                    "changed in a forward pass, but not in earlier ones, so no copy was kept to recompute from; "
+                    "choose recompute='none' for the stage that holds it."
+                )
+            if large and not entry.changed:
+                self._constant.setdefault(entry.owner, set()).add(entry.name)
+            else:
+                kept.append(entry)
+        return kept
+
+
+class BufferSnapshot:
+    """The buffers of a region before one forward pass."""
+
+    def __init__(self, keeper: BufferKeeper, entries: list[_Copied]):
+        self._keeper = keeper
+        self._entries = entries
+
+    def finish(self) -> None:
+        """Drop the copies of large buffers that did not change: call after the forward pass.
+
+        Raises:
+            RuntimeError: A large buffer changed that never did before, so that no copy was made.
+        """
+        self._entries = self._keeper._sort(self._entries)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run the block with the buffers of the snapshot; put back the present ones whatever happens in it.
+
+        Early stopping ends a recomputation with an exception, and a region can be recomputed more than once (two
+        backward passes over a retained graph), so the copies are copied again.
+        """
+        fresh: dict[int, torch.Tensor] = {}
+        present = [(entry.owner, entry.name, entry.owner._buffers[entry.name]) for entry in self._entries]
+        try:
+            for entry in self._entries:
+                if id(entry.copy) not in fresh:
+                    fresh[id(entry.copy)] = entry.copy.clone()
+                entry.owner._buffers[entry.name] = fresh[id(entry.copy)]
+            yield
+        finally:
+            for owner, name, buffer in present:
+                owner._buffers[name] = buffer
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,167 @@
+"""What an operator costs on a device: FLOPs, bytes moved, and the time that follows from both (a roofline)."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from .measured_ops import MeasuredOps
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """What a device can do at best, and how much of it is reached.
+
+    Args:
+        name: As in `hf-trainopt plan --device`.
+        kind: `"cuda"` or `"cpu"`: which kernels run, and so what dropout and attention keep.
+        flops: Type of the numbers -> FLOP/s of matrix products.
+        bandwidth: Bytes/s to and from memory.
+        launch_s: Seconds that an operator takes at least.
+        efficiency: Share of `flops` that is reached.
+        measured: Where operators are timed in place of the roofline.
+    """
+
+    name: str
+    kind: str
+    flops: dict[torch.dtype, float] = field(hash=False)
+    bandwidth: float
+    launch_s: float = 4e-6
+    efficiency: float = 0.75
+    measured: MeasuredOps | None = field(default=None, compare=False, repr=False)
+
+    def seconds(self, flops: float, num_bytes: float, dtype: torch.dtype) -> float:
+        """Return the time of an operator that is bound by arithmetic or by memory, whichever takes longer."""
+        peak = self.flops.get(dtype) or self.flops[torch.float32]
+        return self.launch_s + max(flops / (self.efficiency * peak), num_bytes / self.bandwidth)
+
+
+def _spec(name: str, fp32: float, half: float, bandwidth: float) -> DeviceSpec:
+    rates = {torch.float32: fp32 * 1e12, torch.float16: half * 1e12, torch.bfloat16: half * 1e12}
+    return DeviceSpec(name, "cuda", rates, bandwidth * 1e9)
+
+
+# Dense tensor-core rates, float32 without TF32 as PyTorch's default has it (vendors' data sheets; TFLOP/s, GB/s).
+DEVICES: dict[str, DeviceSpec] = {
+    spec.name: spec
+    for spec in (
+        _spec("t4", 8.1, 65, 320),
+        _spec("v100", 15.7, 125, 900),
+        _spec("a10", 31.2, 125, 600),
+        _spec("a100", 19.5, 312, 2039),
+        _spec("l4", 30.3, 121, 300),
+        _spec("l40s", 91.6, 362, 864),
+        _spec("h100", 66.9, 989, 3350),
+        _spec("h200", 66.9, 989, 4800),
+        _spec("rtx3090", 35.6, 71, 936),
+        _spec("rtx4090", 82.6, 165, 1008),
+        DeviceSpec(
+            "cpu",
+            "cpu",
+            {torch.float32: 50e9, torch.bfloat16: 0.5e9, torch.float16: 0.5e9, torch.float64: 25e9},
+            10e9,
+            launch_s=5e-6,
+            efficiency=1.0,
+        ),
+    )
+}
+
+
+@dataclass
+class Cost:
+    """Sum of what operators cost.
+
+    Args:
+        flops: Multiplications and additions of matrix products, convolutions and attention.
+        num_bytes: Bytes read and written.
+        seconds: Time on the device.
+    """
+
+    flops: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.num_bytes + other.num_bytes, self.seconds + other.seconds)
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops - other.flops, self.num_bytes - other.num_bytes, self.seconds - other.seconds)
+
+
+# Allocations and questions about tensors: no kernel runs.
+_FREE = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh")
+)
+
+# Forms that `flop_registry` lacks.
+_COUNTED_AS = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
+
+
+def op_cost(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, spec: DeviceSpec) -> Cost:
+    """Return the cost of one call of an aten operator.
+
+    Args:
+        func: Operator overload.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        out: What it returned.
+        spec: The device.
+    """
+    packet = func._overloadpacket
+    if func.is_view or packet in _FREE or func.namespace == "prim":
+        return Cost()
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+    num_bytes = sum(_nbytes(tensor) for tensor in tensors) + sum(_nbytes(tensor) for tensor in outputs)
+    count = flop_registry.get(_COUNTED_AS.get(packet, packet))
+    flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    seconds = spec.measured.seconds(func, args, kwargs) if spec.measured is not None else None
+    return Cost(flops, num_bytes, spec.seconds(flops, num_bytes, dtype) if seconds is None else seconds)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """Bytes that are touched: an expanded tensor is read once."""
+    return tensor.element_size() * math.prod(
+        size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride
+    )
+
+
+def device_spec(device: torch.device) -> DeviceSpec:
+    """Return what a device does: the processor measured, a GPU looked up by its name (an A100 if it is not known)."""
+    if device.type == "cpu":
+        return measured_cpu()
+    name = ""
+    if device.type == "cuda" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    # The longest name first: an L40S is no L4.
+    known = sorted((key for key, spec in DEVICES.items() if spec.kind == "cuda"), key=len, reverse=True)
+    return DEVICES[next((key for key in known if key in name), "a100")]
+
+
+def measured_cpu() -> DeviceSpec:
+    """Return this machine's processor: operators are timed; the roofline of the rest is measured too (0.2 s)."""
+
+    def best(run, repeats: int = 3) -> float:
+        run()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    a = torch.randn(512, 512)
+    flops = 2 * 512**3 / best(lambda: a @ a)
+    big = torch.randn(4 * 2**20)
+    other = torch.empty_like(big)
+    bandwidth = 2 * 4 * big.numel() / best(lambda: torch.add(big, 1.0, out=other))
+    reference = DEVICES["cpu"]
+    rates = {dtype: flops * rate / reference.flops[torch.float32] for dtype, rate in reference.flops.items()}
+    return DeviceSpec("cpu", "cpu", rates, bandwidth, reference.launch_s, 1.0, MeasuredOps())

@@ -1,0 +1,8 @@
+"""The error of a placement that cannot be had."""
+
+
+class PlacementError(ValueError):
+    """No placement as asked for can be had with this model, these data or this plan; the message says what to do.
+
+    A subclass, so that scripts can tell it from a `ValueError` of a bug, which keeps its traceback.
+    """

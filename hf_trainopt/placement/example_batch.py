@@ -1,0 +1,158 @@
+"""The batch that a plan is made for: the largest that a run will meet, without touching its random numbers."""
+
+import copy
+import itertools
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .errors import PlacementError
+
+
+_SEQUENCES = ("input_ids", "labels")
+
+# Lengths are looked up in this many samples at most, evenly spaced: of columns, and of datasets that must be read.
+_MOST_LENGTHS = 200_000
+_MOST_READ = 1000
+
+# Tensors of a dataset that are larger than this are not copied; nor are containers of more than `_MOST_READ` entries.
+_MOST_COPIED = 2**20
+
+
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Context after which Python's, NumPy's and torch's generators are where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def largest_batch(dataloader: DataLoader, batch_size: int) -> Any:
+    """Return a collated batch of the `batch_size` longest samples, or of the first ones where length is not known.
+
+    Lengths are those of `input_ids` and `labels`; images and blocks of text are all of one size. The samples are read
+    apart from the loader, whose samplers and workers are not started, from copies of the dataset and the collator, so
+    that random generators of their own stay where they are (for those of Python, NumPy and torch see
+    `same_random_numbers`). An attention mask of ones only gets a zero where other batches of this size are padded:
+    their masks need memory.
+
+    Args:
+        dataloader: The loader of the training run.
+        batch_size: Samples of a micro-batch on one device.
+
+    Raises:
+        ValueError: The dataset is empty, is a stream that can be read once only, or cannot be copied.
+    """
+    dataset, collate = _apart(dataloader)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        samples = list(itertools.islice(iter(dataset), batch_size))
+        varied = len({_length(sample) for sample in samples}) > 1
+    else:
+        indices, varied = _longest(dataset, batch_size)
+        samples = [dataset[index] for index in indices]
+    if not samples:
+        raise PlacementError("train_dataset is empty, so that no placement can be planned; give it samples.")
+    while len(samples) < batch_size:
+        samples.append(samples[0])
+    batch = collate(samples)
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.all() and (varied or _has_padding(dataset)):
+        mask = mask.clone()
+        mask[0, -1] = 0
+        batch = {**batch, "attention_mask": mask}
+    return batch
+
+
+def _apart(dataloader: DataLoader) -> tuple[Any, Any]:
+    """Return the dataset and the collator of a loader, copied since they may have a state of their own."""
+    dataset, collate = getattr(dataloader, "dataset", None), getattr(dataloader, "collate_fn", None)
+    makes_batches = getattr(dataloader, "batch_size", None) or getattr(dataloader, "batch_sampler", None)
+    if dataset is None or collate is None or not makes_batches:
+        raise PlacementError(
+            "the training data are no DataLoader that makes batches of a dataset, so that there is no example batch; "
+            "choose checkpoint_placement='all', 'every_n' or 'sqrt', or a plan file."
+        )
+    try:
+        # First: what is one-shot cannot be copied.
+        return copy.deepcopy(dataset, _data_of(dataset)), copy.deepcopy(collate)
+    except Exception as error:
+        raise PlacementError(
+            f"the training data cannot be copied ({error!r}), and reading them would change the run; choose "
+            "checkpoint_placement='all', 'every_n' or 'sqrt', or a plan file."
+        ) from error
+
+
+def _data_of(dataset: Any, memo: dict[int, Any] | None = None) -> dict[int, Any]:
+    """Return what a deep copy of a dataset is to share: what is large is data and no state."""
+    memo = {} if memo is None else memo
+    for value in (dataset, *getattr(dataset, "__dict__", {}).values()):
+        if isinstance(value, torch.Tensor | np.ndarray):
+            large = value.nbytes > _MOST_COPIED
+        else:
+            large = isinstance(value, list | tuple | dict) and len(value) > _MOST_READ
+        if large:
+            memo[id(value)] = value
+    for value in getattr(dataset, "__dict__", {}).values():
+        for inner in value if isinstance(value, list | tuple) and len(value) <= _MOST_READ else [value]:
+            if isinstance(inner, Dataset):
+                _data_of(inner, memo)  # a subset, a concatenation
+    return memo
+
+
+def _length(sample: Any) -> int:
+    if not isinstance(sample, Mapping):
+        return 0
+    return sum(len(sample[name]) for name in _SEQUENCES if hasattr(sample.get(name), "__len__"))
+
+
+def _has_padding(dataset: Any) -> bool:
+    """Whether samples of one length are padded themselves."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return False
+    samples = (dataset[index] for index in _spread(len(dataset), _MOST_READ))
+    return any(not np.asarray(sample["attention_mask"]).all() for sample in samples if "attention_mask" in sample)
+
+
+def _spread(size: int, most: int) -> list[int]:
+    """Return at most `most` indices out of `size`, evenly spaced."""
+    return np.unique(np.linspace(0, size - 1, min(size, most)).astype(np.int64)).tolist()
+
+
+def _longest(dataset: Any, count: int) -> tuple[list[int], bool]:
+    """Return the indices of the longest samples, and whether lengths vary."""
+    size = len(dataset)
+    columns = [name for name in _SEQUENCES if name in (getattr(dataset, "column_names", None) or ())]
+    if columns and hasattr(dataset, "with_format"):
+        indices = _spread(size, _MOST_LENGTHS)
+        lengths = _lengths_of_columns(dataset.select_columns(columns).select(indices), columns)
+    elif size and isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]:
+        indices = _spread(size, _MOST_READ)
+        lengths = np.array([_length(dataset[index]) for index in indices])
+    else:
+        return list(range(min(count, size))), False
+    order = np.argsort(-lengths, kind="stable")[:count]
+    return [indices[place] for place in order], len(np.unique(lengths)) > 1
+
+
+def _lengths_of_columns(dataset: Any, columns: list[str]) -> np.ndarray:
+    """Return the summed lengths of the lists in each row; columns of other things (numbers, tensors) count nothing."""
+    import pyarrow.compute as pc
+
+    lengths = np.zeros(len(dataset), dtype=np.int64)
+    table = dataset.with_format("arrow")
+    for start in range(0, len(dataset), 10_000):
+        part = table[start : start + 10_000]
+        for name in columns:
+            with suppress(TypeError, ValueError, NotImplementedError):
+                lengths[start : start + 10_000] += pc.list_value_length(part[name]).fill_null(0).to_numpy()
+    return lengths

@@ -1,0 +1,71 @@
+"""Measures the peak of one real optimizer step, to be held against the plan's."""
+
+import logging
+from collections.abc import Callable
+
+from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
+
+from ..evidence.peak_memory import PeakReader, accelerator_counter
+from .scratch import cpu_scratch
+from .tracker import StorageTracker
+
+
+logger = logging.getLogger(__name__)
+
+
+class PeakMeasurement(TrainerCallback):
+    """Measures one optimizer step, the second of a run (the first makes the optimizer's state), or the only one.
+
+    On accelerators the allocator's high-water mark is read. On the CPU, whose allocator keeps none, the bytes of live
+    storages are counted operator by operator during that step.
+
+    Args:
+        done: Called with the peak in bytes.
+    """
+
+    def __init__(self, done: Callable[[int], None]):
+        self._done = done
+        self._first: int | None = None
+        self._tracker: StorageTracker | None = None
+        self._reader: PeakReader | None = None
+        self._running = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.stop()  # an earlier run may have ended within the step
+        self._first = state.global_step
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        second = self._first + (1 if state.max_steps > self._first + 1 else 0)
+        if state.global_step != second or self._running:
+            return
+        self._running = True
+        if args.device.type != "cpu":
+            self._reader = accelerator_counter(args.device.index).reader()
+            return
+        tracker = StorageTracker(scratch=cpu_scratch, counts_arguments=True)
+        tracker.count(model.parameters(), "parameters")
+        tracker.count(model.buffers(), "buffers")
+        tracker.count((parameter.grad for parameter in model.parameters()), "gradients")
+        inner = getattr(optimizer, "optimizer", optimizer)
+        tracker.count(tree_leaves(list(getattr(inner, "state", {}).values())), "optimizer")
+        self._tracker = tracker
+        tracker.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self._running:
+            return
+        self._running = False
+        if args.device.type != "cpu":
+            self._done(self._reader.peak())
+            self._reader = None
+        elif self._tracker is not None:
+            peak = self._tracker.peak_bytes
+            self.stop()
+            self._done(peak)
+
+    def stop(self) -> None:
+        """Leave the context of a measurement that an exception has cut off."""
+        if self._tracker is not None and self._tracker.is_active:
+            self._tracker.__exit__(None, None, None)
+        self._tracker, self._reader, self._running = None, None, False
