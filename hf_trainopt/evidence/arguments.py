@@ -1,0 +1,92 @@
+"""Arguments of measuring, on top of `TrainingArguments`."""
+
+import math
+from dataclasses import dataclass, field
+
+from .memory import MemoryCallback
+from .targets import TargetCallback
+from .throughput import ThroughputCallback
+
+
+MEASUREMENTS = {"throughput": ThroughputCallback, "memory": MemoryCallback}
+
+
+@dataclass
+class EvidenceArgumentsMixin:
+    """What a run measures of itself.
+
+    Args:
+        measurements (`str`, defaults to `"throughput,memory"`): What is logged beside the loss: a list out of
+            `throughput` and `memory`, or `"none"`.
+        target_metric (`str`, *optional*): Evaluation metric whose time to `target_value` is measured.
+        target_value (`float`, *optional*): That target.
+        stop_at_target (`bool`, defaults to `False`): End training once it is met.
+    """
+
+    measurements: str = field(
+        default="throughput,memory",
+        metadata={
+            "help": "What is logged beside the loss, as a list: throughput (seconds of training, samples and tokens a "
+            "second, FLOPs), memory (peaks by phase). Set 'none' to have the lines of stock Trainer."
+        },
+    )
+    target_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation metric, such as eval_loss, whose time, samples and steps to target_value are logged. "
+            "Unset (the default): none. Set it, with eval_strategy, to compare how soon runs get somewhere."
+        },
+    )
+    target_value: float | None = field(
+        default=None,
+        metadata={"help": "The value that target_metric shall reach. Unset (the default): none. Set it with that."},
+    )
+    stop_at_target: bool = field(
+        default=False,
+        metadata={
+            "help": "End training once target_metric has reached target_value. Set it where what comes after is of no "
+            "use, as in a benchmark."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.validate_evidence()
+
+    def validate_evidence(self) -> None:
+        """Check the settings of measuring against each other.
+
+        Raises:
+            ValueError: One is unknown or contradicts another.
+        """
+        unknown = [name for name in self.measured if name not in MEASUREMENTS]
+        if unknown:
+            raise ValueError(
+                f"measurements has '{unknown[0]}'; choose out of {', '.join(MEASUREMENTS)}, or 'none' alone."
+            )
+        if (self.target_metric is None) != (self.target_value is None):
+            given, missing = ("target_metric", "target_value")[:: 1 if self.target_value is None else -1]
+            raise ValueError(f"{given} is set without {missing}; set both or none.")
+        if self.stop_at_target and self.target_metric is None:
+            raise ValueError("stop_at_target=True needs target_metric and target_value.")
+        if self.target_value is not None and not math.isfinite(self.target_value):
+            raise ValueError(f"target_value is {self.target_value}; it must be a finite number.")
+        if self.target_metric is not None and self.eval_strategy == "no":
+            raise ValueError("target_metric needs evaluations; set eval_strategy='steps' (and eval_steps) or 'epoch'.")
+
+    @property
+    def measured(self) -> list[str]:
+        """Names in `measurements`."""
+        names = [name.strip() for name in (self.measurements or "none").split(",") if name.strip()]
+        return [] if names == ["none"] else names
+
+    def make_measurements(self) -> list:
+        """Return the callbacks that these arguments ask for."""
+        callbacks = [MEASUREMENTS[name]() for name in self.measured]
+        if self.target_metric is not None:
+            is_best_metric = self.target_metric.removeprefix("eval_") == (
+                self.metric_for_best_model or ""
+            ).removeprefix("eval_")
+            better = self.greater_is_better if is_best_metric else None
+            callbacks.append(TargetCallback(self.target_metric, self.target_value, better, self.stop_at_target))
+        return callbacks
