@@ -1,0 +1,126 @@
+"""Ratios and differences of paired runs, with intervals, where some runs may never have reached their target."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one run took.
+
+    Args:
+        value: Positive, in any unit.
+        censored: Whether the run ended before it was there: the true value is larger.
+    """
+
+    value: float
+    censored: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A ratio or a difference over paired runs.
+
+    Args:
+        value: Geometric mean of the ratios, or mean of the differences; `None` where nothing can be said.
+        lower: Lower end of the 95 % interval; `None`: not known (one pair, or a bound).
+        upper: Upper end.
+        bound: `"exact"`; `"at least"` or `"at most"` where runs are censored and `value` is a bound; `"unknown"`.
+        num_pairs: Pairs that went in.
+        num_censored: Pairs with a censored run.
+    """
+
+    value: float | None
+    lower: float | None
+    upper: float | None
+    bound: str
+    num_pairs: int
+    num_censored: int = 0
+
+    @property
+    def ratio(self) -> float | None:
+        return self.value
+
+
+def student_t_cdf(t: float, degrees: int) -> float:
+    """Return P(T ≤ t) of Student's t distribution (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4).
+
+    Args:
+        t: Any number.
+        degrees: Degrees of freedom, a whole number from 1.
+    """
+    theta = math.atan2(t, math.sqrt(degrees))
+    cosine, sine = math.cos(theta), math.sin(theta)
+    total, term = 0.0, cosine if degrees % 2 else 1.0
+    for power in range(1 + degrees % 2, degrees, 2):
+        total += term
+        term *= cosine * cosine * power / (power + 1)
+    inside = 2 / math.pi * (theta + sine * total) if degrees % 2 else sine * total
+    return 0.5 + 0.5 * inside
+
+
+def student_t_quantile(probability: float, degrees: int) -> float:
+    """Return t with P(T ≤ t) = `probability`, between 0.5 and 1, to 1e-10."""
+    low, high = 0.0, 1.0
+    while student_t_cdf(high, degrees) < probability:
+        high *= 2
+    while high - low > 1e-10 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_t_cdf(middle, degrees) < probability else (low, middle)
+    return high
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Return the mean of independent values and the ends of its 95 % t interval (`None` for one value)."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None, None
+    half = student_t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def paired_ratio(ours: Sequence[float | Measured], baseline: Sequence[float | Measured]) -> Estimate:
+    """Return the geometric mean of the ratios ours/baseline with the t interval of their logarithms.
+
+    A pair whose own run is censored has a ratio that is at least what is computed, one whose baseline is censored at
+    most. If all censored pairs lean to one side the mean is a bound without an interval; otherwise nothing is known.
+
+    Args:
+        ours: One value per pair.
+        baseline: Those to compare with, in the same order.
+
+    Raises:
+        ValueError: There are none, numbers differ, or a value is not positive.
+    """
+    pairs = [(_measured(a), _measured(b)) for a, b in zip(ours, baseline, strict=True)]
+    if not pairs:
+        raise ValueError("there is no pair to compare.")
+    if any(not run.value > 0 for pair in pairs for run in pair):
+        raise ValueError("ratios need positive values.")
+    censored = [(a.censored, b.censored) for a, b in pairs if a.censored or b.censored]
+    if censored and not (all(a and not b for a, b in censored) or all(b and not a for a, b in censored)):
+        return Estimate(None, None, None, "unknown", len(pairs), len(censored))
+    mean, lower, upper = mean_interval([math.log(a.value / b.value) for a, b in pairs])
+    if censored:
+        bound = "at least" if censored[0][0] else "at most"
+        return Estimate(math.exp(mean), None, None, bound, len(pairs), len(censored))
+    ends = (None, None) if lower is None else (math.exp(lower), math.exp(upper))
+    return Estimate(math.exp(mean), *ends, "exact", len(pairs))
+
+
+def paired_difference(ours: Sequence[float], baseline: Sequence[float]) -> Estimate:
+    """Return the mean of the differences ours − baseline with its t interval.
+
+    Raises:
+        ValueError: There are none, or numbers differ.
+    """
+    differences = [a - b for a, b in zip(ours, baseline, strict=True)]
+    if not differences:
+        raise ValueError("there is no pair to compare.")
+    return Estimate(*mean_interval(differences), "exact", len(differences))
+
+
+def _measured(value: float | Measured) -> Measured:
+    return value if isinstance(value, Measured) else Measured(float(value))
