@@ -1,0 +1,16 @@
+"""A run that cannot be lost: complete checkpoints, signals, windows that are not finite."""
+
+from .interrupts import TrainingInterrupted, TrainingTerminated
+from .losses import TrainingDivergedError
+from .resume import Checkpoint, CheckpointError, find_last_complete, inspect_checkpoint
+
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "TrainingDivergedError",
+    "TrainingInterrupted",
+    "TrainingTerminated",
+    "find_last_complete",
+    "inspect_checkpoint",
+]
