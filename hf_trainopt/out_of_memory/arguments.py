@@ -1,0 +1,38 @@
+"""The argument of out-of-memory handling, on top of `TrainingArguments`."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class OutOfMemoryArgumentsMixin:
+    """What a run does about out of memory, for any `TrainingArguments` class.
+
+    Args:
+        auto_micro_batch (`bool`, defaults to `False`): Where a micro-batch does not fit into memory, halve it on all
+            ranks and double k: the batch of an optimizer step stays what it is.
+    """
+
+    auto_micro_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "If a micro-batch does not fit into memory, halve it on all devices, double the micro-batches of "
+            "a step (the batch stays the same) and repeat the step from its start. Unset (the default): such an error "
+            "ends the run. Set it where you do not know what fits."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.validate_out_of_memory()
+
+    def validate_out_of_memory(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: Two of them contradict each other.
+        """
+        if self.auto_micro_batch and self.auto_find_batch_size:
+            raise ValueError(
+                "auto_micro_batch and auto_find_batch_size both answer out of memory, the latter by changing the "
+                "batch of a step; set auto_find_batch_size=False."
+            )
