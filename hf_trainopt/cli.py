@@ -1,0 +1,101 @@
+"""The command `hf-trainopt`: one subcommand per module."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from hf_trainopt.compare import cli as compare
+from hf_trainopt.doctor import cli as doctor
+from hf_trainopt.placement import cli as plan
+from hf_trainopt.report import cli as report
+
+
+# Modules with `add_parser(subparsers)`, which sets `run`: arguments -> text for stdout.
+COMMANDS = (plan, doctor, compare, report)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """`ArgumentParser` that takes no abbreviated flags, and reports wrong values in one line as `ValueError`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.commands: dict[str, argparse.ArgumentParser] = {}
+
+    def error(self, message: str) -> NoReturn:
+        helps = [f"{self.prog} {name} --help" for name in self.commands] or [f"{self.prog} --help"]
+        raise ValueError(f"{message} (see {' or '.join(helps)})")
+
+    def parse_command(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse a subcommand and its flags.
+
+        Raises:
+            ValueError: There is no such subcommand or flag, or a value is wrong.
+        """
+        parser = self.commands.get(argv[0], self) if argv else self
+        if parser is not self:
+            parser.check_flags(argv[1:])  # first: what a mistyped flag leaves missing is not the mistake
+        arguments, unknown = self.parse_known_args(argv)
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return arguments
+
+    def check_flags(self, words: Sequence[str]) -> None:
+        """Check that words which can only be flags are flags of this parser.
+
+        Raises:
+            ValueError: One is not.
+        """
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        if any(action.nargs == argparse.REMAINDER for action in self._actions):
+            return  # flags of something else may follow
+        for word in words:
+            flag = word.partition("=")[0]  # `--flag=value` is one word
+            if flag.startswith("--") and " " not in flag and flag not in known:
+                close = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"unrecognized arguments: {flag}{f'; did you mean {close[0]}?' if close else ''}")
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of all subcommands."""
+    parser = CommandParser(prog="hf-trainopt", description="The Hugging Face Trainer, cheaper.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        module.add_parser(subparsers)
+    parser.commands = subparsers.choices
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0, 1 if a run has failed, or 2 if what is asked is impossible.
+
+    Args:
+        argv: Arguments without the program name; `None`: those of the process.
+    """
+    try:
+        own, script_arguments = compare.split_arguments(sys.argv[1:] if argv is None else argv)
+        arguments = build_parser().parse_command(own)
+        if hasattr(arguments, "script_arguments"):
+            arguments.script_arguments = [*arguments.script_arguments, *script_arguments]
+        elif script_arguments:
+            raise ValueError(f"'{arguments.command}' takes nothing after --.")
+        text = arguments.run(arguments)
+    except ValueError as error:
+        sys.stderr.write(f"hf-trainopt: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("hf-trainopt: interrupted\n")
+        return 130
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `| head` has read enough. What is left in the buffer must not be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return getattr(arguments, "exit_code", 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
