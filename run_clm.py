@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,6 +32,8 @@ from hf_trainopt.scripting import text_data
 from hf_trainopt.scripting.metrics import accuracy_of_next_tokens, perplexity_of_loss, predicted_classes
 from hf_trainopt.scripting.parser import parse_script_arguments
 from hf_trainopt.scripting.session import (
+    check_counts,
+    check_one_source,
     check_something_to_do,
     checkpoint_to_resume,
     hub_errors,
@@ -86,12 +89,17 @@ class ModelArguments:
 
     def __post_init__(self):
         if self.config_overrides is not None and (self.config_name or self.model_name_or_path):
-            raise ValueError("--config_overrides cannot be used with --config_name or --model_name_or_path.")
+            raise ValueError(
+                "--config_overrides cannot be used with --config_name or --model_name_or_path; leave one of them out."
+            )
         if self.model_type is not None and self.model_type not in CONFIG_MAPPING:
-            raise ValueError(f"--model_type {self.model_type} is not a model type of transformers, such as gpt2.")
+            raise ValueError(
+                f"--model_type {self.model_type} is not a model type of transformers; give one such as gpt2."
+            )
         if self.train_tokenizer_vocab_size is not None and (self.tokenizer_name or self.model_name_or_path):
             raise ValueError(
-                "--train_tokenizer_vocab_size cannot be used with --tokenizer_name or --model_name_or_path."
+                "--train_tokenizer_vocab_size cannot be used with --tokenizer_name or --model_name_or_path; leave one "
+                "of them out."
             )
 
 
@@ -120,6 +128,11 @@ class DataTrainingArguments:
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenizing."})
     keep_linebreaks: bool = field(default=True, metadata={"help": "Keep line breaks of txt files."})
+
+    def __post_init__(self):
+        check_counts(self, "max_train_samples", "max_eval_samples", "preprocessing_num_workers")
+        check_one_source(self, "training", "dataset_name", "train_file")
+        check_one_source(self, "validation", "dataset_name", "validation_file")
 
 
 def demo_defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -162,14 +175,22 @@ def load_config(model_args: ModelArguments) -> PreTrainedConfig:
     """Return the config of the named model, or the default one of the model type."""
     name = model_args.config_name or model_args.model_name_or_path
     if name:
-        with hub_errors(f"The model config {name}", "pass a local folder, or --model_type to train from scratch"):
+        with hub_errors(
+            f"The model config {name} (--config_name, --model_name_or_path)",
+            "pass a local folder, or --model_type to train from scratch",
+        ):
             return AutoConfig.from_pretrained(name, **hub_options(model_args))
     config = CONFIG_MAPPING[model_args.model_type or "gpt2"]()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"--model_type {model_args.model_type} has no causal language model; give one such as gpt2.")
     if model_args.config_overrides:
         try:
             config.update_from_string(model_args.config_overrides)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"--config_overrides {model_args.config_overrides}: {error}.") from error
+            raise ValueError(
+                f"--config_overrides {model_args.config_overrides} does not fit the config of {config.model_type} "
+                f"({error}); give pairs of its names and values, such as n_embd=128,n_layer=4 for gpt2."
+            ) from error
     return config
 
 
@@ -187,7 +208,9 @@ def load_tokenizer(
         raise ValueError(
             "There is no tokenizer: pass --tokenizer_name, or --train_tokenizer_vocab_size to train one on the text."
         )
-    with hub_errors(f"The tokenizer {name}", "pass a local folder, or --train_tokenizer_vocab_size to train one"):
+    with hub_errors(
+        f"The tokenizer {name} (--tokenizer_name)", "pass a local folder, or --train_tokenizer_vocab_size to train one"
+    ):
         options = hub_options(model_args)
         if os.path.isdir(name) and not {"config.json", "tokenizer_config.json"} & set(os.listdir(name)):
             options["config"] = config  # bare vocabulary files do not say which tokenizer they are for
@@ -209,9 +232,18 @@ def load_model(
             config.vocab_size = len(tokenizer)
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         options = {} if dtype in ("auto", None) else {"dtype": dtype}
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
+        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"A {config.model_type} with this config cannot be built ({error}); check --config_overrides "
+                f"{model_args.config_overrides} and --config_name."
+            ) from error
         logger.info(f"Training new model from scratch - Total size={model.num_parameters() / 2**20:.2f}M params")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        logger.warning(
+            "The model has fewer embeddings than the tokenizer has %d tokens: more are added.", len(tokenizer)
+        )
         model.resize_token_embeddings(len(tokenizer))
     if getattr(model, "loss_type", None) is None:
         # GPT-2 and others declare no loss type. Trainer would then count T labels in a row of which T-1 are predicted,

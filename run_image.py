@@ -21,6 +21,8 @@ from hf_trainopt.scripting import image_data
 from hf_trainopt.scripting.metrics import accuracy_of_classes, predicted_classes
 from hf_trainopt.scripting.parser import parse_script_arguments
 from hf_trainopt.scripting.session import (
+    check_counts,
+    check_one_source,
     check_something_to_do,
     checkpoint_to_resume,
     report_user_errors,
@@ -78,9 +80,13 @@ class ModelArguments:
 
     def __post_init__(self):
         if self.model_name_or_path is not None and (self.timm_model is not None or self.pretrained):
-            raise ValueError("--model_name_or_path cannot be used with --timm_model or --pretrained.")
+            raise ValueError("--model_name_or_path cannot be used with --timm_model or --pretrained; leave one out.")
         if self.timm_model is not None:
             check_timm_name(self.timm_model)
+        for name in ("drop_rate", "drop_path_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 0 and below 1.")
 
 
 @dataclass
@@ -121,12 +127,19 @@ class DataTrainingArguments:
     cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix, off at 0."})
     mixup_prob: float = field(default=1.0, metadata={"help": "Share of the batches that are mixed."})
 
+    @property
+    def mixes(self) -> bool:
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
     def __post_init__(self):
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"--crop_scale takes two shares in (0, 1], the smaller first, not {self.crop_scale}.")
         for name in ("hflip", "random_erasing_prob", "mixup_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is a probability, not {getattr(self, name)}.")
+        check_counts(self, "max_train_samples", "max_eval_samples")
+        check_one_source(self, "training", "dataset_name", "train_dir", "train_file")
+        check_one_source(self, "validation", "dataset_name", "validation_dir", "validation_file")
         for name in ("color_jitter", "mixup_alpha", "cutmix_alpha"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, but is {getattr(self, name)}.")
@@ -208,7 +221,7 @@ def build_datasets(
     )
 
     mixup = None
-    if data_args.mixup_alpha > 0 or data_args.cutmix_alpha > 0:
+    if data_args.mixes:
         mixup = Mixup(
             data_args.mixup_alpha,
             data_args.cutmix_alpha,
@@ -233,6 +246,9 @@ def build_datasets(
             augmentation_seed=seed if name == "train" else None,
             mixup=mixup if name == "train" else None,
         )
+        if len(split) == 0:
+            raise ValueError(f"The {name} split has no images: pass another --{name}_dir, --{name}_file or dataset.")
+        images[name][0]  # what cannot be read at all is found out now
     return images
 
 
@@ -273,8 +289,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
     if model_args.channels_last:
         model.to(memory_format=torch.channels_last)
 
-    mixes = data_args.mixup_alpha > 0 or data_args.cutmix_alpha > 0
-    if mixes:
+    if data_args.mixes:
         model.loss_function = image_data.SoftLabelLoss(training_args.label_smoothing_factor)
 
     trainer = EfficientTrainer(
@@ -287,7 +302,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, training_a
         preprocess_logits_for_metrics=predicted_classes,
         callbacks=[image_data.EpochCallback(images["train"])] if "train" in images else None,
     )
-    if mixes:
+    if data_args.mixes:
         trainer.label_smoother = None  # the loss smooths: Trainer's smoother takes class numbers only
 
     train_metrics, eval_metrics = train_and_evaluate(trainer, checkpoint)

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ._compat import check_transformers_version
 from .args import EfficientTrainingArguments, EfficientTrainingArgumentsMixin
+from .placement import PlacementPlan, apply_placement, plan_placement
 from .trainer import EfficientTrainer, EfficientTrainerMixin
 
 
@@ -12,6 +13,9 @@ __all__ = [
     "EfficientTrainerMixin",
     "EfficientTrainingArguments",
     "EfficientTrainingArgumentsMixin",
+    "PlacementPlan",
+    "apply_placement",
+    "plan_placement",
 ]
 
 try:

@@ -1,4 +1,4 @@
-"""What of transformers' inside we touch: the one list, and why. `tests/test_compat.py` checks every entry."""
+"""What of transformers' and PyTorch's inside we touch, and why. `tests/test_compat.py` checks every entry."""
 
 import warnings
 
@@ -28,7 +28,101 @@ PRIVATE_API: dict[str, tuple[tuple[str, ...], str]] = {
         None,
         "Whether num_items_in_batch counts labels[..., 1:]; the items of single micro-batches are counted likewise.",
     ),
+    "_defer_fsdp_gradient_reduction": (
+        (),
+        "`no_sync` of a model sharded at load time: windows leave out the reduction as the upstream loop does.",
+    ),
     "_train_batch_size": (None, "Samples in a micro-batch of one rank, as the data loader makes them."),
+    "_clip_grad_norm": (("model",), "Its result says whether the gradients of a window are finite."),
+    "_get_grad_norm": (("model", "grad_norm"), "As above, where nothing is clipped."),
+    "_finalize_training": (("trial",), "A save that failed is tried once more before the run is over."),
+    "_save_optimizer_and_scheduler": (("output_dir",), "A part of a save: one that fails leaves the others out."),
+    "_save_scaler": (("output_dir",), "As above."),
+    "_save_rng_state": (("output_dir",), "As above."),
+    "_push_from_checkpoint": (("checkpoint_folder",), "Waits until the checkpoint is complete."),
+    "_load_scaler": (("checkpoint",), "Fails on a checkpoint of fp16 in a run that has no gradient scaler."),
+}
+
+# Private names of PyTorch (and those of transformers outside `Trainer`) that the package imports or reads: module or
+# class -> name -> (parameters, why).
+PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
+    "transformers.masking_utils": {
+        "find_packed_sequence_indices": (
+            ("position_ids",),
+            "Looks at values, which fake tensors lack; replaced during a replay by what it finds in most batches.",
+        ),
+    },
+    "transformers.initialization": {
+        "no_init_weights": ((), "Builds models of any size at once for `hf-trainopt plan`."),
+        "meta_device_safe_creation_ops": ((), "Builds models on the meta device, as from_pretrained does."),
+    },
+    "torch._subclasses.fake_tensor": {
+        "FakeTensorMode": (("allow_non_fake_inputs",), "Runs a step without memory."),
+        "FakeTensor": (("fake_mode", "elem", "device"), "Recognised, and asked for `fake_device`."),
+    },
+    "torch._C": {
+        "_ExcludeDispatchKeyGuard": (None, "Calls an operator beneath autocast."),
+        "DispatchKey": (None, "Names autocast of the CPU."),
+        "DispatchKeySet": (None, "As above."),
+        "_current_graph_task_id": (None, "-1 outside a backward pass: tells a recomputation from a forward pass."),
+    },
+    "torch.autograd.Variable": {
+        "_execution_engine": (None, "Reads gradients at the end of a backward pass, before they are clipped."),
+    },
+    "torch.utils.checkpoint": {
+        "_CheckpointFrame": (
+            ("recompute_fn", "early_stop", "unpack_error_cb", "metadata_fn"),
+            "What recomputes saved tensors. `checkpoint` takes one function; a run of stages is put together from "
+            "several calls, so its frame is made and entered by hand (`save_inputs`, `recompute_fn`).",
+        ),
+        "_checkpoint_hook": (("frame",), "Context in which saved tensors go to a frame."),
+        "_detach_helper": (("x",), "How selective checkpointing detaches a cached output and keeps its version."),
+    },
+    "torch.utils._python_dispatch": {
+        "_disable_current_modes": ((), "Compares activation functions on real numbers while tensors are fake."),
+        "TorchDispatchMode": ((), "Public in all but its module: sees the operators of selective recomputation."),
+        "is_in_torch_dispatch_mode": ((), "Two modes that are not left in reverse order upset each other."),
+        "_get_current_dispatch_mode": ((), "As above."),
+    },
+    "torch.utils._pytree": {
+        "tree_flatten": (("tree",), "Takes arguments apart into tensors and the rest, ModelOutput included."),
+        "tree_unflatten": (("leaves", "treespec"), "Puts them together again."),
+        "tree_leaves": (("tree",), "Finds the tensors in what a stage returns."),
+        "tree_map": (("func", "tree"), "Saves and returns the tensors in what an operator returns."),
+    },
+    "torch._C._dynamo.eval_frame": {
+        "get_eval_frame_callback": (None, "Whether torch.compile runs around us, between two compiled pieces."),
+    },
+    "torch._dynamo": {"OptimizedModule": (None, "What torch.compile makes of a module, to refuse it.")},
+    "torch.nn.Module": {
+        "_buffers": (None, "Buffers are replaced during a recomputation, and put back."),
+        "_parameters": (None, "Parameters of a copy are made fake, ties between them kept."),
+        "_compiled_call_impl": (None, "What Module.compile leaves on a module, to refuse it."),
+        "_modules": (None, "Where a compiled module holds the original one, as `_orig_mod`."),
+    },
+}
+
+# What a change of precision in a run reads and sets on objects of Accelerate and PyTorch: class -> name -> why.
+PRIVATE_PRECISION: dict[str, dict[str, str]] = {
+    "accelerate.state.AcceleratorState": {"_mixed_precision": "The precision; there is no setter."},
+    "accelerate.optimizer.AcceleratedOptimizer": {
+        "scaler": "Taken out, so that steps are plain.",
+        "_is_overflow": "Whether the last step was skipped; stays as it is once there is no scaler.",
+    },
+    "accelerate.accelerator.Accelerator": {
+        "scaler": "Taken out, and put back for another run.",
+        "native_amp": "Whether it unscales gradients and casts.",
+        "_is_accelerate_prepared": "Left on a model that was prepared, which is then not prepared again.",
+    },
+    "accelerate.utils.operations.ConvertOutputsToFp32": {
+        "model_forward": "Marks an autocast context around `model.forward`, and leads to it.",
+    },
+    "torch.autocast": {"_enabled": "Switches a context off.", "fast_dtype": "The type that it casts to."},
+}
+
+# Private names of PyTorch's DDP that are called where gradients are averaged without it: name -> why.
+PRIVATE_DDP: dict[str, str] = {
+    "_sync_buffers": "The broadcast of buffers, which else is part of the first forward pass of a window.",
 }
 
 

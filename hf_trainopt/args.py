@@ -2,21 +2,52 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transformers import TrainingArguments
 
 from .accumulation.policy import FixedPolicy, GoodputPolicy, NoiseScalePolicy, RampPolicy
-from .schedule import BATCH_SCALING_RULES
+from .evidence.arguments import EvidenceArgumentsMixin
+from .out_of_memory.arguments import OutOfMemoryArgumentsMixin
+from .placement.arguments import PlacementArgumentsMixin
+from .precision.arguments import PrecisionArgumentsMixin
+from .reliability.arguments import ReliabilityArgumentsMixin
+from .schedule import BATCH_SCALING_RULES, NOISE_SCALING_RULES
+from .stock_arguments import (
+    COUNT,
+    NOT_NEGATIVE,
+    OPTIONAL_COUNT,
+    Range,
+    check_names,
+    check_ranges,
+    check_stock_arguments,
+)
 
 
 logger = logging.getLogger(__name__)
 
 POLICIES = ("fixed", "noise_scale", "goodput", "ramp")
 
+RANGES = {
+    "gradient_accumulation_steps": COUNT,
+    "min_accumulation_steps": COUNT,
+    "max_accumulation_steps": OPTIONAL_COUNT,
+    "noise_scale_ratio": Range(0, above=True),
+    "optimizer_step_cost": Range(0, optional=True),
+    "annealing_noise_ratio": NOT_NEGATIVE,
+    "noise_scale_interval": COUNT,
+    "noise_scale_half_life": Range(0, above=True, infinite=True),  # infinite: nothing is forgotten
+}
+
 
 @dataclass
-class EfficientTrainingArgumentsMixin:
+class EfficientTrainingArgumentsMixin(
+    PlacementArgumentsMixin,
+    EvidenceArgumentsMixin,
+    PrecisionArgumentsMixin,
+    ReliabilityArgumentsMixin,
+    OutOfMemoryArgumentsMixin,
+):
     """Adaptive gradient accumulation, for any `TrainingArguments` class.
 
     `gradient_accumulation_steps` becomes the *reference* k_ref: it fixes the data budget (`max_steps` means max_steps
@@ -28,7 +59,9 @@ class EfficientTrainingArgumentsMixin:
         accumulation_policy (`str`, defaults to `"goodput"`): `"fixed"`, `"noise_scale"`, `"goodput"` or `"ramp"`.
         min_accumulation_steps (`int`, defaults to 1): Least k.
         max_accumulation_steps (`int`, *optional*): Largest k; the larger of 32 and 4·k_ref if unset.
-        lr_batch_scaling (`str`, defaults to `"sqrt"`): `"none"`, `"sqrt"`, `"linear"` or `"gain"`, relative to k_ref.
+        lr_batch_scaling (`str`, defaults to `"auto"`): How the learning rate follows k relative to k_ref: `"none"`,
+            `"sqrt"`, `"linear"`, `"gain"` or `"surge"`. `"auto"`: `"surge"` where the noise scale is measured, else
+            `"sqrt"`.
         noise_scale_ratio (`float`, defaults to 1.0): ρ of `"noise_scale"`.
         accumulation_ramp (`str`, *optional*): Schedule of `"ramp"`, as `"share of data:k,..."`.
         optimizer_step_cost (`float`, *optional*): Cost of an optimizer step in micro-batches for `"goodput"` instead
@@ -42,28 +75,41 @@ class EfficientTrainingArgumentsMixin:
             of the data budget.
     """
 
+    argument_group: ClassVar[str] = "accumulation"  # in `--help` of the scripts
+
     accumulation_policy: Literal["fixed", "noise_scale", "goodput", "ramp"] = field(
         default="goodput",
         metadata={
             "help": "How the number of micro-batches in an optimizer step (k) is chosen: 'goodput' = most progress "
             "per second, from the measured gradient noise and the measured times; 'noise_scale' = batch follows the "
             "noise scale, for those who pay per optimizer step; 'ramp' = a stated schedule (accumulation_ramp); "
-            "'fixed' = gradient_accumulation_steps always, exactly as stock Trainer."
+            "'fixed' = gradient_accumulation_steps always, exactly as stock Trainer. Set 'fixed' to compare with "
+            "stock, or where varying k is refused (DeepSpeed, FSDP)."
         },
     )
-    min_accumulation_steps: int = field(default=1, metadata={"help": "Least k that a policy may choose."})
+    min_accumulation_steps: int = field(
+        default=1,
+        metadata={
+            "help": "Least k that a policy may choose. Raise it where batches below some size are known not to work, "
+            "as in contrastive losses."
+        },
+    )
     max_accumulation_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Largest k that a policy may choose. Defaults to the larger of 32 and 4 times "
-            "gradient_accumulation_steps."
+            "help": "Largest k that a policy may choose. Unset (the default): the larger of 32 and 4 times "
+            "gradient_accumulation_steps. Lower it where batches above some size are known to generalise worse; raise "
+            "it if k stays at it (accumulation_steps in the log)."
         },
     )
-    lr_batch_scaling: Literal["none", "sqrt", "linear", "gain"] = field(
-        default="sqrt",
+    lr_batch_scaling: Literal["auto", "none", "sqrt", "linear", "gain", "surge"] = field(
+        default="auto",
         metadata={
             "help": "How the learning rate follows k relative to gradient_accumulation_steps: 'none', 'sqrt' (Adam), "
-            "'linear' (SGD), or 'gain' (AdaScale: linear below the noise scale, flat above; its root for Adam)."
+            "'linear' (SGD), 'gain' (AdaScale: linear below the noise scale, flat above; its root for Adam), or "
+            "'surge' (best rate of updates by sign: rises up to the noise scale, flat above). 'auto' (the default) = "
+            "'surge' where the noise scale is measured, else 'sqrt'. Set 'linear' for SGD, 'none' where the learning "
+            "rate was tuned without regard to the batch."
         },
     )
     noise_scale_ratio: float = field(
@@ -74,28 +120,30 @@ class EfficientTrainingArgumentsMixin:
     accumulation_ramp: str | None = field(
         default=None,
         metadata={
-            "help": "accumulation_policy='ramp': k over the data as 'share:k' pairs, such as '0:1,0.25:2,0.5:4'."
+            "help": "accumulation_policy='ramp': k over the data as 'share:k' pairs, such as '0:1,0.25:2,0.5:4'. "
+            "Unset (the default) for any other policy; set it to repeat a schedule that is known to work."
         },
     )
     optimizer_step_cost: float | None = field(
         default=None,
         metadata={
-            "help": "accumulation_policy='goodput': cost of an optimizer step in micro-batches. Measured if unset; "
-            "set it to make a run reproducible to the bit."
+            "help": "accumulation_policy='goodput': cost of an optimizer step in micro-batches. Unset (the default): "
+            "it is measured; set it to make a run reproducible to the bit."
         },
     )
     annealing_noise_ratio: float = field(
         default=0.25,
         metadata={
             "help": "accumulation_policy='goodput': as the learning rate decays, the batch grows in its place, up to "
-            "this many noise scales (not with lr_batch_scaling='none'). 0: never."
+            "this many noise scales (not with lr_batch_scaling='none'). Set 0 to turn it off, as for a schedule that "
+            "does not end near zero."
         },
     )
     measure_noise_scale: bool | None = field(
         default=None,
         metadata={
-            "help": "Measure and log the gradient noise scale. If unset, only where accumulation_policy or "
-            "lr_batch_scaling needs it.",
+            "help": "Measure and log the gradient noise scale. Unset (the default): only where accumulation_policy or "
+            "lr_batch_scaling needs it. Set it to see the noise scale of a run with a fixed k.",
             "nargs": "?",
             "const": True,
         },
@@ -107,11 +155,18 @@ class EfficientTrainingArgumentsMixin:
         default=0.05,
         metadata={
             "help": "Half-life of the running averages of the gradient statistics in samples over all devices, or "
-            "below 1 as a share of the data."
+            "below 1 as a share of the data. Raise it where noise_scale jumps about in the log, lower it where it "
+            "lags."
         },
     )
 
+    def __new__(cls, *args, **kwargs):
+        """As in Python; a name that does not exist is answered with the one that does."""
+        check_names(cls, kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self):
+        check_stock_arguments(self)
         super().__post_init__()
         self.validate_accumulation()
         if self.noise_scale_ratio != 1.0 and self.accumulation_policy != "noise_scale":
@@ -134,27 +189,12 @@ class EfficientTrainingArgumentsMixin:
             raise ValueError(
                 f"lr_batch_scaling is '{self.lr_batch_scaling}'; choose one of {', '.join(BATCH_SCALING_RULES)}."
             )
-        if self.gradient_accumulation_steps < 1:
-            raise ValueError(
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; it must be at least 1."
-            )
-        if self.min_accumulation_steps < 1:
-            raise ValueError(f"min_accumulation_steps is {self.min_accumulation_steps}; it must be at least 1.")
+        check_ranges(self, RANGES)
         if self.max_accumulation_steps is not None and self.max_accumulation_steps < self.min_accumulation_steps:
             raise ValueError(
                 f"max_accumulation_steps ({self.max_accumulation_steps}) is below min_accumulation_steps "
                 f"({self.min_accumulation_steps}); raise the one or lower the other."
             )
-        if self.noise_scale_ratio <= 0:
-            raise ValueError(f"noise_scale_ratio is {self.noise_scale_ratio}; it must be positive.")
-        if self.optimizer_step_cost is not None and self.optimizer_step_cost < 0:
-            raise ValueError(f"optimizer_step_cost is {self.optimizer_step_cost}; it must not be negative.")
-        if self.annealing_noise_ratio < 0:
-            raise ValueError(f"annealing_noise_ratio is {self.annealing_noise_ratio}; it must not be negative.")
-        if self.noise_scale_interval < 1:
-            raise ValueError(f"noise_scale_interval is {self.noise_scale_interval}; it must be at least 1.")
-        if self.noise_scale_half_life <= 0:
-            raise ValueError(f"noise_scale_half_life is {self.noise_scale_half_life}; it must be positive.")
         if self.accumulation_policy == "ramp":
             if self.accumulation_ramp is None:
                 raise ValueError("accumulation_policy='ramp' needs accumulation_ramp, such as '0:1,0.25:2,0.5:4'.")
@@ -180,7 +220,7 @@ class EfficientTrainingArgumentsMixin:
                 f"max_accumulation_steps ({largest}); leave these unset."
             )
         if self.measure_noise_scale is False and (
-            self.accumulation_policy in ("noise_scale", "goodput") or self.lr_batch_scaling == "gain"
+            self.accumulation_policy in ("noise_scale", "goodput") or self.lr_batch_scaling in NOISE_SCALING_RULES
         ):
             raise ValueError(
                 "measure_noise_scale=False contradicts accumulation_policy="

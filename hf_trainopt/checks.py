@@ -3,7 +3,11 @@
 import logging
 
 import torch
-from transformers import Trainer
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.utils import is_compiled_module
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 
@@ -11,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool) -> None:
-    """Refuse what cannot work with varying k, and warn of a model whose loss may be scaled twice.
+    """Refuse what cannot work with varying k.
 
     Args:
         trainer: Trainer with `EfficientTrainingArguments`.
@@ -26,17 +30,22 @@ def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool)
     remedy = "set accumulation_policy='fixed'"
     if has_own_policy:
         what, remedy = "an accumulation policy of your own", remedy + " and pass no policy"
+    elif args.accumulation_policy == "fixed" and not measures:
+        what, remedy = "auto_micro_batch", "leave auto_micro_batch out"
     elif args.accumulation_policy == "fixed":
         what, remedy = "measuring the noise scale", "leave measure_noise_scale unset and lr_batch_scaling at 'none'"
     if trainer.is_deepspeed_enabled:
-        raise ValueError(f"{what} does not work with DeepSpeed, whose engine fixes k when it starts; {remedy}.")
+        raise ValueError(
+            f"{what} does not work with DeepSpeed, whose engine reads gradient_accumulation_steps once when it starts "
+            f"and reduces and steps by its own count of micro-batches; train with DDP or FSDP2, or {remedy}."
+        )
     if is_sagemaker_mp_enabled() or trainer.is_fsdp_xla_enabled:
         raise ValueError(f"{what} does not work with SageMaker model parallelism or XLA FSDP; {remedy}.")
-    if trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers:
-        raise ValueError(f"{what} does not work with sharded models yet (FSDP, DistributedConfig); {remedy}.")
+    _check_sharding(trainer, measures, what, remedy)
     if trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1:
         raise ValueError(f"{what} does not work with tensor, context or sequence parallelism yet; {remedy}.")
-    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+    k_varies = has_own_policy or measures or args.accumulation_policy != "fixed"
+    if k_varies and args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         raise ValueError(
             f"train_sampling_strategy='{args.train_sampling_strategy}' builds batches for a constant k and makes the "
             f"micro-batches of a window alike; set it to 'random', or {remedy}."
@@ -46,14 +55,14 @@ def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool)
             f"auto_find_batch_size changes the size of micro-batches, in which {what} counts; set it to False, or "
             f"{remedy}."
         )
-    if any(name in str(args.optim).lower() for name in ("layerwise", "lomo")):
+    optim = getattr(args.optim, "value", args.optim)
+    if any(name in optim.lower() for name in ("layerwise", "lomo")):
         raise ValueError(
-            f"optim='{args.optim}' takes its steps inside the backward pass, so that gradients cannot be accumulated; "
+            f"optim='{optim}' takes its steps inside the backward pass, so that gradients cannot be accumulated; "
             f"choose another optimizer, or {remedy}."
         )
     model = trainer.model
-    accepts_unset = not hasattr(model, "accepts_loss_kwargs") and trainer.compute_loss_func is None
-    if trainer.model_accepts_loss_kwargs and accepts_unset and _loss_ignores_num_items(model):
+    if _takes_loss_kwargs_unasked(trainer) and _loss_ignores_num_items(model):
         raise ValueError(
             f"the loss of {type(model).__name__} for regression or multi-label classification ignores "
             "num_items_in_batch, so that gradients would grow with k; set `model.accepts_loss_kwargs = False` before "
@@ -65,6 +74,101 @@ def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool)
             "activation_checkpointing_kwargs: use_reentrant=True hands out gradients in pieces, so that their norms "
             f"cannot be measured; set it to False, or {remedy}."
         )
+
+
+def check_amount_of_data(args: TrainingArguments, num_micro_batches: int | None, adapts: bool) -> None:
+    """Refuse a run that would train nothing, or whose windows would not fit into an epoch.
+
+    Args:
+        args: Of the run.
+        num_micro_batches: In an epoch on this rank, if that is known.
+        adapts: Whether k varies.
+
+    Raises:
+        ValueError: There is too little to train on.
+    """
+    if args.max_steps == 0:
+        raise ValueError("max_steps is 0, with which nothing is trained; give at least 1, or -1 for num_train_epochs.")
+    if args.max_steps < 0 and args.num_train_epochs == 0:
+        raise ValueError("num_train_epochs is 0, with which nothing is trained; raise it, or set max_steps.")
+    batch, k = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if num_micro_batches == 0:
+        raise ValueError(
+            f"train_dataset has no batch of per_device_train_batch_size={batch} on each of {args.world_size} "
+            "device(s), so that nothing would be trained; lower it, set dataloader_drop_last=False, or add data."
+        )
+    if num_micro_batches is not None and num_micro_batches < k:
+        what = (
+            f"train_dataset has {num_micro_batches} micro-batch(es) of per_device_train_batch_size={batch}, fewer "
+            f"than one window of gradient_accumulation_steps={k}"
+        )
+        remedy = "lower one of the two, or add data"
+        if adapts:
+            # Budget, schedule and intervals are counted in such windows.
+            raise ValueError(f"{what}; {remedy}.")
+        logger.warning("%s: each epoch is one step of all data, as in Trainer; %s.", what, remedy)
+
+
+def _check_sharding(trainer: Trainer, measures: bool, what: str, remedy: str) -> None:
+    sharded = trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers
+    if sharded and trainer.args.auto_micro_batch:
+        raise ValueError(
+            "auto_micro_batch does not work with sharded models (FSDP, DistributedConfig), whose ranks communicate in "
+            "each micro-batch; train with DDP, or leave auto_micro_batch out."
+        )
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        raise ValueError(
+            f"{what} does not work with FSDP1, which hides parameters in flat ones; set `fsdp_version: 2` in the "
+            f'accelerate config (or `"version": 2` in fsdp_config), or {remedy}.'
+        )
+    config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
+    for name in ("ep_size", "pp_size"):
+        if (getattr(config, name, None) or 1) > 1:
+            raise ValueError(
+                f"{what} does not work with DistributedConfig({name}={getattr(config, name)}), where a gradient on "
+                f"one rank is of more than its own samples; leave {name} at 1, or {remedy}."
+            )
+    if measures and sharded and (trainer.args.torch_compile or is_compiled_module(trainer.model)):
+        raise ValueError(
+            "torch_compile leaves out the hooks that find gradients of a sharded model (FSDP2), so that their norms "
+            f"cannot be measured; set torch_compile to False, or {remedy}."
+        )
+
+
+def check_equal_lengths(accelerator: Accelerator, length: int) -> None:
+    """Refuse loaders of different lengths on different ranks; all ranks call it.
+
+    Args:
+        accelerator: Of the Trainer.
+        length: Batches of this rank's loader.
+
+    Raises:
+        ValueError: They differ.
+    """
+    lengths = accelerator.gather(torch.tensor([length], device=accelerator.device)).tolist()
+    if min(lengths) < max(lengths):
+        raise ValueError(
+            f"the ranks have {min(lengths)} to {max(lengths)} batches an epoch, so that some would wait for ever for "
+            "the others; leave even_batches in accelerator_config at True, or give all ranks the same number of rows."
+        )
+
+
+def may_end_unevenly(dataloader: torch.utils.data.DataLoader) -> bool:
+    """Return whether one rank may run out of data before another: a stream that each rank reads by itself."""
+    if isinstance(dataloader, DataLoaderDispatcher):
+        return False  # the first rank reads for all
+    dataset = getattr(dataloader, "dataset", None)
+    return not has_length(dataloader) or isinstance(dataset, torch.utils.data.IterableDataset)
+
+
+def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
+    """Warn of probes under a fixed policy, and of a model whose loss may be scaled twice.
+
+    Args:
+        trainer: As for `check_adaptive_setup`, which is called again for each run; this is not.
+        measures: Whether gradient statistics are taken.
+    """
+    args, model = trainer.args, trainer.model
     if (
         measures
         and args.accumulation_policy == "fixed"
@@ -76,12 +180,19 @@ def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool)
             "own noise, so every %d-th optimizer step (and the first ones) takes two.",
             args.noise_scale_interval,
         )
-    if trainer.model_accepts_loss_kwargs and accepts_unset and not hasattr(type(model), "loss_function"):
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT: Trainer looks there too
+    if _takes_loss_kwargs_unasked(trainer) and not hasattr(type(inner), "loss_function"):
         logger.warning(
             "%s takes **kwargs, so Trainer expects its loss to be divided by `num_items_in_batch`. If it returns a "
             "plain mean, set `accepts_loss_kwargs = False` on the model: gradients would grow with k otherwise.",
-            type(model).__name__,
+            type(inner).__name__,
         )
+
+
+def _takes_loss_kwargs_unasked(trainer: Trainer) -> bool:
+    """Whether Trainer concludes from the signature of `forward` that the loss is divided by `num_items_in_batch`."""
+    unset = not hasattr(trainer.model, "accepts_loss_kwargs") and trainer.compute_loss_func is None
+    return trainer.model_accepts_loss_kwargs and unset
 
 
 def _loss_ignores_num_items(model: torch.nn.Module) -> bool:

@@ -32,6 +32,7 @@ class WindowCallbackHandler(CallbackHandler):
         show_arguments: Context in which `args.gradient_accumulation_steps` is k_ref (the loop is run with 1).
         before_step_end: Called first at the end of each optimizer step, with the state.
         cursor: Position in the data, or `None` while everything is stock.
+        save_failed: Whether the last save has come to nothing.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class WindowCallbackHandler(CallbackHandler):
         show_arguments: Callable[[], AbstractContextManager],
         before_step_end: Callable[[TrainerState], None],
         cursor: Callable[[], DataCursor | None],
+        save_failed: Callable[[], bool],
     ):
         # Not `super().__init__()`: it would add the callbacks anew and warn about those that are there twice.
         self.__dict__.update(handler.__dict__)
         self._show_arguments = show_arguments
         self._before_step_end = before_step_end
         self._cursor = cursor
+        self._save_failed = save_failed
         self.callbacks = put_on_data_axis(self.callbacks, cursor)
 
     def add_callback(self, callback):
@@ -55,6 +58,8 @@ class WindowCallbackHandler(CallbackHandler):
     def call_event(self, event, args, state, control, **kwargs):
         if event == "on_step_end":
             self._before_step_end(state)
+        if event == "on_save" and self._save_failed():
+            return control  # callbacks look for the folder
         with self._show_arguments():
             return super().call_event(event, args, state, control, **kwargs)
 

@@ -14,7 +14,16 @@ METRIC_DRIVEN = (ReduceLROnPlateau, GreedyLR)
 # Our part of a saved schedule.
 STATE_KEY = "hf_trainopt"
 
-BATCH_SCALING_RULES = ("none", "sqrt", "linear", "gain")
+BATCH_SCALING_RULES = ("auto", "none", "sqrt", "linear", "gain", "surge")
+# Those that follow the measured noise scale.
+NOISE_SCALING_RULES = ("gain", "surge")
+
+
+def chosen_rule(rule: str, measures: bool) -> str:
+    """Return what `"auto"` stands for: `"surge"` where the noise scale is measured, `"sqrt"` where it is not known."""
+    if rule != "auto":
+        return rule
+    return "surge" if measures else "sqrt"
 
 
 def batch_scaling_factor(
@@ -31,9 +40,13 @@ def batch_scaling_factor(
       which is ε_opt(B)/ε_opt(B_ref) of McCandlish et al. 2018, eq. 2.10: linear below the noise scale, flat above. Its
       root for optimizers that divide by a running root mean square (Adam and its kin). While B_noise is unknown, its
       limit for small batches, κ or √κ.
+    - `"surge"`: for Adam and its kin the rate that is best for updates by sign, ε_opt(B) ∝ 1/(√(B_noise/B) +
+      √(B/B_noise)) (Li et al. 2024, arXiv 2405.14578), which rises with the batch up to the noise scale; its fall
+      beyond is left out. So a rate that was tuned for a batch of more than the noise scale is kept for smaller ones,
+      where √κ would lower it. While B_noise is unknown √κ, its limit for small batches. For SGD the same as `"gain"`.
 
     Args:
-        rule: One of `BATCH_SCALING_RULES`.
+        rule: One of `BATCH_SCALING_RULES`, but not `"auto"` (see `chosen_rule`).
         accumulation_steps: k.
         reference_steps: k_ref.
         noise_in_micro_batches: B_noise in micro-batches over all ranks, or `None`.
@@ -49,12 +62,22 @@ def batch_scaling_factor(
         return math.sqrt(ratio)
     if rule == "linear":
         return ratio
-    if rule != "gain":
+    if rule not in NOISE_SCALING_RULES:
         raise ValueError(f"lr_batch_scaling is '{rule}'; choose one of {', '.join(BATCH_SCALING_RULES)}.")
-    gain = ratio
-    if noise_in_micro_batches is not None and math.isfinite(noise_in_micro_batches):
-        gain = (1 + noise_in_micro_batches / reference_steps) / (1 + noise_in_micro_batches / accumulation_steps)
+    noise = noise_in_micro_batches
+    if noise is None or not math.isfinite(noise):
+        return math.sqrt(ratio) if adaptive else ratio
+    if rule == "surge" and adaptive:
+        return _best_sign_rate(accumulation_steps, noise) / _best_sign_rate(reference_steps, noise)
+    gain = (1 + noise / reference_steps) / (1 + noise / accumulation_steps)
     return math.sqrt(gain) if adaptive else gain
+
+
+def _best_sign_rate(batch: float, noise: float) -> float:
+    """ε_opt(B)/ε_max of Li et al. 2024 for updates by sign; beyond the noise scale 1, where theirs falls."""
+    if batch >= noise:
+        return 1.0
+    return 2 / (math.sqrt(noise / batch) + math.sqrt(batch / noise))
 
 
 def is_adaptive_optimizer(optimizer: Optimizer) -> bool:

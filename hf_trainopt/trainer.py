@@ -1,14 +1,17 @@
 """`EfficientTrainer`: wires the parts into the public hooks of `transformers.Trainer`."""
 
 import contextlib
+import itertools
 import logging
-import os
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length
+from transformers.distributed.fsdp import is_fsdp_managed_module
+from transformers.trainer_utils import has_length
 
 from .accumulation.checkpoint import place_after_stock_steps, read_state, restore, run_state, write_state
 from .accumulation.controller import AccumulationController
@@ -18,34 +21,64 @@ from .accumulation.noise_scale import NoiseScaleTracker
 from .accumulation.policy import AccumulationPolicy, FixedPolicy
 from .accumulation.timing import StepTimer
 from .accumulation.window import (
+    REDUCED,
     LocalSums,
     Window,
     count_samples,
     count_target_tokens,
     from_vector,
     local_sums,
+    micro_batch_weights,
     to_vector,
 )
 from .args import EfficientTrainingArgumentsMixin
-from .checks import check_adaptive_setup
+from .checks import (
+    check_adaptive_setup,
+    check_amount_of_data,
+    check_equal_lengths,
+    may_end_unevenly,
+    warn_of_adaptive_setup,
+)
+from .evidence.gradients import GradientStatisticsCallback, noise_logs
+from .evidence.keys import is_evidence_key
+from .evidence.trainer import EvidenceTrainerMixin
 from .flow import WindowCallbackHandler
-from .schedule import METRIC_DRIVEN, DataIndexedLR, batch_scaling_factor, is_adaptive_optimizer
+from .out_of_memory.trainer import OutOfMemoryTrainerMixin
+from .placement.trainer import PlacementTrainerMixin
+from .precision.trainer import PrecisionTrainerMixin
+from .reliability.trainer import ReliabilityTrainerMixin
+from .report.trainer import ReportTrainerMixin
+from .schedule import (
+    METRIC_DRIVEN,
+    NOISE_SCALING_RULES,
+    DataIndexedLR,
+    batch_scaling_factor,
+    chosen_rule,
+    is_adaptive_optimizer,
+)
 
 
 logger = logging.getLogger(__name__)
 
 
 # What `log` adds to each line.
-LOGGED_KEYS = ("accumulation_steps", "effective_batch_size", "samples_seen", "noise_scale", "noise_scale_low",
-               "noise_scale_high")  # fmt: skip
+LOGGED_KEYS = ("accumulation_steps", "effective_batch_size", "samples_seen", "micro_batch_size", "noise_scale",
+               "noise_scale_low", "noise_scale_high")  # fmt: skip
 
 
-class EfficientTrainerMixin:
+class EfficientTrainerMixin(
+    OutOfMemoryTrainerMixin,
+    ReliabilityTrainerMixin,
+    PlacementTrainerMixin,
+    EvidenceTrainerMixin,
+    PrecisionTrainerMixin,
+    ReportTrainerMixin,
+):
     """Adaptive gradient accumulation for any `Trainer` class: put it before that class.
 
     One accumulation window is one step of the upstream loop: `get_batch_samples` hands the loop a single `Window`, and
     `training_step` runs its micro-batches, gradients synchronised in the last one only. With
-    `accumulation_policy="fixed"` (and nothing measured) none of this is in play and the loop is stock.
+    `accumulation_policy="fixed"` (nothing measured, no `auto_micro_batch`) none of this is in play: the loop is stock.
 
     Args:
         *args: As for `Trainer`.
@@ -58,6 +91,11 @@ class EfficientTrainerMixin:
     """
 
     def __init__(self, *args, accumulation_policy: AccumulationPolicy | None = None, **kwargs):
+        if accumulation_policy is not None and not callable(accumulation_policy):
+            raise ValueError(
+                f"accumulation_policy is {accumulation_policy!r}, which cannot be called; pass a function of "
+                "Observation, or name a policy in EfficientTrainingArguments(accumulation_policy=...)."
+            )
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, EfficientTrainingArgumentsMixin):
             raise ValueError(
@@ -69,15 +107,22 @@ class EfficientTrainerMixin:
         self._cursor: DataCursor | None = None
         self._controller: AccumulationController | None = None
         self._norms: MicroBatchNorms | None = None
-        self._resumed_state: dict[str, Any] | None = None
         self._initial_samples_seen = 0
         self._epoch_examples = 0
         self._last_window: tuple[int, int] | None = None
         self._epoch_is_over = False
+        self._fetches_together = False
+        self._warned_of_uneven_ranks = False
         self._committed_state: dict[str, Any] | None = None
         self._read_arguments()
+        if self._adapts:
+            warn_of_adaptive_setup(self, self._measures)
         self.callback_handler = WindowCallbackHandler(
-            self.callback_handler, self._reference_steps_shown, self._before_step_end, lambda: self._cursor
+            self.callback_handler,
+            self._reference_steps_shown,
+            self._before_step_end,
+            lambda: self._cursor,
+            lambda: self._failed_save is not None,
         )
 
     # ---- What is in play -------------------------------------------------------------------------------------------
@@ -88,11 +133,16 @@ class EfficientTrainerMixin:
         if self.args.measure_noise_scale is not None:
             return self.args.measure_noise_scale
         named = self.args.accumulation_policy in ("noise_scale", "goodput")
-        return named or self.args.lr_batch_scaling == "gain" or self._has_own_policy
+        return named or self.args.lr_batch_scaling in NOISE_SCALING_RULES or self._has_own_policy
 
     @property
     def _adapts(self) -> bool:
         """Whether training goes through windows at all; if not, everything is stock."""
+        return self._varies or self._fits_micro_batches
+
+    @property
+    def _varies(self) -> bool:
+        """Whether k may vary (a fixed one does in probes, if it is measured)."""
         return self._measures or not isinstance(self.accumulation_policy, FixedPolicy)
 
     def _read_arguments(self) -> None:
@@ -103,6 +153,10 @@ class EfficientTrainerMixin:
             self.accumulation_policy = self.args.make_accumulation_policy()
         if self._adapts:
             check_adaptive_setup(self, self._measures, self._has_own_policy)
+
+    @property
+    def _most_accumulation_steps(self) -> int:
+        return self.args.accumulation_bounds[1] if self._varies else super()._most_accumulation_steps
 
     # ---- The loop --------------------------------------------------------------------------------------------------
 
@@ -121,31 +175,35 @@ class EfficientTrainerMixin:
             return contextlib.nullcontext()
         return self._accumulation_steps_shown(self._reference_steps)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; a checkpoint that was written with varying k resumes at the exact micro-batch.
+    def get_train_dataloader(self, *args, **kwargs):
+        """As in `Trainer`.
 
         Raises:
-            ValueError: The checkpoint was written with another micro-batch size, number of ranks or k_ref.
+            ValueError: There are no rows.
         """
-        self._resumed_state = self._committed_state = None
-        self._cursor = self._controller = None
-        self._read_arguments()
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
-        if checkpoint:
-            self._resumed_state = read_state(checkpoint, self._setup, self._adapts)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.train_dataset is not None and has_length(self.train_dataset) and len(self.train_dataset) == 0:
+            raise ValueError("train_dataset is empty, so that nothing would be trained; pass one with rows.")
+        return super().get_train_dataloader(*args, **kwargs)
 
     def set_initial_training_values(self, args, dataloader, *other, **kwargs):
         """Let the loop run as many steps as there can be windows; schedules stay in reference windows."""
         self._read_arguments()  # a trial of a hyperparameter search is applied after `train` was entered
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, GradientStatisticsCallback):
+                callback.is_redundant, callback.k_varies = self._measures, self._varies
+                callback.windows_repeat = self._fits_micro_batches
+        check_amount_of_data(args, len(dataloader) if has_length(dataloader) else None, self._varies)
         values = super().set_initial_training_values(args, dataloader, *other, **kwargs)
+        self._cursor = self._controller = None
         if not self._adapts:
             return values
         epochs, _, examples, samples, total_batch, steps_in_epoch, max_steps = values
         self._epoch_examples = examples
         sized = has_length(dataloader)
+        if args.world_size > 1:
+            self._fetches_together = may_end_unevenly(dataloader)
+            if sized:
+                check_equal_lengths(self.accelerator, len(dataloader))
         self._cursor = DataCursor(
             reference_steps=self._reference_steps,
             budget=max_steps,
@@ -176,25 +234,33 @@ class EfficientTrainerMixin:
         self._norms = MicroBatchNorms(self.model, device) if self._measures else None
         self._last_window = None
         logger.info(
-            "k varies: in what is logged next, steps are reference windows of %d micro-batches, and 'update steps per "
+            "%s: in what is logged next, steps are reference windows of %d micro-batches, and 'update steps per "
             "epoch' are micro-batches.",
+            "k varies" if self._varies else "auto_micro_batch",
             self._reference_steps,
         )
         # k >= 1, so an epoch has at most as many windows as micro-batches; an iterator that is dry ends it earlier.
         return epochs, steps_in_epoch, examples, samples, total_batch, steps_in_epoch, max_steps
 
-    def _init_training_state(self, *args, **kwargs):
-        epochs, micro_batches = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial, *args, **kwargs
+    ):
+        resumed = None
+        if resume_from_checkpoint is not None:
+            resumed = read_state(resume_from_checkpoint, self._setup, self._adapts)
+        epochs, micro_batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial, *args, **kwargs
+        )
         if self._cursor is None:
             return epochs, micro_batches
         cursor = self._cursor
-        if self._resumed_state is not None:
-            restore(self._resumed_state, cursor, self._controller)
+        if resumed is not None:
+            restore(resumed, cursor, self._controller)
         elif self.state.global_step:
             place_after_stock_steps(
                 cursor,
                 self.state.global_step,
-                self._train_batch_size * self.args.world_size,
+                self._controller.micro_batch_samples,
                 self._epoch_examples,
                 self.state.log_history,
             )
@@ -224,8 +290,12 @@ class EfficientTrainerMixin:
         wanted = 0 if self._epoch_is_over else min(planned, self._cursor.available())
         if wanted:
             controller.timer.start_window()
-        with self._accumulation_steps_shown(max(1, wanted)):
-            micro_batches, num_items = super().get_batch_samples(epoch_iterator, wanted, *args, **kwargs)
+        source, count = epoch_iterator, wanted
+        if wanted and self._fetches_together:
+            source = self._fetch_together(epoch_iterator, wanted)
+            count = len(source)
+        with self._accumulation_steps_shown(max(1, count)):
+            micro_batches, num_items = super().get_batch_samples(iter(source), count, *args, **kwargs)
         # Accelerate's loaders look one batch ahead, so that a stream says with its last batch that it is dry.
         self._epoch_is_over |= len(micro_batches) < wanted or self.accelerator.gradient_state.end_of_dataloader
         if not micro_batches:
@@ -239,33 +309,100 @@ class EfficientTrainerMixin:
         measured = measures and len(micro_batches) * self.args.world_size >= 2
         return [Window(micro_batches, planned, measured)], num_items
 
+    def _fetch_together(self, epoch_iterator: Iterator, wanted: int) -> list[Any]:
+        """Take up to `wanted` micro-batches, as many as the rank that has the fewest left; all ranks call it.
+
+        A rank that went on alone would wait for ever for the others to reduce gradients, and so would ranks of which
+        one takes the epoch for finished. The epoch ends on all of them with the first that is dry.
+        """
+        micro_batches = list(itertools.islice(epoch_iterator, wanted))
+        over = len(micro_batches) < wanted or self.accelerator.gradient_state.end_of_dataloader
+        own = torch.tensor([[len(micro_batches), over]], dtype=torch.int64, device=self.args.device)
+        counts, overs = self.accelerator.gather(own).T.tolist()
+        self._epoch_is_over |= any(overs)
+        if (min(counts) < max(counts) or min(overs) < max(overs)) and not self._warned_of_uneven_ranks:
+            self._warned_of_uneven_ranks = True
+            logger.warning(
+                "Some ranks have more data than others: an epoch ends with the first rank that is dry, and what the "
+                "others have left of it is not trained on. Data of the same length on all ranks avoids that."
+            )
+        return micro_batches[: min(counts)]
+
     def training_step(self, model, inputs, num_items_in_batch=None, *args, **kwargs):
         """Run the micro-batches of a window; gradients are reduced over ranks in the last one only."""
         if not isinstance(inputs, Window):
-            return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-        window, timer = inputs, self._controller.timer
-        steps = len(window)
-        self.current_gradient_accumulation_steps = steps
-        loss = None
-        with self._accumulation_steps_shown(steps), self._norms if window.measured else contextlib.nullcontext():
-            for index, micro_batch in enumerate(window.micro_batches):
-                last = index == steps - 1
-                self.accelerator.sync_gradients = last
-                with contextlib.nullcontext() if last or self._syncs_each_batch else self.accelerator.no_sync(model):
-                    part = super().training_step(model, micro_batch, num_items_in_batch, *args, **kwargs)
-                loss = part if loss is None else loss + part
-                if window.measured:
-                    self._norms.end_micro_batch()
-                timer.micro_batch_done(last)
-                if not last:
-                    self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+            loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+            if self.accelerator.sync_gradients:
+                self._agree_on_flags()
+            return loss
+
+        def run(window: Window) -> torch.Tensor:
+            return self._run_window(model, window, num_items_in_batch, *args, **kwargs)
+
+        window, loss = self._until_it_fits(inputs, num_items_in_batch, run, self._forget_window)
+        timer = self._controller.timer
+        timer.micro_batch_done(last=True)
         self._finish_window(window, num_items_in_batch)
         timer.restart()
         return loss
 
-    @property
-    def _syncs_each_batch(self) -> bool:
-        return self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """As in `Trainer`.
+
+        Raises:
+            ValueError: There is no loss, since the model is given no labels.
+        """
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        except ValueError as error:
+            if "did not return a loss" not in str(error):
+                raise
+            raise ValueError(
+                f"{type(model).__name__} returns no loss for what train_dataset and data_collator give it "
+                f"({', '.join(inputs)}); add a column of labels (label_names says which they are), or pass a "
+                "data_collator that makes them or a compute_loss_func."
+            ) from error
+
+    def _run_window(self, model, window: Window, num_items_in_batch: Any, *args, **kwargs) -> torch.Tensor:
+        """Run the parts of a window one after the other; return the sum of their losses."""
+        timer, steps = self._controller.timer, len(window.parts)
+        loss = None
+        with self._accumulation_steps_shown(steps), self._norms if window.measured else contextlib.nullcontext():
+            for index, part in enumerate(window.parts):
+                last = index == steps - 1
+                self.current_gradient_accumulation_steps = window.divisor(part)
+                self.accelerator.sync_gradients = last
+                with contextlib.nullcontext() if self._syncs_in(last) else self._without_reduction(model):
+                    part_loss = super().training_step(model, part.inputs, num_items_in_batch, *args, **kwargs)
+                loss = part_loss if loss is None else loss + part_loss
+                if window.measured:
+                    self._norms.end_micro_batch()
+                if not last:
+                    if part.ends_micro_batch:
+                        timer.micro_batch_done(last=False)
+                    self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        return loss
+
+    def _syncs_in(self, last: bool) -> bool:
+        """Whether DDP reduces gradients in a backward pass, of the last micro-batch or of another."""
+        if self._ranks is not None:
+            return False
+        return last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+
+    def _forget_window(self) -> None:
+        """Forget what was counted in a window that is repeated."""
+        self._controller.timer.abandon_window()
+        if self._finite is not None:
+            self._finite.restart_window()
+        for callback in self._measurements:
+            callback.step_repeated()
+
+    def _without_reduction(self, model):
+        """Context in which gradients are not reduced over ranks."""
+        if self.is_distributed_loading_by_transformers and is_fsdp_managed_module(self.model):
+            # Accelerate did not wrap it, so that its `no_sync` does nothing.
+            return self._defer_fsdp_gradient_reduction()
+        return self.accelerator.no_sync(model)
 
     def _finish_window(self, window: Window, num_items_in_batch: Any) -> None:
         """Count the window, take in its statistics, choose k and place the learning rate for the next one."""
@@ -279,22 +416,32 @@ class EfficientTrainerMixin:
             next_k = controller.decide(controller.observe(cursor.progress, rate))
         if window.measured:
             sums = self._measured_sums(window, num_items_in_batch)
-            if self.args.process_index == 0:
-                square_norm = self._norms.accumulated_square_norm() * self._unscale**2
+            share = self._norms.square_norm_share(self.args.process_index, self.args.world_size)
+            square_norm = share * self._unscale**2
         vector = to_vector(next_k, samples, square_norm, sums)
         if self.args.world_size > 1:
+            vector = torch.cat([vector, self._window_flags()])
             vector = self.accelerator.reduce(vector.to(self.args.device), reduction="sum").cpu()
-        next_k, statistics = from_vector(vector.tolist())
+            self._agree_on_flags(vector[len(REDUCED) :].tolist())
+        next_k, statistics = from_vector(vector[: len(REDUCED)].tolist())
+        if window.measured and self._loss_of_window_is_bad():
+            # The step will be skipped, though its gradients may be finite: the loss overflows before they do.
+            statistics = replace(statistics, gradient_square_norm=math.nan)
         cursor.samples_seen += statistics.num_samples
         controller.finish_window(window.planned, statistics, window.measured, next_k, rate)
         self._last_window = (window.planned, statistics.num_samples)
         self._place_learning_rate()
 
+    def _can_go_on(self, skipped_in_a_row: int) -> bool:
+        """Infinite losses under fp16 are overflows of the forward pass, which no loss scale mends."""
+        return self._leaves_fp16_for(f"the loss of {skipped_in_a_row} optimizer steps in a row was not finite")
+
     @property
     def _unscale(self) -> float:
         """1/(loss scale): gradients are still scaled when they are measured."""
         scaler = getattr(self.accelerator, "scaler", None)
-        return 1.0 / scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        return 1.0 / scale if scale else float("inf")  # halved away: no gradient is finite
 
     def _measured_sums(self, window: Window, num_items_in_batch: Any) -> LocalSums:
         """This rank's terms of the window's statistics."""
@@ -302,25 +449,30 @@ class EfficientTrainerMixin:
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             scaled = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        if scaled and num_items_in_batch is not None:
-            # The loss of each micro-batch was divided by the items of the window, on all ranks or on this one.
-            items = [count_target_tokens(batch, self._loss_shifts_labels) for batch in window.micro_batches]
-            total = sum(items) * world_size
-            if self.args.average_tokens_across_devices:
-                # One number a device under DataParallel, all the same.
-                total = float(torch.as_tensor(num_items_in_batch).flatten()[0])
-            weights = [n / total if total else 0.0 for n in items]
-        else:
-            # The loss of each micro-batch is a mean of its own, divided by their number.
-            items = [count_samples(batch) for batch in window.micro_batches]
-            weights = [1.0 / (len(window) * world_size)] * len(window)
+        by_tokens = scaled and num_items_in_batch is not None
+        total = None
+        if by_tokens and self.args.average_tokens_across_devices:
+            # One number a device under DataParallel, all the same.
+            total = float(torch.as_tensor(num_items_in_batch).flatten()[0])
+        batches = [part.inputs for part in window.parts]
+        items = [count_target_tokens(b, self._loss_shifts_labels) if by_tokens else count_samples(b) for b in batches]
+        shares = [part.share for part in window.parts]
+        weights = micro_batch_weights(items, world_size, by_tokens, total, shares)
         return local_sums(self._norms.finish(), items, weights, self._unscale / world_size)
 
     # ---- Learning rate ---------------------------------------------------------------------------------------------
 
     def create_scheduler(self, *args, **kwargs):
         """As in `Trainer`, in reference windows, evaluated by the data consumed."""
-        scheduler = super().create_scheduler(*args, **kwargs)
+        try:
+            scheduler = super().create_scheduler(*args, **kwargs)
+        except TypeError as error:
+            if not self.args.lr_scheduler_kwargs:
+                raise
+            raise ValueError(
+                f"lr_scheduler_kwargs {self.args.lr_scheduler_kwargs} do not fit lr_scheduler_type="
+                f"'{self.args.lr_scheduler_type.value}' ({error}); leave out what it does not take."
+            ) from error
         if self._cursor is None:
             return scheduler
         if isinstance(scheduler, METRIC_DRIVEN):
@@ -348,14 +500,13 @@ class EfficientTrainerMixin:
         """Tell the schedule where the next window begins and how large it will be."""
         if not isinstance(self.lr_scheduler, DataIndexedLR):
             return
-        controller, rule = self._controller, self.args.lr_batch_scaling
-        noise = controller.noise if rule == "gain" else None
-        micro_batch_samples = controller.micro_batch_size * controller.world_size
+        controller, rule = self._controller, chosen_rule(self.args.lr_batch_scaling, self._measures)
+        noise = controller.noise if rule in NOISE_SCALING_RULES else None
         factor = batch_scaling_factor(
             rule,
             controller.next_window_steps,
             self._reference_steps,
-            noise.value / micro_batch_samples if noise is not None and noise.resolved else None,
+            noise.resolved_in(controller.micro_batch_samples) if noise is not None else None,
             is_adaptive_optimizer(self.optimizer),
         )
         self.lr_scheduler.set_position(self._cursor.reference_position, factor)
@@ -394,7 +545,8 @@ class EfficientTrainerMixin:
 
         Logged keys: `accumulation_steps` (k decided for the last window), `effective_batch_size` (samples that it had
         over all ranks), `samples_seen` (over all ranks), and once measured `noise_scale`, `noise_scale_low`,
-        `noise_scale_high` (B_noise and its 95 % interval, in samples; absent where infinite).
+        `noise_scale_high` (B_noise and its 95 % interval, in samples; absent where infinite). Where memory was too
+        short for the micro-batches of the data loader there is `micro_batch_size`, in which k is counted then.
         """
         if self._cursor is not None and "train_samples_per_second" in logs and logs.get("train_runtime"):
             # Upstream takes the share of steps for the share of the data.
@@ -412,16 +564,14 @@ class EfficientTrainerMixin:
             return {}
         k, samples = self._last_window
         logs = {"accumulation_steps": k, "effective_batch_size": samples, "samples_seen": self._cursor.samples_seen}
-        noise = self._controller.noise
-        if noise is not None:
-            for key, value in (("", noise.value), ("_low", noise.lower), ("_high", noise.upper)):
-                if value < float("inf"):
-                    logs[f"noise_scale{key}"] = value
-        return logs
+        if self._is_split:
+            size = self.micro_batch_size
+            logs |= {"accumulation_steps": k * -(-self._train_batch_size // size), "micro_batch_size": size}
+        return logs | noise_logs(self._controller.noise)
 
     @property
     def accumulation_range(self) -> tuple[int, int, int] | None:
-        """Least, largest and present k of the last `train`; `None` if it was stock."""
+        """Least, largest and present k of the last `train`, in the data loader's micro-batches; `None` if stock."""
         if self._controller is None or not self._controller.used_range:
             return None
         return (*self._controller.used_range, self._controller.accumulation_steps)
@@ -429,7 +579,9 @@ class EfficientTrainerMixin:
     def create_model_card(self, *args, **kwargs) -> None:
         """As in `Trainer`; what we log beside evaluations is not a result of theirs."""
         history = self.state.log_history
-        self.state.log_history = [{k: v for k, v in entry.items() if k not in LOGGED_KEYS} for entry in history]
+        self.state.log_history = [
+            {k: v for k, v in entry.items() if k not in LOGGED_KEYS and not is_evidence_key(k)} for entry in history
+        ]
         try:
             super().create_model_card(*args, **kwargs)
         finally:
@@ -449,13 +601,14 @@ class EfficientTrainerMixin:
             "gradient_accumulation_steps": self._reference_steps,
         }
 
-    def _save_checkpoint(self, model, trial, *args, **kwargs):
-        if self._cursor is not None and self.args.should_save:
-            # First: a checkpoint without it would be taken for one of stock Trainer. That of the last finished step,
-            # since a checkpoint may be asked for in the middle of one.
-            folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def _check_own_state(self, folder: str) -> None:
+        if not self.args.auto_find_batch_size:  # which takes the checkpoint's batch size
+            read_state(folder, self._setup, self._adapts)
+
+    def _save_own_state(self, folder: str) -> None:
+        if self._cursor is not None:
+            # That of the last finished step, since a checkpoint may be asked for in the middle of one.
             write_state(self._committed_state, folder)
-        return super()._save_checkpoint(model, trial, *args, **kwargs)
 
 
 class EfficientTrainer(EfficientTrainerMixin, Trainer):

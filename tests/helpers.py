@@ -1,5 +1,6 @@
 """Tiny models, data and runs that the tests share. Everything is deterministic and offline."""
 
+import socket
 from typing import Any
 
 import torch
@@ -97,7 +98,15 @@ def arguments(output_dir, cls: type[TrainingArguments] = EfficientTrainingArgume
         "disable_tqdm": True,
         "use_cpu": True,
     }
+    if issubclass(cls, EfficientTrainingArguments):
+        defaults["measurements"] = "none"  # the lines of stock Trainer, and ours beside them
     return cls(**(defaults | kwargs))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def quiet(trainer):

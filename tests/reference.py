@@ -1,5 +1,6 @@
 """Slow, obviously right twins of the estimators and of the data cursor: full history, textbook formulas."""
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -99,3 +100,42 @@ def walk_the_data(
             position = Fraction(finished)
         result.append((this_epoch, taken, position))
     return result
+
+
+def all_paths(chain) -> list[tuple]:
+    """Every way through the stages of a placement chain, one after another."""
+
+    def from_stage(start):
+        if start == chain.num_stages:
+            return [()]
+        return [
+            (segment, *rest)
+            for segment in chain.segments
+            if segment.start == start
+            for rest in from_stage(segment.stop)
+        ]
+
+    return from_stage(0)
+
+
+def best_path_twin(chain, budget):
+    """(seconds, path) of the fastest way whose peak, added up stage by stage, is within the budget."""
+    best = None
+    for path in all_paths(chain):
+        kept, peak = chain.base_bytes, chain.fixed_bytes
+        for segment in path:
+            peak = max(peak, kept + segment.need_bytes)
+            kept = kept + segment.keep_bytes
+        peak = max(peak, kept + chain.head_bytes)
+        seconds = sum(segment.seconds for segment in path)
+        if peak <= budget and (best is None or seconds < best[0]):
+            best = (seconds, path)
+    return best
+
+
+def t_cdf_by_integration(t: float, degrees: int, cells: int = 20_000) -> float:
+    """P(T <= t) of Student's t by the trapezoidal rule over its density, from the middle."""
+    scale = math.gamma((degrees + 1) / 2) / (math.sqrt(degrees * math.pi) * math.gamma(degrees / 2))
+    width = t / cells
+    density = [scale * (1 + (i * width) ** 2 / degrees) ** (-(degrees + 1) / 2) for i in range(cells + 1)]
+    return 0.5 + width * (sum(density) - (density[0] + density[-1]) / 2)

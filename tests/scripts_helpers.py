@@ -1,12 +1,13 @@
 """What the tests of the two scripts share: running them in a process of their own, comparing saved weights."""
 
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from helpers import free_port
 from safetensors.torch import load_file
 
 
@@ -19,14 +20,36 @@ RESULT_FILES = ("config.json", "model.safetensors", "training_args.bin", "traine
 RESULT_FILES += ("train_results.json", "eval_results.json", "all_results.json")
 
 
+# What the runs of both scripts have in common.
+SHORT_RUN = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 4,
+    "optimizer_step_cost": 0.5,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "do_train": True,
+    "do_eval": True,
+}
+
+
+def flag_maker(values: dict[str, object]) -> Callable[..., list[str]]:
+    """Return a function that makes flags of `values`, some left out, some changed or added."""
+
+    def make(*, without=(), **changes):
+        merged = {key: value for key, value in (values | changes).items() if key not in without}
+        return [f"--{key}={value}" for key, value in merged.items()]
+
+    return make
+
+
 def run_script(name: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:
     """Run a script of the repository on the CPU, under torchrun if `processes` is above one."""
     launcher = [sys.executable]
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     return subprocess.run(
         [*launcher, str(REPOSITORY / name), *map(str, flags)],
         env={**os.environ, **ENVIRONMENT},

@@ -15,7 +15,7 @@ from hf_trainopt.accumulation import FixedPolicy, GoodputPolicy, NoiseScalePolic
     ("bad", "message"),
     [
         ({"accumulation_policy": "adaptive"}, "choose one of fixed, noise_scale, goodput, ramp"),
-        ({"lr_batch_scaling": "cube"}, "choose one of none, sqrt, linear, gain"),
+        ({"lr_batch_scaling": "cube"}, "choose one of auto, none, sqrt, linear, gain, surge"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
         ({"min_accumulation_steps": 0}, "min_accumulation_steps is 0"),
         ({"min_accumulation_steps": 4, "max_accumulation_steps": 2}, "raise the one or lower the other"),
@@ -103,7 +103,7 @@ def test_metric_driven_schedules_set_the_rate_themselves(tmp_path, caplog):
     args = arguments(tmp_path, **plateau)
     trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(6)))
     trainer.train()
-    assert "lr_batch_scaling='sqrt' is ignored" in caplog.text
+    assert "lr_batch_scaling='auto' is ignored" in caplog.text
     assert trainer.state.epoch == 2.0
     assert trainer.optimizer.param_groups[0]["lr"] == args.learning_rate
 

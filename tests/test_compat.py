@@ -1,15 +1,24 @@
 """Every private name of transformers that we touch is where we expect it: fails loudly when upstream moves it."""
 
+import importlib
 import inspect
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Trainer
 
 import hf_trainopt
 from hf_trainopt import _compat
-from hf_trainopt._compat import PRIVATE_API, TESTED_TRANSFORMERS, check_transformers_version
+from hf_trainopt._compat import (
+    PRIVATE_API,
+    PRIVATE_DDP,
+    PRIVATE_PRECISION,
+    PRIVATE_TORCH,
+    TESTED_TRANSFORMERS,
+    check_transformers_version,
+)
 
 
 PACKAGE = Path(hf_trainopt.__file__).parent
@@ -29,10 +38,12 @@ def test_private_names_are_there(name):
 
 def test_no_other_private_names_are_touched():
     """Names that begin with an underscore on `self`, `super()` or `trainer`: ours, or in the list."""
-    source = (PACKAGE / "trainer.py").read_text() + (PACKAGE / "checks.py").read_text()
+    files = [PACKAGE / "trainer.py", PACKAGE / "checks.py", PACKAGE / "reliability" / "checkpoints.py"]
+    source = "".join(path.read_text() for path in (*files, *PACKAGE.glob("*/trainer.py")))
     used = set(re.findall(r"(?:self|super\(\)|trainer)\.(_[a-z]\w*)", source))
     ours = set(re.findall(r"def (_[a-z]\w*)", source)) | set(re.findall(r"self\.(_[a-z]\w*)(?:: [^=\n]+)? = ", source))
-    of_trainer = {name for name in used if re.search(rf"(self\.|def ){name}\b", inspect.getsource(Trainer))}
+    upstream = inspect.getsource(Trainer)
+    of_trainer = {name for name in used if re.search(rf"(self\.|def ){name}\b", upstream)}
     assert of_trainer <= set(PRIVATE_API), of_trainer - set(PRIVATE_API)
     assert used <= ours | set(PRIVATE_API), used - ours - set(PRIVATE_API)
     assert set(PRIVATE_API) <= used | ours, "listed, but not used any more"
@@ -57,6 +68,139 @@ def test_the_loop_is_what_we_wrap():
     saving = inspect.getsource(Trainer._save_checkpoint)
     assert 'f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"' in saving
     assert "self._get_output_dir(trial=trial)" in saving
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(place, name) for place, names in PRIVATE_TORCH.items() for name in names]
+)
+def test_private_names_of_torch_are_there(place, name):
+    parameters, reason = PRIVATE_TORCH[place][name]
+    assert reason
+    if place == "torch.nn.Module":
+        assert name in vars(torch.nn.Linear(1, 1)) or hasattr(torch.nn.Module, name)
+        return
+    owner = torch.autograd.Variable if place == "torch.autograd.Variable" else importlib.import_module(place)
+    thing = getattr(owner, name)
+    if parameters is not None:
+        found = inspect.signature(thing).parameters
+        assert set(parameters) <= set(found), f"{place}.{name} takes {list(found)}"
+
+
+def test_frames_of_checkpoint_are_what_we_fill():
+    """A run calls `save_inputs`, and PyTorch calls `recompute_fn` with them and reads the rest."""
+    checkpoint = torch.utils.checkpoint
+    assert "frame.recompute_fn" in inspect.getsource(checkpoint._checkpoint_hook)
+    assert "frame.get_inputs()" in inspect.getsource(checkpoint._checkpoint_hook)
+    frame = checkpoint._CheckpointFrame(None, True, None, None)
+    tensor = torch.ones(2)
+    frame.save_inputs(tensor)
+    assert torch.equal(frame.get_inputs()[0], tensor)
+
+
+def test_no_other_private_names_of_torch_are_imported():
+    listed = {(place, name) for place, names in PRIVATE_TORCH.items() for name in names}
+    found = set()
+    for file in [*(PACKAGE / "placement").glob("*.py"), *(PACKAGE / "evidence").glob("*.py")]:
+        source = file.read_text()
+        imports = re.findall(r"^from (torch[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))$", source, re.MULTILINE)
+        for place, several, names in imports:
+            for name in re.findall(r"\w+", several or names):
+                if name.startswith("_") or "._" in place:
+                    found.add((place, name))
+        for place in ("transformers.masking_utils", "transformers.initialization"):
+            names = PRIVATE_TORCH[place]
+            found |= {(place, name) for name in names if name in source}
+        found |= set(re.findall(r"(torch\._\w+)\.(_?[A-Z]\w+)", source)) - {("torch._ops", "OpOverload")}
+        found |= {("torch.nn.Module", name) for name in re.findall(r"module\.(_buffers|_parameters)\b", source)}
+        found |= {("torch.nn.Module", name) for name in re.findall(r"\b(_compiled_call_impl|_modules)\b", source)}
+        found |= {("torch._C", name) for name in re.findall(r"torch\._C\.(_current_graph_task_id)\b", source)}
+        found |= {("torch.autograd.Variable", name) for name in re.findall(r"\bVariable\.(_\w+)", source)}
+    assert found == listed
+
+
+def test_what_replays_read_of_tensors_and_operators():
+    tensor = torch.ones(2)
+    assert isinstance(tensor.untyped_storage()._cdata, int)
+    assert torch.ops.aten.add.Tensor._overloadpacket is torch.ops.aten.add
+    library = torch.library.Library("aten", "IMPL")
+    assert "allow_override" in inspect.signature(library.impl).parameters
+    library._destroy()
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        assert torch.ones(2).fake_device == torch.device("cpu")
+
+
+def test_a_backward_pass_can_be_told_and_its_end_heard_of():
+    """What FLOPs and gradient statistics read: the number of the pass, and callbacks that may add callbacks."""
+    seen = []
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    tensor = torch.ones(2, requires_grad=True)
+    tensor.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))
+    tensor.register_hook(lambda _: queue(lambda: queue(lambda: seen.append(tensor.grad))))
+    assert torch._C._current_graph_task_id() == -1
+    tensor.sum().backward()
+    assert seen[0] >= 0
+    assert torch.equal(seen[1], torch.ones(2))
+    assert "_orig_mod" in torch.compile(torch.nn.Linear(1, 1))._modules
+
+
+@pytest.mark.parametrize("place", PRIVATE_PRECISION)
+def test_what_a_change_of_precision_sets(place):
+    module, _, name = place.rpartition(".")
+    source = inspect.getsource(getattr(importlib.import_module(module), name))
+    for attribute, reason in PRIVATE_PRECISION[place].items():
+        assert reason
+        assert re.search(rf"\.{attribute} = ", source), f"{place} sets no {attribute}"
+
+
+def test_no_other_private_names_are_set_by_a_change_of_precision():
+    source = (PACKAGE / "precision" / "switch.py").read_text()
+    ours = set(re.findall(r"def (_[a-z]\w*)", source)) | set(re.findall(r"self\.(_[a-z]\w*)", source))
+    used = set(re.findall(r"[\w)]\.(_[a-z]\w*)", source)) | set(re.findall(r"\"(_[a-z]\w*[a-z])\"", source))
+    listed = {name for names in PRIVATE_PRECISION.values() for name in names if name.startswith("_")}
+    assert used - ours == listed
+
+
+def test_what_replaces_the_reduction_of_ddp():
+    """Where DDP broadcasts and reduces, as `out_of_memory/ranks.py` has it."""
+    ddp = torch.nn.parallel.DistributedDataParallel
+    source = (PACKAGE / "out_of_memory" / "ranks.py").read_text()
+    assert set(re.findall(r"self\._model\.(_\w+)", source)) == set(PRIVATE_DDP)
+    assert all(hasattr(ddp, name) and reason for name, reason in PRIVATE_DDP.items())
+    assert "self.require_forward_param_sync" in inspect.getsource(ddp.will_sync_module_buffers)
+    assert "self.will_sync_module_buffers()" in inspect.getsource(ddp._check_sync_bufs_pre_fwd)
+    # Without a reduction in its backward pass a forward pass prepares the reducer for none.
+    for method in (ddp._pre_forward, ddp._post_forward):
+        assert "torch.is_grad_enabled() and self.require_backward_grad_sync" in inspect.getsource(method)
+    assert "self.parameters_to_ignore" in inspect.getsource(ddp.__init__)
+
+
+def test_accelerate_wraps_the_forward_pass_as_we_find_it():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from hf_trainopt.precision.switch import autocasts_around
+
+    class Layer(torch.nn.Linear):
+        def forward(self, x):
+            output = super().forward(x)
+            seen.append(output.dtype)
+            return output
+
+    seen = []
+    model = Layer(2, 2)
+    assert list(autocasts_around(model)) == []
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    _, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    (context,) = autocasts_around(model)
+    model(torch.ones(1, 2))
+    context.fast_dtype = torch.float16
+    model(torch.ones(1, 2))
+    context._enabled = False
+    model(torch.ones(1, 2))
+    assert seen == [torch.bfloat16, torch.float16, torch.float32]
+    assert "_mixed_precision" in vars(AcceleratorState())
+    assert optimizer.scaler is None
+    assert optimizer._is_overflow is False
 
 
 def test_another_version_is_warned_of(monkeypatch):

@@ -2,26 +2,22 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import free_port
 
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def launch(case: str, folder: Path, num_processes: int = 2) -> list[dict]:
-    """Run the worker; return what each rank wrote."""
+def launch(
+    case: str, folder: Path, num_processes: int = 2, fails_with: str | None = None, worker: Path = WORKER
+) -> list[dict]:
+    """Run a worker; return what each rank wrote. `fails_with`: it ends with this error instead."""
     folder.mkdir(parents=True, exist_ok=True)
     # `--multi_gpu` is how `accelerate launch` starts several processes, on the CPU too (the worker sets `use_cpu`).
     kind = "--multi_gpu" if num_processes > 1 else "--cpu"
@@ -31,13 +27,27 @@ def launch(case: str, folder: Path, num_processes: int = 2) -> list[dict]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command, str(WORKER), str(folder), case],
+        [*command, str(worker), str(folder), case],
         capture_output=True, text=True, timeout=240, cwd=WORKER.parent, env=environment,
     )  # fmt: skip
+    if fails_with is not None:
+        assert done.returncode != 0
+        assert fails_with in done.stderr
+        return []
     assert done.returncode == 0, done.stderr[-3000:]
+    return [] if ";" in case else read(folder, num_processes)
+
+
+def read(folder: Path, num_processes: int = 2) -> list[dict]:
     records = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_processes)]
     assert all(record["world_size"] == num_processes for record in records)
     return records
+
+
+def launch_all(cases: list[str], folder: Path) -> dict[str, list[dict]]:
+    """Run several cases one after the other in the same processes; starting them takes longer than most runs."""
+    launch(";".join(cases), folder)
+    return {case: read(folder / case) for case in cases}
 
 
 def assert_ranks_agree(records: list[dict]) -> None:
@@ -117,3 +127,57 @@ def test_stock_ranks_drift_apart_when_a_callback_changes_k(tmp_path):
     """
     first, second = ([step["checksum"] for step in r["steps"]] for r in launch("stock corruption", tmp_path))
     assert first != second
+
+
+def test_placement_on_two_ranks_is_exact_and_the_same(tmp_path):
+    """Under DDP, with accumulation windows and gradient statistics; a plan that cannot be made ends all ranks."""
+    plain, placed = launch("placement none", tmp_path / "none"), launch("placement 90%", tmp_path / "budget")
+    assert_ranks_agree(placed)
+    assert [step["checksum"] for step in placed[0]["steps"]] == [step["checksum"] for step in plain[0]["steps"]]
+    peaks = {"measured_peak_gib", "predicted_peak_gib"}
+    assert [{k: v for k, v in line.items() if k not in peaks} for line in placed[0]["log"]] == plain[0]["log"]
+    assert sum(peaks <= line.keys() for line in placed[0]["log"]) == 1
+    assert placed[0]["plan"] == placed[1]["plan"]
+    assert any(choice["recompute"] != "none" for choice in placed[0]["plan"]["stages"].values())
+    assert placed[0]["plan"]["details"]["world_size"] == 2
+    launch("placement 1%", tmp_path / "floor", fails_with="no placement needs less than")
+
+
+def test_measurements_on_two_ranks(tmp_path):
+    """Sums of samples, maxima of memory, one noise scale; nobody waits for a rank that logs by itself."""
+    stock, ours = launch("evidence stock", tmp_path / "stock"), launch("evidence efficient", tmp_path / "ours")
+    assert stock[0]["weights"] == ours[0]["weights"]
+    agreed = ("samples_seen", "steps_to_target", "samples_to_target", "target_reached", "noise_scale")
+    for records in (stock, ours):
+        first, second = ([line for line in record["history"] if "mine" not in line] for record in records)
+        assert len(records[0]["history"]) > len(first) == len(records[1]["history"])
+        for a, b in zip(first, second, strict=True):
+            for key in {*a, *b}:
+                if key in agreed or key.startswith("peak_memory"):
+                    assert a[key] == b[key], key
+        assert first[-1]["samples_seen"] == 2 * 52  # 50 rows are filled up to 13 pairs of micro-batches
+        assert first[-1]["target_reached"]
+        assert first[-1]["samples_per_second"] > 0
+        assert first[-1]["tokens_per_second"] == pytest.approx(12 * first[-1]["samples_per_second"])
+        if "peak_memory_evaluation_gib" in first[-1]:  # where the high-water mark can be reset
+            gap = first[-1]["peak_memory_evaluation_gib"] - first[-1]["peak_memory_forward_backward_gib"]
+            assert 0.1 < gap < 0.3
+    lines = [[line for line in records[0]["history"] if "mine" not in line] for records in (stock, ours)]
+    for a, b in zip(*lines, strict=True):
+        assert a.get("steps_to_target") == b.get("steps_to_target")
+        for key in ("noise_scale", "noise_scale_low", "noise_scale_high"):
+            assert a.get(key) == (pytest.approx(b[key], rel=1e-6) if key in b else None)
+    assert any("noise_scale" in line for line in lines[0])
+
+
+def test_ranks_skip_and_leave_fp16_together(tmp_path):
+    """The second rank overflows; gradients are averaged before the scaler looks at them."""
+    records = launch("fp16", tmp_path)
+    assert_ranks_agree(records)
+    for record in records:
+        assert record["precision"] == "no"
+        assert [line["skipped_steps"] for line in record["log"]] == [0, 0, *range(1, 10), *[9] * 13]
+        assert ["loss_scale" in line for line in record["log"]] == [True] * 10 + [False] * 14
+    checksums = [step["checksum"] for step in records[0]["steps"]]
+    assert len(set(checksums[1:11])) == 1  # skipped
+    assert len(set(checksums[10:])) == 14

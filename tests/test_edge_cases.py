@@ -81,7 +81,8 @@ def test_a_checkpoint_of_weights_only_finds_its_place(tmp_path):
 
 def test_a_lost_state_is_not_taken_for_stock(tmp_path):
     make(tmp_path, k=1, save_strategy="steps", save_steps=1).train()
-    (tmp_path / "checkpoint-4" / "accumulation_state.json").unlink()
+    for name in ("accumulation_state.json", "checkpoint_manifest.json"):  # as if stock Trainer had written it
+        (tmp_path / "checkpoint-4" / name).unlink()
     with pytest.raises(ValueError, match="its place in the data is unknown"):
         make(tmp_path, k=1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 

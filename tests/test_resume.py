@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.accumulation.checkpoint import STATE_NAME
+from hf_trainopt.reliability.manifest import MANIFEST_NAME
 
 
 # k varies in every one of them, and none depends on the clock.
@@ -180,7 +181,7 @@ def test_another_setup_is_refused(whole_runs, tmp_path):
     with pytest.raises(ValueError, match="'fixed' cannot resume a checkpoint in which k has varied"):
         make(tmp_path, "ramp", accumulation_policy="fixed", accumulation_ramp=None).train(checkpoint)
     broken = tmp_path / "broken"
-    shutil.copytree(checkpoint, broken)
+    shutil.copytree(checkpoint, broken, ignore=shutil.ignore_patterns(MANIFEST_NAME))
     state = json.loads((broken / STATE_NAME).read_text())
     (broken / STATE_NAME).write_text(json.dumps(state | {"version": 99}))
     with pytest.raises(ValueError, match="version 99"):

@@ -7,7 +7,13 @@ import torch
 from torch.optim.lr_scheduler import StepLR
 from transformers import get_scheduler
 
-from hf_trainopt.schedule import DataIndexedLR, batch_scaling_factor, is_adaptive_optimizer
+from hf_trainopt.schedule import (
+    NOISE_SCALING_RULES,
+    DataIndexedLR,
+    batch_scaling_factor,
+    chosen_rule,
+    is_adaptive_optimizer,
+)
 
 
 def optimizer(cls=torch.optim.AdamW, lr: float = 0.1):
@@ -120,7 +126,7 @@ def test_schedules_without_base_rates():
     DataIndexedLR(torch.optim.lr_scheduler.ChainedScheduler([StepLR(second_optimizer, step_size=2)]))
 
 
-@pytest.mark.parametrize("rule", ["none", "sqrt", "linear", "gain"])
+@pytest.mark.parametrize("rule", ["none", "sqrt", "linear", "gain", "surge"])
 @pytest.mark.parametrize("noise", [None, 0.5, 10.0])
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_the_reference_batch_is_never_scaled(rule, noise, adaptive):
@@ -134,19 +140,44 @@ def test_rules():
     gain = (1 + 4 / 8) / (1 + 4 / 2)
     assert batch_scaling_factor("gain", 2, 8, 4.0, adaptive=False) == pytest.approx(gain)
     assert batch_scaling_factor("gain", 2, 8, 4.0, adaptive=True) == pytest.approx(math.sqrt(gain))
+    surge = (math.sqrt(4 / 4) + math.sqrt(4 / 4)) / (math.sqrt(4 / 2) + math.sqrt(2 / 4))  # best at the noise scale, 4
+    assert batch_scaling_factor("surge", 2, 8, 4.0, adaptive=True) == pytest.approx(surge)
+    assert batch_scaling_factor("surge", 2, 8, 4.0, adaptive=False) == pytest.approx(gain)
     with pytest.raises(ValueError, match="lr_batch_scaling"):
         batch_scaling_factor("cube", 2, 8, 4.0, True)
 
 
 @pytest.mark.parametrize(("adaptive", "limit"), [(False, "linear"), (True, "sqrt")])
-def test_gain_lies_between_its_limits(adaptive, limit):
+@pytest.mark.parametrize("rule", NOISE_SCALING_RULES)
+def test_rules_of_the_noise_scale_lie_between_their_limits(rule, adaptive, limit):
     """No noise: a larger batch is worth nothing. All noise: linear (SGD) or root (Adam)."""
-    assert batch_scaling_factor("gain", 2, 8, 1e-9, adaptive) == pytest.approx(1.0)
-    assert batch_scaling_factor("gain", 2, 8, 1e9, adaptive) == pytest.approx(
+    assert batch_scaling_factor(rule, 2, 8, 1e-9, adaptive) == pytest.approx(1.0)
+    assert batch_scaling_factor(rule, 2, 8, 1e9, adaptive) == pytest.approx(
         batch_scaling_factor(limit, 2, 8, None, adaptive), rel=1e-6
     )
-    unknown = batch_scaling_factor("gain", 2, 8, None, adaptive)
-    assert unknown == batch_scaling_factor(limit, 2, 8, None, adaptive)
+    for unknown in (None, math.inf):
+        assert batch_scaling_factor(rule, 2, 8, unknown, adaptive) == batch_scaling_factor(limit, 2, 8, None, adaptive)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 3.0, 5.5, 8.0, 40.0])
+def test_surge_is_the_best_rate_of_updates_by_sign(noise):
+    """The rates of Li et al. 2024 with their top held from the noise scale on, tabulated and divided."""
+    batches = range(1, 17)
+    rates = [2 / (math.sqrt(noise / b) + math.sqrt(b / noise)) for b in batches]
+    rates = [rate if b < noise else 1.0 for b, rate in zip(batches, rates, strict=True)]
+    factors = [batch_scaling_factor("surge", b, 8, noise, adaptive=True) for b in batches]
+    assert factors == pytest.approx([rate / rates[7] for rate in rates])
+    assert factors == sorted(factors)
+    for b, factor in zip(batches, factors, strict=True):
+        root, gain = (batch_scaling_factor(rule, b, 8, noise, adaptive=True) for rule in ("sqrt", "gain"))
+        assert min(1.0, root, gain) - 1e-12 <= factor <= max(1.0, root, gain) + 1e-12
+
+
+def test_auto_takes_the_noise_scale_where_it_is_measured():
+    assert (chosen_rule("auto", True), chosen_rule("auto", False)) == ("surge", "sqrt")
+    assert chosen_rule("gain", True) == "gain"
+    with pytest.raises(ValueError, match="lr_batch_scaling"):  # must have been resolved
+        batch_scaling_factor("auto", 2, 8, 4.0, True)
 
 
 def test_which_optimizers_are_adaptive():

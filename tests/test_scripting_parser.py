@@ -2,13 +2,13 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pytest
 from transformers import TrainingArguments
 
 from hf_trainopt import EfficientTrainingArguments
-from hf_trainopt.scripting.parser import REMOVED_NAMES, parse_script_arguments
+from hf_trainopt.scripting.parser import REMOVED_NAMES, arguments_by_part, parse_script_arguments
 
 
 @dataclass
@@ -140,3 +140,38 @@ def test_bad_value_is_reported_without_the_usage(capsys):
     printed = capsys.readouterr().err
     assert "--max_steps" in printed
     assert len(printed.splitlines()) == 1
+
+
+OURS = arguments_by_part([EfficientTrainingArguments])
+
+
+def test_help_begins_with_our_arguments_each_part_in_a_group(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    stock = text.index("Hugging Face TrainingArguments:")
+    assert text.index("usage:") < text.index("accumulation:") < stock
+    assert {"accumulation", "placement", "evidence", "precision", "reliability"} <= OURS.keys()
+    for title, (description, names) in OURS.items():
+        assert text.index(f"\n{title}:") < stock
+        assert description
+        for name in names:
+            assert text.count(f"\n  --{name} ") == 1, name
+            assert text.index(f"\n{title}:") < text.index(f"\n  --{name} ") < stock
+    assert text.index("--learning_rate") > stock
+
+
+def test_no_argument_of_ours_is_left_out_of_the_groups():
+    ours, stock = ({field.name for field in fields(cls)} for cls in (EfficientTrainingArguments, TrainingArguments))
+    ours -= stock
+    assert set.union(*(names for _, names in OURS.values())) == ours
+
+
+@pytest.mark.parametrize("name", sorted(set.union(*(names for _, names in OURS.values()))))
+def test_each_help_text_says_the_default_and_when_to_change_it(name):
+    field_of = EfficientTrainingArguments.__dataclass_fields__[name]
+    text = field_of.metadata["help"]
+    if field_of.default is None:  # argparse adds any other default
+        assert "Unset (the default)" in text, text
+    assert any(word in text for word in ("Set ", "set it", "Raise ", "Lower ", "raise ", "lower ")), text

@@ -1,13 +1,18 @@
 """`run_clm.py` as its users run it, on a few kilobytes of text."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from scripts_helpers import RESULT_FILES, assert_same_weights, run_script
+from scripts_helpers import RESULT_FILES, SHORT_RUN, assert_same_weights, flag_maker, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm
+from hf_trainopt import EfficientTrainer
+from hf_trainopt.placement import PlacementError, PlacementPlan, Rewrites
+from hf_trainopt.placement.plan import FULL
+from hf_trainopt.scripting import session
 
 
 SENTENCES = [
@@ -30,32 +35,18 @@ def text_file(tmp_path):
 def flags(tmp_path, text_file):
     """Flags of a run of a second; tests add to them."""
     values = {
+        **SHORT_RUN,
         "train_file": text_file,
         "validation_split_percentage": 20,
         "train_tokenizer_vocab_size": 300,
         "config_overrides": TINY,
         "block_size": 16,
-        "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 4,
         "learning_rate": "1e-2",
-        "optimizer_step_cost": 0.5,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "do_train": True,
-        "do_eval": True,
         "cache_dir": tmp_path / "cache",
         "output_dir": tmp_path / "out",
     }
-
-    def make(*, without=(), **changes):
-        merged = {key: value for key, value in (values | changes).items() if key not in without}
-        return [f"--{key}={value}" for key, value in merged.items()]
-
-    return make
+    return flag_maker(values)
 
 
 def test_files_and_metrics(tmp_path, flags, capsys):
@@ -211,7 +202,7 @@ def test_config_file_with_flags_over_it(tmp_path, flags):
         ({"tokenizer_name": "x"}, [], "--train_tokenizer_vocab_size cannot be used"),
         ({"validation_split_percentage": 100}, [], "must lie between 0 and 100"),
         ({"resume_from_checkpoint": "nowhere"}, [], "nowhere of --resume_from_checkpoint does not exist"),
-        ({"resume_from_checkpoint": "True"}, [], "found no checkpoint"),
+        ({"resume_from_checkpoint": "True"}, [], "found no complete checkpoint"),
         ({"accumulation_policy": "ramp"}, [], "needs accumulation_ramp"),
     ],
 )
@@ -223,9 +214,9 @@ def test_mistakes_are_answered_before_training(flags, changes, without, message)
 def test_hub_names_while_offline(flags, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"The dataset nobody/nothing was found neither.*--train_file"):
+    with pytest.raises(ValueError, match=r"The dataset nobody/nothing .* was found neither.*--train_file"):
         run_clm.main(flags(dataset_name="nobody/nothing", without=["train_file"]))
-    with pytest.raises(ValueError, match=r"nobody/nothing was found neither.*pass a local folder"):
+    with pytest.raises(ValueError, match=r"nobody/nothing .* was found neither.*pass a local folder"):
         run_clm.main(
             flags(
                 model_name_or_path="nobody/nothing",
@@ -252,6 +243,75 @@ def test_subprocess_demo_and_error(tmp_path):
     assert failed.stderr.strip().endswith("error: There are no data: pass --dataset_name, --train_file or "
                                           "--validation_file.")  # fmt: skip
     assert "Traceback" not in failed.stderr
+
+
+def test_a_budget_that_cannot_be_met_is_one_line(flags):
+    """Of planning, inside `trainer.train()`; a bug there keeps its traceback."""
+    done = run_script("run_clm.py", *flags(memory_budget="5%"))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("run_clm.py: error: memory_budget is 5% (")
+    assert "no placement needs less than" in last
+    assert "Planning checkpoint placement for a budget of 5%" in done.stdout
+
+
+def test_two_processes_say_it_once(flags):
+    done = run_script("run_clm.py", *flags(memory_budget="5%"), processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("run_clm.py: error: memory_budget is 5%") == 1
+    assert "SIGABRT" not in done.stderr
+    assert "in train_and_evaluate" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(PlacementError("no room\nat all"), 2), (ValueError("a bug"), None), (KeyError("a bug"), None)]
+)
+def test_only_errors_of_placement_lose_their_traceback_in_training(error, code, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["folder/script.py"])
+
+    def _run_epoch():
+        raise error
+
+    with pytest.raises(type(error) if code is None else SystemExit) as raised, session.report_user_errors():
+        _run_epoch()
+    assert getattr(raised.value, "code", None) == code
+    assert capsys.readouterr().err == ("script.py: error: no room at all\n" if code else "")
+
+
+def test_the_loops_of_training_are_known_by_their_names():
+    """Upstream ones: renamed, a bug in training would lose its traceback."""
+    assert all(callable(getattr(EfficientTrainer, name)) for name in session.LOOPS)
+
+
+def test_what_train_refuses_before_its_loop_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["folder/script.py"])
+
+    def train_and_evaluate():
+        raise ValueError("max_steps is 0; raise it.")
+
+    with pytest.raises(SystemExit) as raised, session.report_user_errors():
+        train_and_evaluate()
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == "script.py: error: max_steps is 0; raise it.\n"
+
+
+def test_plan_files(tmp_path, flags, caplog):
+    """A plan with rewrites contradicts memory_rewrites="none"; one for another accumulation is told apart."""
+    overrides = {"config_overrides": TINY.replace("n_layer=1", "n_layer=2")}
+    path = tmp_path / "plan.json"
+    plan = PlacementPlan("budget", {"transformer.h.0": FULL}, details={"accumulation_steps": 1})
+    plan.save(path)
+    run_clm.main(flags(**overrides, max_steps=1, do_eval=False, checkpoint_placement=path))
+    assert "made for accumulation_steps 1, not 32: its peaks" in caplog.text
+    caplog.clear()
+    dataclasses.replace(plan, rewrites=Rewrites(fused_activations=True), details={"accumulation_steps": 3}).save(path)
+    rewritten = flags(**overrides, max_steps=1, do_eval=False, checkpoint_placement=path)
+    run_clm.main([*rewritten, "--resume_from_checkpoint=False"])
+    assert "was made for" not in caplog.text
+    assert "the plan uses fused_activations" in caplog.text
+    with pytest.raises(ValueError, match=r"memory_rewrites is 'none', but the plan .* has fused_activations"):
+        run_clm.main([*rewritten, "--memory_rewrites=none"])
 
 
 def test_two_processes(tmp_path, flags):

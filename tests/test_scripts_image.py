@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts_helpers import RESULT_FILES, assert_same_weights, run_script, weights
+from scripts_helpers import RESULT_FILES, SHORT_RUN, assert_same_weights, flag_maker, run_script, weights
 from timm.data import Mixup
 from torch.utils.data import DataLoader
 from transformers import (
@@ -50,31 +50,17 @@ def folder(tmp_path_factory):
 def flags(tmp_path, folder):
     """Flags of a run of a second; tests add to them."""
     values = {
+        **SHORT_RUN,
         "train_dir": folder,
         "train_val_split": 0.25,
         "timm_model": "test_resnet",
         "image_size": 32,
-        "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 4,
         "learning_rate": "1e-3",
-        "optimizer_step_cost": 0.5,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "do_train": True,
-        "do_eval": True,
         "cache_dir": tmp_path / "cache",
         "output_dir": tmp_path / "out",
     }
-
-    def make(*, without=(), **changes):
-        merged = {key: value for key, value in (values | changes).items() if key not in without}
-        return [f"--{key}={value}" for key, value in merged.items()]
-
-    return make
+    return flag_maker(values)
 
 
 # ---- The script ----------------------------------------------------------------------------------------------------
@@ -248,9 +234,9 @@ def test_mistakes_are_answered_before_training(flags, changes, without, message)
 def test_hub_names_while_offline(flags, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"The dataset nobody/nothing was found neither.*--train_dir"):
+    with pytest.raises(ValueError, match=r"The dataset nobody/nothing .* was found neither.*--train_dir"):
         run_image.main(flags(dataset_name="nobody/nothing", without=["train_dir"]))
-    with pytest.raises(ValueError, match=r"The model config timm/nothing was found neither.*--timm_model"):
+    with pytest.raises(ValueError, match=r"The model config timm/nothing .* was found neither.*--timm_model"):
         run_image.main(flags(model_name_or_path="timm/nothing", without=["timm_model"]))
     with pytest.raises(ValueError, match=r"The model timm/test_resnet.* was found neither"):
         run_image.main(flags(pretrained=True))

@@ -58,6 +58,11 @@ class AccumulationController:
         )
 
     @property
+    def micro_batch_samples(self) -> int:
+        """Samples in one micro-batch over all ranks (b·W)."""
+        return self.micro_batch_size * self.world_size
+
+    @property
     def noise(self) -> NoiseScale | None:
         """The running noise scale, if any."""
         return self.tracker.estimate() if self.tracker is not None else None
@@ -95,7 +100,7 @@ class AccumulationController:
         return Observation(
             accumulation_steps=self.accumulation_steps,
             reference_steps=self.reference_steps,
-            micro_batch_samples=float(self.micro_batch_size * self.world_size),
+            micro_batch_samples=float(self.micro_batch_samples),
             progress=progress,
             learning_rate_decay=learning_rate_factor / peak if peak > 0 else 1.0,
             noise=self.noise,

@@ -4,16 +4,21 @@ from collections.abc import Iterable
 
 import torch
 
+from .sharded import GatheredParameters, is_sharded, local_piece, put_in_pieces
+
 
 class MicroBatchNorms:
     """Sums |∂loss/∂θ|² of each micro-batch with hooks on the parameters.
 
     A tensor hook sees what one backward pass adds to `.grad`, before it is added and before DDP averages it over the
     ranks. Hooks sit on the parameters only inside `with`, so that windows that are not measured pay nothing. Squares
-    are summed in fp32 whatever the gradients' type.
+    are summed in fp32 or wider whatever the gradients' type.
 
     Under re-entrant activation checkpointing a parameter that is used in several segments is reported in pieces, which
     cannot be put together again: such a micro-batch is reported as NaN, and the window is dropped.
+
+    Under FSDP2 the hooks sit on the whole parameters, which come up in the first forward pass (see `sharded`). Where a
+    parameter in pieces has a gradient and no whole one came up, every micro-batch is reported as NaN.
 
     Args:
         model: Its parameters that require gradients when a window begins are measured.
@@ -29,26 +34,43 @@ class MicroBatchNorms:
         self._repeated = False
         self._micro_batches: list[torch.Tensor | None] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._gathered: GatheredParameters | None = None
 
     def __enter__(self) -> "MicroBatchNorms":
         self._micro_batches = []
         self._reset()
+        put_in_pieces(self._model)
         # Anew each time: callbacks freeze and unfreeze.
         self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        for index, parameter in enumerate(self._parameters):
-            self._handles.append(parameter.register_hook(self._make_hook(index)))
+        whole = [parameter for parameter in self._parameters if not is_sharded(parameter)]
+        for parameter in whole:
+            self._handles.append(parameter.register_hook(self._make_hook(id(parameter))))
+        self._gathered = None
+        if len(whole) < len(self._parameters):
+            known = {id(parameter) for parameter in whole}
+            self._gathered = GatheredParameters(self._model, known, self._listen)
         return self
+
+    def _listen(self, parameter: torch.nn.Parameter):
+        return parameter.register_hook(self._make_hook(id(parameter))).remove
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that are measured, since the window began."""
+        return self._parameters
 
     def __exit__(self, *exception) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._gathered is not None:
+            self._gathered.close()
 
-    def _make_hook(self, index: int):
+    def _make_hook(self, key: int):
         def hook(gradient: torch.Tensor) -> None:
-            self._repeated |= index in self._seen
-            self._seen.add(index)
-            values = gradient.coalesce().values() if gradient.is_sparse else gradient
+            self._repeated |= key in self._seen
+            self._seen.add(key)
+            values = _values(gradient)
             self._norms.append(torch.linalg.vector_norm(values.detach(), dtype=_norm_type(values)))
 
         return hook
@@ -65,23 +87,48 @@ class MicroBatchNorms:
 
     def finish(self) -> list[float]:
         """Return the square norm of each micro-batch (waits for the device); NaN where it cannot be told."""
+        if self._gathered is not None:
+            reduced = sum(is_sharded(p) and p.grad is not None for p in self._parameters)
+            if len(self._gathered) < reduced:
+                return [float("nan")] * len(self._micro_batches)
         return [float("nan") if norms is None else _square_sum(norms) for norms in self._micro_batches]
 
     def accumulated_square_norm(self) -> float:
         """Return |ĝ|² of what the same parameters hold in `.grad`."""
         return gradient_square_norm(self._parameters, self._device)
 
+    def square_norm_share(self, rank: int, num_ranks: int) -> float:
+        """Return this rank's part of |ĝ|²: added up over the ranks it is the whole.
+
+        Without sharding every rank holds the same gradient and the first one counts it; the others do no work.
+        """
+        if self._gathered is None:
+            return self.accumulated_square_norm() if rank == 0 else 0.0
+        pieces: dict[float, list[torch.Tensor]] = {}
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                piece, share = local_piece(parameter.grad, num_ranks)
+                pieces.setdefault(share, []).append(piece)
+        return sum(share * _gradient_square_sum(group, self._device) for share, group in pieces.items())
+
 
 def gradient_square_norm(parameters: Iterable[torch.nn.Parameter], device: torch.device) -> float:
     """Return |ĝ|² of the accumulated (and, under DDP, averaged) gradients."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return _gradient_square_sum((parameter.grad for parameter in parameters if parameter.grad is not None), device)
+
+
+def _gradient_square_sum(gradients: Iterable[torch.Tensor], device: torch.device) -> float:
+    gradients = [_values(gradient) for gradient in gradients]
     if not gradients:
         return 0.0
-    gradients = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
     norms = []
     for dtype in {_norm_type(gradient) for gradient in gradients}:
         norms += torch._foreach_norm([g for g in gradients if _norm_type(g) == dtype], 2.0, dtype=dtype)
     return _square_sum(_stack(norms, device))
+
+
+def _values(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _norm_type(gradient: torch.Tensor) -> torch.dtype:
@@ -89,7 +136,7 @@ def _norm_type(gradient: torch.Tensor) -> torch.dtype:
 
 
 def _stack(norms: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
-    return torch.stack([norm.to(device, torch.promote_types(norm.dtype, torch.float32)) for norm in norms])
+    return torch.stack([norm.to(device) for norm in norms])
 
 
 def _square_sum(norms: torch.Tensor) -> float:

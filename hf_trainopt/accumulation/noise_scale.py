@@ -92,6 +92,10 @@ class NoiseScale:
     resolved: bool
     effective_windows: float
 
+    def resolved_in(self, samples: float) -> float | None:
+        """Return B_noise in units of `samples` (a micro-batch, say), or `None` while nothing may be decided on it."""
+        return self.value / samples if self.resolved else None
+
 
 def ratio_interval(
     numerator: float,

@@ -6,6 +6,7 @@ needs a Trainer, so a recorded run can be replayed.
 """
 
 import bisect
+import itertools
 import math
 import numbers
 from collections.abc import Callable
@@ -40,6 +41,11 @@ class Observation:
     micro_batch_seconds: float | None = None
     step_seconds: float | None = None
 
+    @property
+    def noise_in_micro_batches(self) -> float | None:
+        """B_noise in micro-batches over all ranks, or `None` while it is not resolved."""
+        return self.noise.resolved_in(self.micro_batch_samples) if self.noise is not None else None
+
 
 AccumulationPolicy = Callable[[Observation], float | None]
 
@@ -66,10 +72,8 @@ class NoiseScalePolicy:
     ratio: float = 1.0
 
     def __call__(self, observation: Observation) -> float | None:
-        noise = observation.noise
-        if noise is None or not noise.resolved:
-            return None
-        return self.ratio * noise.value / observation.micro_batch_samples
+        noise = observation.noise_in_micro_batches
+        return None if noise is None else self.ratio * noise
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,14 @@ class GoodputPolicy:
     annealing_ratio: float = 0.25
 
     def __call__(self, observation: Observation) -> float | None:
-        noise = observation.noise
+        noise = observation.noise_in_micro_batches
         cost = self.step_cost
         if cost is None and observation.micro_batch_seconds and observation.step_seconds is not None:
             cost = observation.step_seconds / observation.micro_batch_seconds
-        if noise is None or not noise.resolved or cost is None:
+        if noise is None or cost is None:
             return None
-        noise_in_micro_batches = noise.value / observation.micro_batch_samples
-        best = math.sqrt(cost * noise_in_micro_batches)
-        ceiling = self.annealing_ratio * noise_in_micro_batches
+        best = math.sqrt(cost * noise)
+        ceiling = self.annealing_ratio * noise
         grown = max(best, 1.0) / max(observation.learning_rate_decay, 1e-3)
         return max(best, min(grown, ceiling))
 
@@ -124,7 +127,8 @@ class RampPolicy:
     def __post_init__(self):
         if len(self.boundaries) != len(self.values) or not self.boundaries or self.boundaries[0] != 0:
             raise ValueError("a ramp needs one k for each boundary and must begin at 0.")
-        if list(self.boundaries) != sorted(set(self.boundaries)) or self.boundaries[-1] >= 1:
+        ascend = all(a < b for a, b in itertools.pairwise(self.boundaries))
+        if not (ascend and self.boundaries[-1] < 1):  # so that NaN is refused too
             raise ValueError("the boundaries of a ramp must ascend within [0, 1).")
         if any(value < 1 for value in self.values):
             raise ValueError("every k of a ramp must be at least 1.")

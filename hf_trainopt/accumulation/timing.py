@@ -71,6 +71,12 @@ class StepTimer:
         self._mark = now
         (self._last if last and self._distributed else self._plain).append(seconds)
 
+    def abandon_window(self) -> None:
+        """Forget the window, and what micro-batches took so far: call where it is repeated with smaller ones."""
+        self._timed = False
+        for times in (self._plain, self._last, self._step):
+            times.clear()
+
     def restart(self) -> None:
         """Leave out what happened since the last mark (gradient statistics, our own book-keeping)."""
         if self._timed:

@@ -1,7 +1,7 @@
 """One accumulation window as one Trainer step: its micro-batches, and how each of them is weighted."""
 
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,23 +11,56 @@ from .noise_scale import WindowStatistics
 
 
 @dataclass(frozen=True)
+class Part:
+    """What goes through the model at once: a micro-batch, or where memory is too short for it a piece of one.
+
+    Attributes:
+        inputs: Collated samples.
+        rows: How many they are.
+        of: How many its micro-batch has (equal to `rows` if it is whole; then both may be 1).
+        ends_micro_batch: Whether it is the last piece.
+    """
+
+    inputs: Any
+    rows: int = 1
+    of: int = 1
+    ends_micro_batch: bool = True
+
+    @property
+    def share(self) -> float:
+        """Share of the samples of its micro-batch."""
+        return self.rows / self.of
+
+
+@dataclass(frozen=True)
 class Window:
     """The micro-batches of one optimizer step on this rank.
 
     Stock `Trainer` sees it as one batch.
 
     Attributes:
-        micro_batches: At least one.
+        micro_batches: At least one, as the data loader has made them.
         planned: k that was decided for it; the last window of an epoch may have fewer micro-batches.
         measured: Whether gradient statistics are taken in it.
+        parts: What is run, in order: the micro-batches as they are, or in pieces.
     """
 
     micro_batches: list[Any]
     planned: int
     measured: bool = False
+    parts: list[Part] = field(default_factory=list)
+
+    def __post_init__(self):
+        if not self.parts:
+            object.__setattr__(self, "parts", [Part(micro_batch) for micro_batch in self.micro_batches])
 
     def __len__(self) -> int:
         return len(self.micro_batches)
+
+    def divisor(self, part: Part) -> int | float:
+        """Return what a mean loss over a part is divided by: the mean over the micro-batches is what counts."""
+        whole, rest = divmod(len(self) * part.of, part.rows)
+        return len(self) * part.of / part.rows if rest else whole
 
 
 def count_samples(micro_batch: Any) -> int:
@@ -48,6 +81,31 @@ def count_target_tokens(micro_batch: Any, labels_are_shifted: bool) -> int:
         labels = micro_batch["labels"]
         labels = labels[..., 1:] if labels_are_shifted else labels
     return int(labels.ne(-100).sum())
+
+
+def micro_batch_weights(
+    num_items: Sequence[int],
+    world_size: int,
+    by_items: bool,
+    num_items_over_ranks: float | None = None,
+    shares: Sequence[float] | None = None,
+) -> list[float]:
+    """Return w_i, the shares of this rank's micro-batches in the window's gradient over all ranks.
+
+    Args:
+        num_items: n_i of each of them.
+        world_size: Number of ranks.
+        by_items: Whether the loss of each micro-batch was divided by the items of the window; if not, it is a mean of
+            its own, divided by their number.
+        num_items_over_ranks: Items of the window on all ranks; `None` if each rank divides by its own.
+        shares: Shares of each in the micro-batch that it is a piece of; `None` if all are whole.
+    """
+    if not by_items:
+        shares = shares or [1.0] * len(num_items)
+        whole = round(sum(shares))
+        return [share / (whole * world_size) for share in shares]
+    total = sum(num_items) * world_size if num_items_over_ranks is None else num_items_over_ranks
+    return [n / total if total else 0.0 for n in num_items]
 
 
 @dataclass(frozen=True)
@@ -92,7 +150,7 @@ def local_sums(
 
 
 # Layout of the vector that ranks add up at the end of a window, one all-reduce in all: these, then `LocalSums` in the
-# order of its fields. The first and the third come from rank 0, the others add 0: all ranks go on with the same bits.
+# order of its fields. The first comes from rank 0, the third too unless the model is sharded: the others add 0.
 REDUCED = (
     "next_accumulation_steps",
     "num_samples",

@@ -17,7 +17,7 @@ from timm.data.mixup import one_hot
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
-from .session import hub_errors
+from .session import file_errors, hub_errors
 
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def load_image_datasets(
         return load_demo_images()
     if dataset_name is not None:
         remedy = "pass local images with --train_dir or --train_file"
-        with hub_errors(f"The dataset {dataset_name}", remedy):
+        with hub_errors(f"The dataset {dataset_name} (--dataset_name)", remedy):
             loaded = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir, token=token)
         if validation_split_name != "validation" and validation_split_name not in loaded:
             raise ValueError(
@@ -72,7 +72,9 @@ def load_image_datasets(
         names = {"train": "train", "validation": validation_split_name}
         splits = {key: loaded[name] for key, name in names.items() if name in loaded}
     elif any(paths.values()):
-        splits = {name: _load_path(path, image_column, cache_dir) for name, path in paths.items() if path}
+        flags = {"train": "--train_dir" if train_dir else "--train_file"}
+        flags["validation"] = "--validation_dir" if validation_dir else "--validation_file"
+        splits = {name: _load_path(flags[name], path, image_column, cache_dir) for name, path in paths.items() if path}
     else:
         raise ValueError(
             "There are no data: pass --dataset_name, --train_dir or --train_file (or those of validation)."
@@ -83,7 +85,7 @@ def load_image_datasets(
     return splits
 
 
-def _load_path(path: str, image_column: str | None, cache_dir: str | None) -> Dataset:
+def _load_path(flag: str, path: str, image_column: str | None, cache_dir: str | None) -> Dataset:
     if os.path.isdir(path):
         # A metadata file brings the labels itself; otherwise they are the names of the folders, even of a single one.
         has_metadata = any(Path(path).glob("**/metadata.*"))
@@ -92,15 +94,18 @@ def _load_path(path: str, image_column: str | None, cache_dir: str | None) -> Da
             return load_dataset(
                 "imagefolder", data_files=os.path.join(path, "**"), split="train", cache_dir=cache_dir, **options
             )
-        except (FileNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-            raise ValueError(f"The folder {path} holds no images: it needs one folder of images per class.") from error
+        except (FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(
+                f"{flag}: the folder {path} holds no images; it needs one folder of images per class."
+            ) from error
     file_format = FILE_FORMATS.get(Path(path).suffix.removeprefix("."))
     if file_format is None:
         known = ", ".join("." + name for name in FILE_FORMATS)
-        raise ValueError(f"{path} is neither a folder of images nor a file that ends in one of: {known}.")
+        raise ValueError(f"{flag}: {path} is neither a folder of images nor a file that ends in one of: {known}.")
     if not os.path.isfile(path):
-        raise ValueError(f"The image file {path} does not exist.")
-    dataset = load_dataset(file_format, data_files=path, split="train", cache_dir=cache_dir)
+        raise ValueError(f"{flag}: the file {path} does not exist; check the path.")
+    with file_errors(flag, path):
+        dataset = load_dataset(file_format, data_files=path, split="train", cache_dir=cache_dir)
     column = find_image_column(dataset, image_column)
     if getattr(dataset.features[column], "dtype", None) in ("string", "large_string"):
         folder = Path(path).parent
@@ -177,10 +182,16 @@ def class_names(dataset: Dataset, column: str) -> list[str]:
     else:
         values = set(dataset[column])
         if not all(isinstance(value, int | str) for value in values):
-            raise ValueError(f"The label column {column} must hold integers or strings, without gaps.")
+            raise ValueError(
+                f"The label column {column} must hold integers or strings, without gaps: mend it, or choose another "
+                "with --label_column_name."
+            )
         names = [str(value) for value in sorted(values, key=lambda value: (isinstance(value, str), value))]
     if len(names) < 2:
-        raise ValueError(f"The label column {column} has {len(names)} class(es); classification needs two.")
+        raise ValueError(
+            f"The label column {column} has {len(names)} class(es), and classification needs two: put the images of "
+            "each class into a folder of their own, or choose another column with --label_column_name."
+        )
     return names
 
 
@@ -256,11 +267,21 @@ def resolve_data_config(
 
 
 def create_transforms(data_config: dict[str, Any], **augmentation: Any) -> tuple[Callable, Callable]:
-    """Return timm's transforms `(train, evaluation)`; `augmentation` are arguments of `timm.data.create_transform`."""
-    return (
-        create_transform(**data_config, is_training=True, **augmentation),
-        create_transform(**data_config, is_training=False),
-    )
+    """Return timm's transforms `(train, evaluation)`; `augmentation` are arguments of `timm.data.create_transform`.
+
+    Raises:
+        ValueError: timm knows no such `auto_augment`.
+    """
+    try:
+        training = create_transform(**data_config, is_training=True, **augmentation)
+    except (AssertionError, ValueError) as error:
+        policy = augmentation.get("auto_augment")
+        if policy is None:
+            raise
+        raise ValueError(
+            f"--auto_augment {policy} is no policy of timm ({error}); give one such as rand-m9-mstd0.5 or original."
+        ) from error
+    return training, create_transform(**data_config, is_training=False)
 
 
 @contextmanager
@@ -327,11 +348,20 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.images[index][self.image_column].convert(self.mode)
+        image = self._image(index)
         if self.augmentation_seed is None:
             return {"pixel_values": self.transform(image), "labels": self.labels[index]}
         with seeded(self.augmentation_seed, int(self._epoch), index):
             return {"pixel_values": self.transform(image), "labels": self.labels[index]}
+
+    def _image(self, index: int) -> Any:
+        try:
+            return self.images[index][self.image_column].convert(self.mode)
+        except (OSError, AttributeError) as error:
+            raise ValueError(
+                f"The image in row {index} (column {self.image_column}) cannot be read ({error}); mend or remove it, "
+                "or choose another column with --image_column_name."
+            ) from error
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Rows of one batch; the DataLoader asks for them all at once. Mixing cannot wait for the collator, which

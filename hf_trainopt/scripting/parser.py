@@ -1,58 +1,26 @@
 """Flags, YAML and JSON of the scripts: `HfArgumentParser` with a `--config` file, clear errors and demo defaults."""
 
+import dataclasses
 import difflib
 import json
 import logging
+import re
 import shlex
 import sys
-from argparse import SUPPRESS
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_trainopt.removed_names import REMOVED_NAMES
 
 
 logger = logging.getLogger(__name__)
 
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
-
-# Names that transformers 4 or older example scripts knew and version 5 does not: answered, never guessed.
-REMOVED_NAMES: dict[str, str] = {
-    "evaluation_strategy": "use eval_strategy",
-    "warmup_ratio": "use warmup_steps with a float below 1, for example warmup_steps=0.1",
-    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
-    "overwrite_output_dir": "use resume_from_checkpoint=False to start anew in a folder that holds checkpoints",
-    "include_tokens_per_second": "use include_num_input_tokens_seen",
-    "include_inputs_for_metrics": "use include_for_metrics=inputs",
-    "no_cuda": "use use_cpu",
-    "use_mps_device": "leave it out, MPS is found by itself",
-    "group_by_length": "use train_sampling_strategy=group_by_length",
-    "save_safetensors": "leave it out, safetensors is the only format",
-    "tpu_num_cores": "leave it out, the TPU launcher sets the number of cores",
-    "past_index": "leave it out, it has no successor",
-    "fp16_opt_level": "use fp16 or bf16, Apex is gone",
-    "fp16_backend": "use fp16 or bf16, there is one backend",
-    "half_precision_backend": "use fp16 or bf16, there is one backend",
-    "use_legacy_prediction_loop": "leave it out, there is one prediction loop",
-    "jit_mode_eval": "use torch_compile",
-    "ray_scope": "pass it to hyperparameter_search",
-    "torchdynamo": "use torch_compile_backend",
-    "push_to_hub_model_id": "use hub_model_id",
-    "push_to_hub_organization": "use hub_model_id",
-    "push_to_hub_token": "use hub_token",
-    "dispatch_batches": "use accelerator_config",
-    "split_batches": "use accelerator_config",
-    "per_gpu_train_batch_size": "use per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "use per_device_eval_batch_size",
-    "mp_parameters": "leave it out, it has no successor",
-    "adafactor": "use optim=adafactor",
-    "torch_dtype": "use dtype",
-    "use_auth_token": "use token",
-    "low_cpu_mem_usage": "leave it out, it is always on",
-    "feature_extractor_name": "use image_size and crop_pct, the rest of the transforms belongs to the timm model",
-}
 
 
 class ScriptArgumentParser(HfArgumentParser):
@@ -64,11 +32,102 @@ class ScriptArgumentParser(HfArgumentParser):
     """
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any):
+        kwargs = {"formatter_class": _HelpFormatter, "usage": "%(prog)s [--config FILE] [--FLAG VALUE ...]"} | kwargs
         super().__init__(tuple(dataclass_types), allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="FILE", help="YAML or JSON file of flag values; flags given win over it")
+        self._put_our_arguments_first(dataclass_types)
+
+    def _put_our_arguments_first(self, dataclass_types: Iterable[type]) -> None:
+        """Move the arguments of each of our parts from the many of `TrainingArguments` into a group before them.
+
+        There is no public way to move an argument. Both lists are read by `format_help` alone.
+        """
+        stock = self._optionals
+        stock.title = "Hugging Face TrainingArguments"
+        groups = []
+        for title, (description, names) in arguments_by_part(dataclass_types).items():
+            group = self.add_argument_group(title, description)
+            group._group_actions = [action for action in stock._group_actions if action.dest in names]
+            stock._group_actions = [action for action in stock._group_actions if action.dest not in names]
+            groups.append(group)
+        others = [group for group in self._action_groups if group is not stock and group not in groups]
+        self._action_groups = [*groups, *others, stock]
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {_explained(message)} (see --help)\n")
+
+
+# What argparse says of a value. It names a flag by all its spellings.
+_WRONG_TYPE = re.compile(r"argument (--\w+)\S*: invalid (int|float) value: (.*)")
+_WRONG_CHOICE = re.compile(r"argument (--\w+)\S*: invalid choice: (.*) \(choose from (.*)\)")
+_WRONG_SWITCH = re.compile(r"argument (--\w+)\S*: Truthy value expected: got (.*) but expected .*")
+_NO_VALUE = re.compile(r"argument (--\w+)\S*: expected (one|at least one) argument")
+
+
+def _explained(message: str) -> str:
+    """Return what argparse says of a wrong value with the remedy, and of many choices the closest."""
+    if match := _WRONG_TYPE.fullmatch(message):
+        kind = {"int": "whole number", "float": "number"}[match[2]]
+        return f"{match[1]} is {match[3]}; it must be a {kind}"
+    if match := _WRONG_CHOICE.fullmatch(message):
+        choices = [choice.strip("'") for choice in match[3].split(", ")]
+        close = difflib.get_close_matches(match[2].strip("'"), choices, n=3) if len(choices) > 20 else []
+        return f"{match[1]} is {match[2]}; choose one of {', '.join(close or choices)}"
+    if match := _WRONG_SWITCH.fullmatch(message):
+        return f"{match[1]} is '{match[2]}'; it must be true or false"
+    if match := _NO_VALUE.fullmatch(message):
+        return f"{match[1]} has no value; give {match[2]}"
+    return message
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """`SafeLoader` that refuses a key which stands twice, of which it would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for index, key in enumerate(keys) if key in keys[:index]]
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]} stands in it twice")
+        return super().construct_mapping(node, deep)
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Adds the default to a help text that does not say it, and names each flag once."""
+
+    def _format_action_invocation(self, action):
+        # `--like_this` alone: what `HfArgumentParser` adds, `--like-this`, doubles the length.
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return (
+            f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+        )
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        # A default of `None` is no value: what it means is for the text to say.
+        return text if action.default is None or "(the default)" in text else super()._get_help_string(action)
+
+
+def arguments_by_part(dataclass_types: Iterable[type]) -> dict[str, tuple[str, set[str]]]:
+    """Return the arguments that are ours: title of a group -> (what the part is, the names of its arguments).
+
+    A part is a mixin of `TrainingArguments` in this package; its group is named after its module, or after the
+    `argument_group` that the mixin has of its own.
+    """
+    parts: dict[str, tuple[str, set[str]]] = {}
+    for cls in dataclass_types:
+        for owner in cls.__mro__:
+            if not owner.__module__.startswith("hf_trainopt.") or not issubclass(cls, TrainingArguments):
+                continue
+            own = set(vars(owner).get("__annotations__", {})) & {field.name for field in dataclasses.fields(cls)}
+            if not own:
+                continue
+            title = vars(owner).get("argument_group") or owner.__module__.split(".")[1].replace("_", " ")
+            parts[title] = (
+                owner.__doc__.strip().splitlines()[0].replace(", for any `TrainingArguments` class", ""),
+                own,
+            )
+    return parts
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
@@ -79,15 +138,18 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.suffix not in CONFIG_SUFFIXES:
-        raise ValueError(f"The config file {path} must end in {', '.join(CONFIG_SUFFIXES)}.")
+        raise ValueError(f"The config file {path} of --config must end in {', '.join(CONFIG_SUFFIXES)}.")
     if not path.is_file():
-        raise ValueError(f"The config file {path} does not exist.")
+        raise ValueError(f"The config file {path} of --config does not exist; check the path.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"The config file {path} cannot be read: {' '.join(str(error).split())}.") from error
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a `SafeLoader`
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"The config file {path} cannot be read: {reason}.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"The config file {path} must hold a mapping of flag names to values.")
+        raise ValueError(
+            f"The config file {path} must hold a mapping of flag names to values, such as 'learning_rate: 1e-3'."
+        )
     return values
 
 
@@ -131,8 +193,9 @@ def parse_script_arguments(
     )
     if remaining:
         message = f"Some specified arguments are not used by the HfArgumentParser: {remaining}"
-        flag = next((token for token in remaining if token.startswith("--")), None)
-        raise ValueError(message + (_suggestion(flag, parser._option_string_actions) if flag else "."))
+        flag = next((token for token in remaining if token.startswith("-")), None)
+        hint = "; flags begin with --, see --help."
+        raise ValueError(message + (_suggestion(flag, parser._option_string_actions) if flag else hint))
     return tuple(parsed[: len(dataclass_types)])
 
 
@@ -159,11 +222,13 @@ def _as_tokens(parser: ScriptArgumentParser, values: Mapping[str, Any], source: 
             raise ValueError(f"{key} in {source} was removed from transformers: {REMOVED_NAMES[name]}.")
         if name not in actions:
             raise ValueError(f"{key} in {source} is not the name of a flag" + _suggestion(name, actions))
+        if value is False and "no" in (actions[name].choices or ()):
+            value = "no"  # which YAML 1.1 reads as false
         if value is None:
             parser.set_defaults(**{name: None})
         elif isinstance(value, list):
             if actions[name].nargs not in ("+", "*"):
-                raise ValueError(f"{key} in {source} takes one value, not a list.")
+                raise ValueError(f"{key} in {source} takes one value, not a list: leave one.")
             tokens += [f"--{name}", *map(str, value)]
         else:
             tokens.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
@@ -179,4 +244,4 @@ def _check_removed_flags(tokens: list[str]) -> None:
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.partition("=")[0].replace("-", "_") if name[0] != "-" else name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else "."
+    return f"; did you mean {close[0]}?" if close else "; see --help."

@@ -6,15 +6,33 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
+import torch
 import transformers
+from huggingface_hub import is_offline_mode
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import has_length
+
+from hf_trainopt.placement import PlacementError
+from hf_trainopt.reliability import (
+    CheckpointError,
+    TrainingDivergedError,
+    TrainingInterrupted,
+    TrainingTerminated,
+    find_last_complete,
+)
+from hf_trainopt.reliability.resume import check_named, describe_skipped, last_checkpoint
 
 
 logger = logging.getLogger(__name__)
+
+# Methods of `Trainer` within which nothing is set up any more.
+LOOPS = ("_run_epoch", "evaluation_loop", "_finalize_training")
+# What `train` raises, on all ranks, before it begins.
+BEFORE_TRAINING = (PlacementError, CheckpointError)
 
 
 def set_up_logging(training_args: TrainingArguments) -> None:
@@ -38,50 +56,73 @@ def set_up_logging(training_args: TrainingArguments) -> None:
     logger.warning(
         f"Process rank: {training_args.local_process_index}, device: {training_args.device}, "
         f"n_gpu: {training_args.n_gpu}, distributed training: {distributed}, "
-        f"16-bits training: {training_args.fp16 or training_args.bf16}"
+        f"16-bits training: {training_args.mixed_precision in ('fp16', 'bf16')}"
     )
     logger.info(f"Training/evaluation parameters {training_args}")
 
 
 def check_something_to_do(training_args: TrainingArguments) -> None:
-    """Raise `ValueError` unless the user asked for training or evaluation."""
+    """Raise `ValueError` unless the user asked for training or evaluation, and for nothing that is not there."""
     if not (training_args.do_train or training_args.do_eval):
         raise ValueError("There is nothing to do: pass --do_train, --do_eval or both.")
+    # Flyte alone is not among those that can be asked for.
+    missing = set(training_args.report_to) - {"flyte", *get_available_reporting_integrations()}
+    if missing:
+        name = min(missing)
+        raise ValueError(f"--report_to {name} needs a package that is not installed: install {name}, or pass another.")
+    if training_args.push_to_hub and is_offline_mode():
+        raise ValueError("--push_to_hub needs the Hub, but HF_HUB_OFFLINE is set: unset it, or leave the flag out.")
 
 
-def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """Return the checkpoint folder that training goes on from, or `None` to start from scratch.
+def check_counts(arguments: Any, *names: str) -> None:
+    """Raise `ValueError` unless the flags of these names are unset or at least 1."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1, or leave it out.")
 
-    `--resume_from_checkpoint` is a folder, `True` (the last checkpoint in `output_dir`) or `False` (from scratch). A
-    run never resumes by itself.
+
+def check_one_source(arguments: Any, split: str, *names: str) -> None:
+    """Raise `ValueError` if more than one of the flags of these names is set: only one of them would be read."""
+    given = [f"--{name}" for name in names if getattr(arguments, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} all name {split} data; leave all but one of them out.")
+
+
+def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
+    """Return what `train` is to resume from: a checkpoint folder, `True`, or `None` to start from scratch.
+
+    `--resume_from_checkpoint` is a folder, `True` (the last complete checkpoint in `output_dir`, which `train` looks
+    for, as the machines of a run have to agree on it) or `False` (from scratch). A run never resumes by itself.
 
     Raises:
-        ValueError: `output_dir` holds a checkpoint and the flag is unset, or the checkpoint asked for does not exist.
+        ValueError: `output_dir` holds a checkpoint and the flag is unset, or what is asked for is not there or not
+            complete.
     """
     if not training_args.do_train:
         return None
     asked = training_args.resume_from_checkpoint
     asked = {"true": True, "false": False}.get(asked.lower(), asked) if isinstance(asked, str) else asked
     output_dir = training_args.output_dir
-    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
     if asked is True:
-        if last is None:
-            raise ValueError(
-                f"--resume_from_checkpoint True found no checkpoint in the output directory {output_dir}."
-            )
-        return last
+        last_checkpoint(output_dir)
+        return True
     if asked:
         if not os.path.isdir(asked):
             raise ValueError(f"The checkpoint folder {asked} of --resume_from_checkpoint does not exist.")
-        return asked
+        return check_named(asked).path
+    last, passed_over = find_last_complete(output_dir)
     if last is not None and asked is None:
         raise ValueError(
-            f"The output directory {output_dir} already holds {os.path.basename(last)}: pass "
-            "--resume_from_checkpoint True to go on from it, --resume_from_checkpoint False to start from scratch, "
-            "or another --output_dir."
+            f"The output directory {output_dir} already holds {last.name}: pass --resume_from_checkpoint True to go "
+            "on from it, --resume_from_checkpoint False to start from scratch, or another --output_dir."
         )
     if last is not None:
         logger.warning(f"Starting from scratch in {output_dir}, where older checkpoints stay until overwritten.")
+    elif passed_over:
+        logger.warning(
+            f"Starting from scratch: {output_dir} has no complete checkpoint ({describe_skipped(passed_over)})."
+        )
     return None
 
 
@@ -102,16 +143,37 @@ def hub_errors(what: str, remedy: str) -> Iterator[None]:
             f"{what} was found neither on disk nor on the Hugging Face Hub ({type(error).__name__}: {reason[:200]}); "
             f"check the name and the network, or {remedy}."
         ) from error
+    except (ValueError, KeyError) as error:
+        # It was found and is no such thing. What upstream says may be followed by a list of everything it knows.
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
+        raise ValueError(f"{what} cannot be loaded ({reason[:200]}); {remedy}.") from error
+
+
+@contextmanager
+def file_errors(flag: str, file: str) -> Iterator[None]:
+    """Turn whatever is raised inside the block because of what a local file holds into one `ValueError`."""
+    try:
+        yield
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
+        raise ValueError(
+            f"{flag}: the file {file} cannot be read ({reason[:200]}); mend it, or name another one."
+        ) from error
 
 
 def train_and_evaluate(
-    trainer: Trainer, checkpoint: str | None, derive_metrics: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    trainer: Trainer,
+    checkpoint: str | bool | None,
+    derive_metrics: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Do what `do_train` and `do_eval` ask for, and leave the files that the Hugging Face scripts leave.
 
     Args:
         trainer: its datasets are those asked for.
-        checkpoint: folder to resume from.
+        checkpoint: what `checkpoint_to_resume` returned.
         derive_metrics: called with the metrics of evaluation; returns some to add under their own names.
 
     Returns:
@@ -140,16 +202,36 @@ def train_and_evaluate(
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Turn a `ValueError` inside the block into its message on stderr and a non-zero exit, for `__main__` only.
+    """Turn what the user can mend inside the block into one line on stderr and exit code 2, for `__main__` only.
 
-    What is raised while training is nobody's flag: it keeps its traceback.
+    That is a `PlacementError` or `CheckpointError`, or a `ValueError` or a missing package before the loops of
+    training and evaluation: an error in one of those is nobody's flag, and keeps its traceback. Of several processes
+    on one machine the first one speaks. `--log_level debug` shows the traceback of any. What ends training on purpose
+    is said in one line too: a signal, for which the checkpoint is saved (exit code 143 after SIGTERM, 130 after
+    Ctrl-C), and a loss that is not finite (1).
     """
     try:
         yield
-    except ValueError as error:
-        if any(frame.name == train_and_evaluate.__name__ for frame in traceback.extract_tb(error.__traceback__)):
+    except (TrainingTerminated, TrainingInterrupted, TrainingDivergedError) as error:
+        code = {TrainingTerminated: 143, TrainingInterrupted: 130}.get(type(error), 1)
+        _end_in_one_line(getattr(error, "message", error), code, all_are_here=True)
+    except (ValueError, ImportError) as error:
+        trains = any(frame.name in LOOPS for frame in traceback.extract_tb(error.__traceback__))
+        if trains and not isinstance(error, BEFORE_TRAINING):
             raise
-        sys.exit(f"error: {error}")
+        _end_in_one_line(f"error: {error}", 2, all_are_here=isinstance(error, BEFORE_TRAINING))
+
+
+def _end_in_one_line(message: object, code: int, all_are_here: bool) -> NoReturn:
+    logger.debug("The error was raised here:", exc_info=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        # At once: when another process ends first, the launcher stops this one.
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}\n")
+        sys.stderr.flush()
+    if all_are_here and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # All processes are here. With its threads alive, the exit would be an abort.
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
 
 
 def write_model_card(

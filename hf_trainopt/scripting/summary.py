@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from hf_trainopt.placement.budget import gib
+
 
 def peak_memory_gib() -> tuple[float, str]:
     """Return the peak memory in GiB and what it counts: tensors on the CUDA device, or the whole process on CPU.
@@ -41,6 +43,13 @@ def summary_rows(trainer: Trainer, train_metrics: Mapping[str, Any], eval_metric
         rows.append(("optimizer steps", str(trainer.state.global_step)))
         rows.append(("samples/s", f"{train_metrics['train_samples_per_second']:.4g}"))
         rows.append(("train loss (mean of the run)", f"{train_metrics['train_loss']:.4f}"))
+    plan = getattr(trainer, "placement_plan", None)
+    if train_metrics and plan is not None:
+        rows.append(("placement", plan.summary()))
+        if plan.predicted_peak_bytes is not None:
+            peaks = f"{gib(plan.predicted_peak_bytes)} predicted, {gib(plan.baseline_peak_bytes)} without placement"
+            measured = plan.measured_peak_bytes
+            rows.append(("peak of a step", f"{gib(measured)} measured, {peaks}" if measured is not None else peaks))
     for key, label in (("eval_loss", "eval loss"), ("perplexity", "perplexity"), ("eval_accuracy", "accuracy")):
         if key in eval_metrics:
             rows.append((label, f"{eval_metrics[key]:.4f}"))
@@ -48,6 +57,8 @@ def summary_rows(trainer: Trainer, train_metrics: Mapping[str, Any], eval_metric
         peak, counted = peak_memory_gib()
     except OSError:
         return rows
+    # Who measures peaks by phase resets the mark.
+    peak = max([peak, *(entry["peak_memory_gib"] for entry in history if "peak_memory_gib" in entry)])
     rows.append((f"peak memory ({counted}), GiB", f"{peak:.2f}"))
     return rows
 

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .session import hub_errors
+from .session import file_errors, hub_errors
 
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def load_text_datasets(
             splits = {name: split.to_iterable_dataset() for name, split in splits.items()}
     elif dataset_name is not None:
         remedy = "pass local files with --train_file and --validation_file"
-        with hub_errors(f"The dataset {dataset_name}", remedy):
+        with hub_errors(f"The dataset {dataset_name} (--dataset_name)", remedy):
             loaded = load_dataset(
                 dataset_name, dataset_config_name, cache_dir=cache_dir, token=token, streaming=streaming
             )
@@ -61,7 +61,9 @@ def load_text_datasets(
     elif train_file is not None or validation_file is not None:
         files = {"train": train_file, "validation": validation_file}
         splits = {
-            name: _load_text_file(file, keep_linebreaks, streaming, cache_dir) for name, file in files.items() if file
+            name: _load_text_file(f"--{name}_file", file, keep_linebreaks, streaming, cache_dir)
+            for name, file in files.items()
+            if file
         }
     else:
         raise ValueError("There are no data: pass --dataset_name, --train_file or --validation_file.")
@@ -70,19 +72,23 @@ def load_text_datasets(
     return splits
 
 
-def _load_text_file(file: str, keep_linebreaks: bool, streaming: bool, cache_dir: str | None) -> AnyDataset:
+def _load_text_file(flag: str, file: str, keep_linebreaks: bool, streaming: bool, cache_dir: str | None) -> AnyDataset:
     path = Path(file)
     file_format = FILE_FORMATS.get(path.suffix.removeprefix("."))
     if file_format is None:
-        raise ValueError(f"The text file {file} must end in one of: {', '.join('.' + name for name in FILE_FORMATS)}.")
+        known = ", ".join("." + name for name in FILE_FORMATS)
+        raise ValueError(f"{flag}: the file {file} must end in one of: {known}.")
+    if path.is_dir():
+        raise ValueError(f"{flag}: {file} is a folder; name a file.")
     if not path.is_file():
-        raise ValueError(f"The text file {file} does not exist.")
+        raise ValueError(f"{flag}: the file {file} does not exist; check the path.")
     if path.stat().st_size == 0:
-        raise ValueError(f"The text file {file} is empty.")
+        raise ValueError(f"{flag}: the file {file} is empty; name one with text.")
     options = {"keep_linebreaks": keep_linebreaks} if file_format == "text" else {}
-    return load_dataset(
-        file_format, data_files=str(path), split="train", streaming=streaming, cache_dir=cache_dir, **options
-    )
+    with file_errors(flag, file):
+        return load_dataset(
+            file_format, data_files=str(path), split="train", streaming=streaming, cache_dir=cache_dir, **options
+        )
 
 
 def split_off_validation(dataset: AnyDataset, percentage: int) -> tuple[AnyDataset, AnyDataset]:
@@ -127,11 +133,14 @@ def text_column(dataset: AnyDataset, name: str) -> str:
     row = next(iter(dataset), None) if columns is None else None
     columns = columns or list(row or {})
     if not columns:
-        raise ValueError(f"The {name} split has no rows.")
+        raise ValueError(f"The {name} split has no rows: pass another --{name}_file or --dataset_name.")
     column = "text" if "text" in columns else columns[0]
     features = dataset.features
     if features is not None and getattr(features[column], "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"The column {column} of the {name} split does not hold text; its columns are {columns}.")
+        raise ValueError(
+            f"The column {column} of the {name} split does not hold text; give the texts a column named 'text' (those "
+            f"of the --{name}_file or --dataset_name are {', '.join(columns)})."
+        )
     return column
 
 
@@ -173,7 +182,7 @@ def resolve_block_size(asked: int | None, tokenizer: PreTrainedTokenizerBase, ma
     if asked < 2:
         raise ValueError(f"--block_size must be at least 2 (one token to read and one to predict), not {asked}.")
     if max_positions is not None and asked > max_positions:
-        raise ValueError(f"--block_size {asked} is more than the {max_positions} positions of the model.")
+        raise ValueError(f"--block_size {asked} is more than the {max_positions} positions of the model; lower it.")
     if asked > tokenizer.model_max_length:
         logger.warning(
             f"The block_size passed ({asked}) is larger than the maximum length for the model "
@@ -228,7 +237,10 @@ def tokenize_and_group(
 
 
 def _too_short(name: str, block_size: int) -> str:
-    return f"The {name} split is too short to fill one block of {block_size} tokens: pass a smaller --block_size."
+    return (
+        f"The {name} split is too short to fill one block of {block_size} tokens: pass a smaller --block_size, or "
+        "more text."
+    )
 
 
 def limit_rows(dataset: AnyDataset, max_rows: int | None) -> AnyDataset:

@@ -1,5 +1,6 @@
 """timm models as transformers models: configs from names and JSON, pretrained weights, the classifier replaced."""
 
+import difflib
 import json
 import logging
 from typing import Any
@@ -19,7 +20,7 @@ DEFAULT_MODEL = "resnet50"
 def check_timm_name(name: str) -> None:
     """Raise `ValueError` unless timm knows the architecture `name`."""
     if not timm.is_model(name):
-        close = timm.list_models(f"{name[:6]}*")[:5]
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" ({', '.join(close)}, ...)" if close else ""
         raise ValueError(f"timm has no model {name}; choose --timm_model from timm.list_models(){hint}.")
 
@@ -49,7 +50,7 @@ def load_timm_config(
     """
     if name_or_path is None:
         return TimmWrapperConfig(architecture=architecture or DEFAULT_MODEL, model_args=model_args)
-    with hub_errors(f"The model config {name_or_path}", "train from scratch with --timm_model"):
+    with hub_errors(f"The model config {name_or_path} (--model_name_or_path)", "train from scratch with --timm_model"):
         config = AutoConfig.from_pretrained(name_or_path, **hub)
     if not isinstance(config, TimmWrapperConfig):
         raise ValueError(f"{name_or_path} is not a timm model; on the Hub their names start with timm/.")
@@ -79,9 +80,10 @@ def load_timm_model(
     if name_or_path is None and not pretrained:
         try:
             model = TimmWrapperForImageClassification(config)
-        except TypeError as error:
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"{config.architecture} does not take --model_args {config.model_args}: {error}."
+                f"{config.architecture} does not take --model_args {config.model_args} ({error}); leave out what "
+                "it does not know."
             ) from error
         logger.info(f"Training new model from scratch - Total size={model.num_parameters() / 2**20:.2f}M params")
         return model
@@ -91,15 +93,17 @@ def load_timm_model(
         name_or_path = f"timm/{config.architecture}"
         if "." not in config.architecture:
             name_or_path += f".{get_pretrained_cfg(config.architecture).tag}"
-    with hub_errors(f"The model {name_or_path}", "train from scratch, without --pretrained and --model_name_or_path"):
-        try:
+    try:
+        with hub_errors(
+            f"The model {name_or_path}", "train from scratch, without --pretrained and --model_name_or_path"
+        ):
             return TimmWrapperForImageClassification.from_pretrained(
                 name_or_path, config=config, ignore_mismatched_sizes=ignore_mismatched_sizes, **hub
             )
-        except RuntimeError as error:
-            if ignore_mismatched_sizes or "ignore_mismatched_sizes" not in str(error):
-                raise
-            raise ValueError(
-                f"The classifier of {name_or_path} is not for {config.num_labels} classes: pass "
-                "--ignore_mismatched_sizes to replace it."
-            ) from error
+    except RuntimeError as error:
+        if ignore_mismatched_sizes or "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"The classifier of {name_or_path} is not for {config.num_labels} classes: pass "
+            "--ignore_mismatched_sizes to replace it."
+        ) from error

@@ -1,0 +1,44 @@
+"""The benchmark of time to target runs from the sweep to the page, at toy sizes on random data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("convergence")
+    for part in ("all", "table"):
+        command = [sys.executable, str(BENCHMARKS / "convergence.py"), "--quick", "--streams", "2",
+                   "--results", str(folder), part]  # fmt: skip
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    return folder
+
+
+def test_every_part_leaves_records_of_whole_runs(folder):
+    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    assert {(r["task"], r["policy"]) for r in records} >= {
+        ("language", "fixed"), ("vision", "fixed"), ("language", "goodput"), ("vision", "goodput"),
+        ("language", "noise_scale"), ("language", "reversed"),
+    }  # fmt: skip
+    assert {r["ranks"] for r in records} == {1, 2}
+    for record in records:
+        samples = 32 * (4 if record["task"] == "language" else 16)
+        assert record["curve"][-1]["samples"] == samples, record["command"]
+        times = [point["cpu_s"] for point in record["curve"]]
+        assert times == sorted(times)
+
+
+def test_page_has_every_table(folder):
+    page = (folder / "convergence.md").read_text()
+    assert "@@" not in page
+    assert page.count("| k | final loss by learning rate | best rate |") == 2
+    assert page.count("stock, k = 8, 0.002 (its best rate)") == 1
+    assert "| ours | 0.002 |" in page

@@ -1,0 +1,355 @@
+"""The command line `hf-trainopt plan`, end to end on tiny models, and what it says to wrong arguments."""
+
+import importlib
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, BertConfig, GPT2Config, T5Config
+
+from hf_trainopt.cli import main
+from hf_trainopt.placement import cli, models
+from hf_trainopt.placement.budget import enough_share, parse_budget, stated_budget
+from hf_trainopt.placement.plan import PlacementPlan
+
+
+TINY = "n_layer=2,n_embd=32,n_head=2,vocab_size=64,n_positions=64"
+GPT2 = ["--model_type", "gpt2", "--config_overrides", TINY]
+# Without rewrites a quarter of the replays is enough.
+PLAIN = [*GPT2, "--memory_rewrites", "none"]
+SMALL = ["--per_device_train_batch_size", "4", "--block_size", "32"]
+
+
+def plan(*arguments):
+    return main(["plan", *arguments])
+
+
+def figures(capsys, *arguments):
+    assert plan(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Everything written by one run, and what it said."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("plan")
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr("sys.stdout.write", said.append)
+        code = plan(
+            *GPT2, "--memory_budget", "80%", "--device", "a100", "--plot", f"{folder}/frontier.png",
+            "--output", f"{folder}/plan.json",
+        )  # fmt: skip
+    return code, "".join(said), folder
+
+
+def test_tables_are_printed(written):
+    code, text, folder = written
+    assert code == 0
+    for expected in (
+        f"gpt2 ({TINY}): GPT2LMHeadModel, 0.03 million parameters",
+        "8 x 64 tokens",
+        "transformer.h.0",
+        "total under the chosen plan",
+        "Named policies",
+        f"--checkpoint_placement {folder}/plan.json",
+        "Not counted: workspaces",
+    ):
+        assert expected in " ".join(text.split())
+    assert text.count("→") == 1
+    assert max(map(len, text.splitlines())) <= 100 + len(str(folder))
+
+
+def test_the_hint_repeats_what_was_asked(written):
+    _, text, folder = written
+    hint = text[text.index("Written to ") : text.index("Not counted")]
+    lines = [line.strip() for line in hint.splitlines() if line.strip()]
+    assert f"python run_clm.py ... --checkpoint_placement {folder}/plan.json" in lines
+    assert "python run_clm.py ... --memory_budget 80%" in lines
+    assert 'EfficientTrainingArguments(..., memory_budget="80%")' in lines
+    assert "--memory_rewrites" not in hint
+    assert "Chosen for a budget of 80% (" in text
+    for line in lines:
+        if line.startswith("from "):
+            exec(line, {})
+
+
+def test_the_hint_repeats_what_else_the_plan_depends_on(capsys):
+    stages = r"transformer\.h\.\d+"
+    assert plan(*PLAIN, *SMALL, "--checkpoint_placement", "all", "--placement_stages", stages) == 0
+    out = capsys.readouterr().out
+    assert "  python run_clm.py ... --checkpoint_placement plan.json --memory_rewrites none\n" in out
+    flags = f"--checkpoint_placement all --memory_rewrites none --placement_stages '{stages}'"
+    assert f"  python run_clm.py ... {flags}\n" in out
+
+
+def test_a_model_of_less_than_a_mib(capsys):
+    tiny = "n_layer=1,n_embd=8,n_head=1,vocab_size=16,n_positions=8"
+    values = figures(
+        capsys, "--model_type", "gpt2", "--config_overrides", tiny, "--per_device_train_batch_size", "1",
+        "--memory_rewrites", "none",
+    )  # fmt: skip
+    assert values["baseline_peak_bytes"] < 2**20
+
+
+def test_plan_file_is_what_the_trainer_takes(written):
+    path = written[2] / "plan.json"
+    values = json.loads(path.read_text())
+    assert list(values["stages"]) == ["transformer.h.0", "transformer.h.1"]
+    assert values["floor_peak_bytes"] <= values["predicted_peak_bytes"] <= values["budget_bytes"]
+    assert values["budget_bytes"] == int(0.8 * values["baseline_peak_bytes"])
+    assert values["extra_time_ratio"] >= 0
+    assert PlacementPlan.load(path).to_dict() == values
+
+
+def test_plot_is_a_png(written):
+    data = (written[2] / "frontier.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert int.from_bytes(data[16:20]), int.from_bytes(data[20:24]) == (1200, 750)
+
+
+def test_json_alone_is_on_stdout(capsys):
+    values = figures(capsys, *PLAIN, *SMALL)
+    assert values["plan"] is None
+    peaks = [entry["predicted_peak_bytes"] for entry in values["frontier"]]
+    times = [entry["extra_time_ratio"] for entry in values["frontier"]]
+    assert peaks[0] == values["baseline_peak_bytes"]
+    assert peaks[-1] == values["floor_peak_bytes"]
+    assert peaks == sorted(peaks, reverse=True)
+    assert times == sorted(times)
+    assert [entry["policy"] for entry in values["named"]] == ["none", "all", "sqrt"]
+    assert sum(row["total"] for row in values["memory"]) == values["baseline_peak_bytes"]
+
+
+def test_named_policy_is_planned_and_every_flag_of_the_step_counts(capsys):
+    stock = figures(capsys, *PLAIN, *SMALL, "--checkpoint_placement", "all")
+    assert stock["plan"]["policy"] == "all"
+    assert {choice["recompute"] for choice in stock["plan"]["stages"].values()} == {"full"}
+    more = figures(
+        capsys, *PLAIN, *SMALL, "--checkpoint_placement", "all", "--optim", "sgd",
+        "--gradient_accumulation_steps", "adaptive", "--bf16", "--world_size", "2", "--device", "h100",
+    )["plan"]["details"]  # fmt: skip
+    assert more["optimizer"] == "SGD"
+    assert more["accumulation_steps"] == 32
+    assert more["precision"] == "bfloat16"
+    assert (more["world_size"], more["device"]) == (2, "h100")
+    assert "optimizer" in stock["plan"]["details"]["baseline_by_kind"]
+    assert "optimizer" not in more["baseline_by_kind"]
+    assert more["baseline_by_kind"]["communication"] == 4 * more["num_parameters"]
+
+
+def test_budget_below_the_floor_names_the_floor(capsys):
+    assert plan(*PLAIN, *SMALL, "--memory_budget", "1%") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "per_device_train_batch_size" in captured.err
+    share, size = re.search(r"memory_budget is 1% \(.* MiB\), but no placement needs less than (\S+ MiB) \(the floor, "
+                            r"(\S+%) of the", captured.err).group(2, 1)  # fmt: skip
+    assert f"Raise memory_budget to {size.replace(' ', '')} or {share}," in captured.err
+    for enough in (share, size):
+        plan_of = figures(capsys, *PLAIN, *SMALL, "--memory_budget", enough)["plan"]
+        assert plan_of["predicted_peak_bytes"] == plan_of["floor_peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("given", "num_bytes", "text"),
+    [("8GiB", 8 * 2**30, "8GiB"), ("30%", 3 * 2**30, "30% (3.00 GiB)"), (2**31, 2**31, "2147483648 (2.00 GiB)")],
+)
+def test_budgets_are_said_as_they_were_given(given, num_bytes, text):
+    assert stated_budget(given, num_bytes) == text
+
+
+@given(st.integers(1, 2**45), st.floats(0.0, 1.0))
+def test_shares_rounded_up_are_enough(baseline, ratio):
+    needed = max(1, min(baseline, int(baseline * ratio)))
+    share = enough_share(needed, baseline)
+    assert needed <= parse_budget(share, baseline)
+    assert float(share[:-1]) - 100 * needed / baseline <= 0.1 + 1e-9 or baseline < 2**12  # whole bytes
+
+
+def test_folder_needs_no_weights(tmp_path, capsys):
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=48)
+    config.save_pretrained(tmp_path)
+    values = figures(
+        capsys, "--model_name_or_path", str(tmp_path), "--checkpoint_placement", "none", "--memory_rewrites", "none"
+    )
+    assert values["plan"]["details"]["batch"]["input_ids"] == [8, 48]
+
+
+def test_image_model(capsys):
+    values = figures(
+        capsys, "--timm_model", "resnet18", "--model_args", '{"in_chans": 1}', "--num_classes", "7", "--image_size",
+        "32", "--per_device_train_batch_size", "2", "--checkpoint_placement", "sqrt",
+    )  # fmt: skip
+    details = values["plan"]["details"]
+    assert details["batch"]["pixel_values"] == [2, 1, 32, 32]
+    # 11 689 512 with 1000 classes and three channels (timm's table of results).
+    assert details["num_parameters"] == 11_689_512 - 993 * 513 - 2 * 64 * 49
+    assert list(values["plan"]["stages"])[-1] == "timm_model.layer4.1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments --model_type --timm_model --model_name_or_path is required"),
+        (["--model_type", "gpt2", "--timm_model", "resnet50"], "not allowed with argument"),
+        (["--model_type", "gpt3"], "--model_type gpt3 is not a model type of transformers"),
+        (["--model_type", "gpt2", "--config_overrides", "layers=4"], "--config_overrides layers=4 does not fit gpt2"),
+        (["--timm_model", "resnet5000"], "timm has no model resnet5000"),
+        (["--timm_model", "resnet18", "--model_args", "{"], "--model_args must be a JSON object"),
+        (["--timm_model", "resnet18", "--model_args", '{"no": 1}'], "does not take --model_args"),
+        (["--timm_model", "resnet18", "--config_overrides", "a=1"], "--config_overrides needs --model_type"),
+        (["--timm_model", "resnet18", "--block_size", "8"], "--block_size is for text"),
+        (["--timm_model", "resnet18", "--task", "causal-lm"], "does not fit a timm model"),
+        (["--timm_model", "resnet18", "--dtype", "float32"], "--dtype is for models of transformers"),
+        ([*GPT2, "--image_size", "224"], "--image_size is for images"),
+        ([*GPT2, "--model_args", "{}"], "--model_args is for timm models"),
+        ([*GPT2, "--task", "masked-lm"], "--task masked-lm does not fit models of type gpt2"),
+        ([*GPT2, "--block_size", "65"], "--block_size 65 is more than the 64 positions"),
+        ([*GPT2, "--attn_implementation", "nonsense"], "check --config_overrides and --attn_implementation"),
+        (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere is no folder"),
+        (["--model_name_or_path", "nobody/nothing"], "neither on disk nor on the Hugging Face Hub"),
+        ([*GPT2, "--per_device_train_batch_size", "0"], "'0' is not a whole number from 1 on"),
+        ([*GPT2, "--gradient_accumulation_steps", "x"], "argument --gradient_accumulation_steps: 'x'"),
+        ([*GPT2, "--bf16", "yes"], "'yes' is neither True nor False"),
+        ([*GPT2, "--bf16", "--fp16"], "not allowed with argument"),
+        ([*GPT2, "--max_grad_norm", "-1"], "--max_grad_norm is -1.0"),
+        ([*GPT2, "--device", "abacus"], "invalid choice: 'abacus'"),
+        ([*GPT2, "--optim", "magic"], "--optim magic is not an optimizer of transformers"),
+        ([*GPT2, "--optim", "lomo"], "--optim lomo is not there"),
+        ([*GPT2, "--memory_budget", "lots"], "memory_budget is 'lots'"),
+        ([*GPT2, "--memory_budget", "8"], "give a unit, such as '8GiB'"),
+        ([*GPT2, "--memory_budget", "1GiB", "--checkpoint_placement", "all"], "--memory_budget does not go with"),
+        ([*GPT2, "--checkpoint_placement", "budget"], "needs --memory_budget"),
+        ([*GPT2, "--checkpoint_placement", "half"], "checkpoint_placement is 'half'"),
+        ([*GPT2, "--checkpoint_placement", "plan.json"], "is a plan already"),
+        ([*GPT2, "--memory_rewrites", "tricks"], "memory_rewrites is 'tricks'"),
+        ([*GPT2, "--placement_stages", "("], "--placement_stages ( is no regular expression"),
+        ([*GPT2, "--placement_stages", "nothing"], "placement_stages='nothing' matches no module name"),
+        ([*GPT2, "--output", "plan.json"], "--output needs a plan to write"),
+        ([*GPT2, "--memory_budget", "50%", "--output", "no/such/plan.json"], "in a folder that does not exist"),
+        ([*GPT2, "--plot", "frontier.gif"], "must end in .png"),
+        ([*GPT2, "--memory", "1GiB"], "unrecognized arguments: --memory; did you mean --memory_budget?"),
+        (
+            [*GPT2, "--memory_budge=1GiB"],
+            "--memory_budge; did you mean --memory_budget? (see hf-trainopt plan --help)",
+        ),
+        (["--modeltype", "gpt2"], "--modeltype; did you mean --model_type? (see hf-trainopt plan --help)"),
+        ([*GPT2, "1GiB"], "unrecognized arguments: 1GiB (see hf-trainopt plan --help)"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plan(*arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("hf-trainopt: error: ")
+    assert len(captured.err.splitlines()) == 1
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["plann"], ["--model_type", "gpt2"]])
+def test_a_missing_subcommand_is_answered_with_their_helps(arguments, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "(see hf-trainopt plan --help or hf-trainopt doctor --help or hf-trainopt compare --help" in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_help_says_defaults_and_when_to_change_them(capsys):
+    with pytest.raises(SystemExit):
+        plan("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for expected in (
+        "auto (the default)",
+        "cheaper than recomputing more",
+        "default: the layers",
+        "default: none, only",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        (GPT2Config(), "causal-lm"),
+        (BertConfig(), "masked-lm"),
+        (BertConfig(architectures=["BertForSequenceClassification"]), "sequence-classification"),
+        (T5Config(), "seq2seq-lm"),
+        (AutoConfig.for_model("vit"), "image-classification"),
+        (AutoConfig.for_model("timm_wrapper", architecture="resnet18"), "image-classification"),
+    ],
+)
+def test_task_follows_the_config(config, task):
+    assert models.task_of(config) == task
+
+
+@pytest.mark.parametrize(("model_type", "positions"), [("gpt2", 1024), ("roberta", 512), ("t5", None)])
+def test_positions(model_type, positions):
+    assert models.max_positions_of(AutoConfig.for_model(model_type)) == positions
+
+
+def test_models_take_no_memory_and_keep_their_ties():
+    built = models.build_model(models.ModelRequest(model_type="gpt2"), 2, None, None)
+    assert {parameter.device.type for parameter in built.model.parameters()} == {"meta"}
+    assert sum(parameter.numel() for parameter in built.model.parameters()) == 124_439_808
+    assert built.model.lm_head.weight is built.model.transformer.wte.weight
+    assert built.batch["labels"].shape == (2, 1024)
+    assert built.model.config.use_cache is False
+
+
+def test_a_model_of_fixed_size_gets_the_size_asked_for():
+    built = models.build_model(models.ModelRequest(timm_model="vit_tiny_patch16_224"), 2, None, 64)
+    assert built.model.timm_model.pos_embed.shape[1] == 1 + 16
+    assert built.batch["pixel_values"].shape == (2, 3, 64, 64)
+    assert built.model.num_labels == 1000
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
+def test_labels_are_those_of_the_task(task):
+    request = models.ModelRequest(model_type="gpt2", config_overrides=TINY, task=task)
+    built = models.build_model(request, 3, 16, None)
+    assert built.batch["labels"].shape == ((3,) if task == "sequence-classification" else (3, 16))
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "adamw_torch", "adafactor", "adagrad", "rmsprop", "sgd"])
+def test_optimizers_that_are_said_to_work_do(name):
+    optimizer = cli.optimizer_maker(name)(torch.nn.Linear(2, 2))
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
+    with cli.Progress(first_total=10, seconds=0.0) as progress:
+        for _ in range(30):
+            progress("work")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "planning: 1 of about 10 replays, work"
+    assert all(int(line.split()[1]) <= int(line.split()[4]) for line in lines[:-1])
+    assert lines[-1] == "planned in 0 s"
+    with cli.Progress(seconds=100.0) as progress:
+        progress("work")
+    assert capsys.readouterr().err == "planned in 0 s\n"
+
+
+def test_default_t5_can_be_planned(capsys):
+    values = figures(
+        capsys, "--model_type", "t5", "--config_overrides", "num_layers=1,num_decoder_layers=1,d_model=32,d_ff=64",
+        "--block_size", "16", "--checkpoint_placement", "all",
+    )  # fmt: skip
+    # Its forward looks at the logits, which a chunked loss does not have.
+    assert not any(entry["rewrites"]["chunked_loss"] for entry in values["frontier"])
+    assert list(values["plan"]["stages"]) == ["encoder.block.0", "decoder.block.0"]
+
+
+def test_entry_point_and_extra():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["hf-trainopt"].partition(":")
+    assert getattr(importlib.import_module(module), function) is main
+    assert any(requirement.startswith("matplotlib") for requirement in project["optional-dependencies"]["plot"])

@@ -1,0 +1,341 @@
+"""Reports: axes, the page, Markdown, pictures, and that nothing in them is taken for markup."""
+
+import html.parser
+import math
+import re
+import sys
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from report_helpers import our_history, stock_history, write_comparison, write_run
+
+from hf_trainopt.placement import PlacementPlan
+from hf_trainopt.placement.plan import StageChoice
+from hf_trainopt.report import Report, make_report
+from hf_trainopt.report.contents import Band, IntervalPanel, Line, LinePanel
+from hf_trainopt.report.scales import linear_scale, log2_scale, log_scale, ratio_scale, scales_of, tick_text
+from hf_trainopt.report.summary import duration, figure, ratio_text, spread
+from hf_trainopt.report.svg import draw
+from hf_trainopt.report.theme import ARM_COLOURS, arm_colour, arm_dashes
+
+
+HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>&amp;|`_*$x$"""
+
+_FINITE = st.floats(-1e12, 1e12, allow_nan=False)
+_POSITIVE = st.floats(1e-9, 1e12)
+
+
+# ---- Axes and numbers ----------------------------------------------------------------------------------------------
+
+
+@given(_FINITE, _FINITE)
+@example(0.0, 5e-324)
+@example(1.0, 1.0 + 2**-52)
+def test_linear_axes(a, b):
+    low, high = sorted((a, b))
+    scale = linear_scale(low, high)
+    assert scale.low <= low <= high <= scale.high
+    assert 1 <= len(scale.ticks) <= 12
+    assert all(-1e-6 <= scale.place(tick) <= 1 + 1e-6 for tick in scale.ticks)
+
+
+@given(_POSITIVE, st.floats(1, 1e9), st.sampled_from([log_scale, log2_scale]))
+def test_log_axes(low, ratio, make):
+    scale = make(low, low * ratio)
+    assert scale.place(low) >= -1e-6
+    assert scale.place(low * ratio) <= 1 + 1e-6
+    assert len(scale.ticks) >= 2
+    assert all(-1e-6 <= scale.place(tick) <= 1 + 1e-6 for tick in scale.ticks)
+    assert math.isnan(scale.place(0.0))
+
+
+@given(st.lists(st.tuples(_POSITIVE, st.just(math.nan), st.just(math.nan)), max_size=5))
+def test_axes_of_ratios_have_one_on_them(points):
+    scale = ratio_scale(points)
+    assert 1.0 in scale.ticks
+    assert all(0 <= scale.place(ratio) <= 1 for ratio, _, _ in points)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0005, "0.0005"), (1e-5, "1e-5"), (12000, "12,000"), (2.5e6, "2.5M"), (3e9, "3G"), (-0.5, "−0.5"), (0, "0")],
+)
+def test_texts_of_ticks(value, text):
+    assert tick_text(value) == text
+
+
+def test_numbers_as_text():
+    assert [figure(value) for value in (1852.3, 3.2e-5, math.inf)] == ["1,852", "3.2e-05", "∞"]
+    assert (duration(92.13), duration(743), duration(11556)) == ("92.1 s", "12.4 min", "3.21 h")
+    assert [ratio_text(value) for value in (1.0, 0.9784, 123.4, 5000)] == ["1.00", "0.978", "123", "5,000"]
+    assert spread([0.01], "GiB") == "10.24 MiB"
+    assert spread([1.0, 3.0], "s") == "2 ± 1.4 s"
+    assert spread([0.42], "%") == "42 %"
+
+
+def test_a_wide_interval_does_not_flatten_the_curve():
+    xs = np.arange(3.0)
+    line, band = Line(0, xs, np.array([5.0, 6.0, 7.0])), Band(0, xs, np.full(3, 1e-9), np.array([8.0, 1e12, np.inf]))
+    _, up = scales_of(LinePanel("n", "t", "x", "y", (line,), (band,), scale="log"))
+    assert 0.3 < up.low < 1
+    assert 50 < up.high < 100
+
+
+def test_curves_begin_at_the_beginning():
+    across, _ = scales_of(LinePanel("n", "t", "x", "y", (Line(0, np.array([10.0, 20.0]), np.ones(2)),)))
+    assert across.low == 0
+
+
+def test_arms_beyond_the_colours_have_other_dashes():
+    looks = {(arm_colour(arm), arm_dashes(arm)) for arm in range(3 * len(ARM_COLOURS))}
+    assert len(looks) == 3 * len(ARM_COLOURS)
+
+
+# ---- Charts --------------------------------------------------------------------------------------------------------
+
+
+def parsed(svg: str) -> ElementTree.Element:
+    return ElementTree.fromstring(svg)
+
+
+def numbers_of(root: ElementTree.Element) -> list[str]:
+    return [value for element in root.iter() for value in element.attrib.values()]
+
+
+def test_gaps_stay_gaps():
+    ys = np.array([1.0, 2.0, np.nan, 3.0, 4.0, np.nan, 5.0])
+    root = parsed(draw(LinePanel("n", "t", "x", "y", (Line(0, np.arange(7.0), ys),))))
+    (path,) = [element for element in root.iter("path") if "curve" in element.get("class")]
+    assert path.get("d").count("M") == 2
+    assert len(list(root.iter("circle"))) == 1  # the last value stands alone
+    assert not any("nan" in value or "inf" in value for value in numbers_of(root))
+
+
+def test_steps_hold_until_the_next_value():
+    line = Line(0, np.array([0.0, 1.0, 2.0]), np.array([1.0, 2.0, 2.0]), "step")
+    root = parsed(draw(LinePanel("n", "t", "x", "y", (line,), scale="log2")))
+    (path,) = [element for element in root.iter("path") if "step" in element.get("class")]
+    assert re.fullmatch(r"M[\d.]+ [\d.]+(H[\d.]+V[\d.]+){2}", path.get("d"))
+
+
+def test_open_intervals_are_drawn_apart():
+    xs = np.arange(6.0)
+    band = Band(0, xs, np.ones(6), np.array([4, 4, np.inf, np.inf, 4, 4.0]))
+    root = parsed(draw(LinePanel("n", "t", "x", "y", (Line(0, xs, np.full(6, 2.0)),), (band,), scale="log")))
+    kinds = [element.get("class") for element in root.iter("path") if "band" in element.get("class")]
+    assert kinds == ["band", "band open", "band"]
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(st.floats(width=32), st.floats(width=32), st.floats(width=32)), min_size=1, max_size=6),
+    st.sampled_from(["linear", "log", "log2"]),
+    st.sampled_from(["line", "faint", "marked", "step", "guess"]),
+)
+def test_any_values_make_a_drawing(points, scale, style):
+    """Whatever a log has in it, coordinates are numbers."""
+    ys, low, high = (np.array(column) for column in zip(*points, strict=True))
+    xs = np.arange(float(len(points)))
+    panel = LinePanel("n", "t", "x", "y", (Line(0, xs, ys, style),), (Band(0, xs, low, high),), (1.0, "target"), scale)
+    root = parsed(draw(panel))
+    values = [v for v in numbers_of(root) if re.fullmatch(r"[MLHVZ\d.\s-]*(nan|inf)[\s\S]*", v)]
+    assert values == []
+
+
+def test_intervals_that_are_open_or_missing():
+    bounds = (("b", 1, 1.2, 1.2, math.inf), ("c", 2, 0.8, 0.0, 0.8))
+    points = (("a", 0, 0.5, 0.4, 0.6), *bounds, ("d", 3, 2.0, math.nan, math.nan))
+    texts = [element.text for element in parsed(draw(IntervalPanel("n", "t", "x", points))).iter("text")]
+    assert {"0.500 (0.400 to 0.600)", "≥ 1.20", "≤ 0.800", "2.00"} <= set(texts)
+
+
+# ---- The page ------------------------------------------------------------------------------------------------------
+
+
+class Reader(html.parser.HTMLParser):
+    """Keeps tags with their attributes, and texts; complains of what is not closed."""
+
+    VOID = ("meta", "wbr")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A stock run, one of ours with a plan, and a comparison."""
+    root = tmp_path_factory.mktemp("runs")
+    write_run(root / "stock", stock_history())
+    write_run(root / "ours", our_history())
+    kinds = {"parameters": 2**28, "activations": 2**29, "optimizer": 2**27}
+    figures = {"baseline_peak_bytes": 2**30, "predicted_peak_bytes": 2**29, "extra_time_ratio": 0.1}
+    choices = {f"h.{index}": StageChoice("full") for index in range(4)}
+    details = {"baseline_by_kind": kinds, "predicted_by_kind": kinds}
+    PlacementPlan("budget", choices, measured_peak_bytes=2**29, details=details, **figures).save(
+        root / "ours" / "placement.json"
+    )
+    logs = {"stock": [our_history(10, 0.1 + 0.01 * seed) for seed in range(3)],
+            "ours": [our_history(10, 0.2 + 0.01 * seed) for seed in range(3)]}  # fmt: skip
+    write_comparison(root / "compare", logs)
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(folders) -> Report:
+    return make_report(folders / "stock", folders / "ours", folders / "compare")
+
+
+def test_all_parts_are_there(report):
+    reader = Reader(report.to_html())
+    headings = reader.text
+    for part in ("Summary", "Comparison", "Time to target", "Loss against training time", "Loss against samples",
+                 "Loss against optimizer steps", "k, micro-batches of a step", "Effective batch",
+                 "Gradient noise scale", "Learning rate", "samples/s", "Peak memory by phase",
+                 "Checkpoint placement"):  # fmt: skip
+        assert part in headings
+    assert sum(tag == "svg" for tag, _ in reader.tags) >= 12
+    labels = [attrs["aria-label"] for tag, attrs in reader.tags if tag == "svg" and attrs.get("role") == "img"]
+    assert any(re.search(r"Last values: .*/stock 2\.\d+; ", label) for label in labels)
+
+
+def test_the_page_needs_nothing_from_elsewhere(report):
+    for text in (report.to_html(), report._repr_html_()):
+        reader = Reader(text)
+        assert not {tag for tag, _ in reader.tags} & {"script", "img", "link", "iframe", "object", "base", "form"}
+        names = {name for _, attrs in reader.tags for name in attrs}
+        assert not {name for name in names if name.startswith("on")} | names & {"src", "srcset", "xlink:href"}
+        assert all(attrs["href"].startswith("#") for _, attrs in reader.tags if "href" in attrs)
+        assert not re.search(r"https?:|//|url\(|@import", text.replace("</", ""))
+
+
+def test_links_lead_somewhere(report):
+    reader = Reader(report.to_html())
+    ids = [attrs["id"] for _, attrs in reader.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {attrs["href"][1:] for _, attrs in reader.tags if "href" in attrs} <= set(ids)
+
+
+def test_hostile_names_are_text(tmp_path):
+    name = HOSTILE.replace("/", "")
+    history = our_history()
+    for line in history:
+        if "eval_loss" in line:
+            line[f"eval_{HOSTILE}"] = 0.5
+    folder = write_run(tmp_path / name, history)
+    (folder / "config.json").write_text('{"architectures": ["</script><b>bold"]}')
+    hostile = make_report(folder, write_run(tmp_path / "other", history), title=f"</title>{HOSTILE}")
+    safe = make_report(write_run(tmp_path / "a", history), tmp_path / "other", title="t")
+    for text, reference in ((hostile.to_html(), safe.to_html()), (hostile._repr_html_(), safe._repr_html_())):
+        reader = Reader(text)
+        assert {tag for tag, _ in reader.tags} <= {tag for tag, _ in Reader(reference).tags} | {"wbr"}
+        assert not [attr for _, attrs in reader.tags for attr in attrs if attr.startswith("on")]
+        assert HOSTILE in reader.text
+        assert "</script><b>bold" in reader.text
+    markdown = hostile.to_markdown()
+    assert "<" not in markdown
+    tables = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "not recorded" not in line} <= {4, 7}
+
+
+def test_hostile_names_in_a_comparison(tmp_path):
+    logs = {HOSTILE: [our_history()] * 2, "ours": [our_history(10, 0.3)] * 2}
+    reader = Reader(make_report(write_comparison(tmp_path / "c", logs)).to_html())
+    assert not {tag for tag, _ in reader.tags} & {"script", "img"}
+    assert f"Ratios to {HOSTILE}" in reader.text
+
+
+def test_what_is_missing_is_said(folders):
+    text = Reader(make_report(folders / "stock").to_html()).text
+    assert "Noise scaleEfficientTrainer measures it" in text
+    assert "No training time was logged" in text
+    assert "were not logged but follow from the rate" in text
+    both = make_report(folders / "stock", folders / "ours").to_markdown()
+    assert re.search(r"\| peak memory \| not recorded \| 1\.25 GiB \|", both)
+    assert "compared on samples and steps only" in both
+
+
+def test_styles_do_not_leave_a_fragment(report):
+    (style,) = re.findall(r"<style>(.*?)</style>", report._repr_html_(), flags=re.DOTALL)
+    flat = re.sub(r"@page\{[^}]*\}", "", style)
+    flat = re.sub(r"@media[^{]*\{", "", flat)
+    for rule in re.findall(r"([^{}]+)\{[^{}]*\}", flat):
+        for selector in rule.split(","):
+            assert ".hf-trainopt-report" in selector, selector
+    assert 'data-jp-theme-light="false"' in style
+    ids = [attrs for _, attrs in Reader(report._repr_html_()).tags if "id" in attrs]
+    assert ids == []
+
+
+def test_a_page_of_many_long_runs_stays_small(tmp_path):
+    folders = [write_run(tmp_path / f"run-seed{seed}", our_history(3000)) for seed in range(4)]
+    assert len(make_report(*folders).to_html()) < 1_500_000
+
+
+# ---- Markdown and pictures -----------------------------------------------------------------------------------------
+
+
+def test_markdown_tables(report):
+    text = report.to_markdown()
+    assert "| optimizer steps | 10 | 10 |" in text
+    brief = report.to_markdown(brief=True)
+    assert "## Time to target" in brief
+    assert "## Comparison" in brief
+    assert "## Throughput" not in brief
+    assert str(report) == text
+
+
+def test_pictures(report, tmp_path):
+    saved = report.save(tmp_path / "out")
+    names = {path.name for path in saved}
+    assert {"report.html", "report.md", "loss.png", "noise_scale.png", "memory.png", "comparison.png"} <= names
+    for path in saved:
+        if path.suffix == ".png":
+            assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+            assert path.stat().st_size > 5000
+    assert "![Loss](loss.png)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_pictures_of_hostile_names(tmp_path):
+    history = our_history()
+    report = make_report(write_run(tmp_path / "a$b_{$^", history), write_run(tmp_path / "$\\frac$", history))
+    assert len(report.save(tmp_path / "out", ["png"])) >= 5
+
+
+def test_without_matplotlib_the_remedy_is_said(report, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"pip install 'hf-trainopt\[plot\]'"):
+        report.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in report.save(tmp_path / "out", ["html", "md"])] == ["report.html", "report.md"]
+
+
+@pytest.mark.parametrize("formats", [["pdf"], []])
+def test_unknown_formats(report, tmp_path, formats):
+    with pytest.raises(ValueError, match="choose from html, md, png"):
+        report.save(tmp_path / "out", formats)
