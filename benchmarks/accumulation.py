@@ -34,26 +34,19 @@ def record_path(options: argparse.Namespace) -> Path:
 def run(options: argparse.Namespace) -> None:
     import torch
     import transformers
-    from tasks import TASKS, build
+    from tasks import TASKS, build, common_arguments
 
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     task = TASKS[options.task]
     parts = build(task, options.seed)
     with tempfile.TemporaryDirectory() as output_dir:
-        common = {
-            "output_dir": output_dir,
-            "per_device_train_batch_size": task.micro_batch_size,
+        common = common_arguments(task, output_dir) | {
             "gradient_accumulation_steps": options.k,
             "max_steps": task.num_micro_batches // options.k,
             "learning_rate": options.learning_rate,
             "seed": options.seed,
             "logging_steps": max(1, task.num_micro_batches // options.k // 50),
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **task.training_arguments,
         }
         if options.policy == "fixed":
             trainer = transformers.Trainer(args=transformers.TrainingArguments(**common), **parts)

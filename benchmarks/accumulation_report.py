@@ -1,16 +1,24 @@
 """The runs behind the tables of `accumulation.md`, the unit costs of both tasks, and the tables themselves."""
 
+import functools
 import json
 import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks import LANGUAGE, TASKS, VISION, build, common_arguments
+
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "results" / "accumulation"
 COSTS = HERE / "results" / "accumulation_costs.json"
 OVERHEAD = HERE / "results" / "overhead.json"
+
+
+@functools.cache
+def all_records() -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Setting:
     def records(self) -> list[dict]:
         return [
             record
-            for record in map(json.loads, (path.read_text() for path in sorted(RECORDS.glob("*.json"))))
+            for record in all_records()
             if (record["task"], record["policy"], record["k"], record["rule"])
             == (self.task, self.policy, self.k, self.rule)
             and abs(record["learning_rate"] / self.learning_rate - 1) < 1e-6
@@ -89,7 +97,6 @@ def measure_costs(rounds: int) -> None:
     """Median seconds of a micro-batch and of what an optimizer step costs on top, as `StepTimer` measures them."""
     import torch
     import transformers
-    from tasks import LANGUAGE, VISION, build
 
     from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 
@@ -104,10 +111,8 @@ def measure_costs(rounds: int) -> None:
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as folder:
                 args = EfficientTrainingArguments(
-                    output_dir=folder, per_device_train_batch_size=task.micro_batch_size, max_steps=48,
-                    gradient_accumulation_steps=1, accumulation_policy="ramp", accumulation_ramp="0:1",
-                    save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-                    **task.training_arguments,
+                    **common_arguments(task, folder), max_steps=48, gradient_accumulation_steps=1,
+                    accumulation_policy="ramp", accumulation_ramp="0:1", logging_strategy="no",
                 )  # fmt: skip
                 trainer = EfficientTrainer(args=args, **parts)
                 trainer.remove_callback(transformers.PrinterCallback)
@@ -141,7 +146,7 @@ def row(setting: Setting, costs: dict) -> str | None:
     records = setting.records()
     if not records:
         return None
-    micro_batches = {"language": 1000, "vision": 2000}[setting.task]
+    micro_batches = TASKS[setting.task].num_micro_batches
     seconds = [
         micro_batches * costs["micro_batch_seconds"] + record["optimizer_steps"] * costs["step_seconds"]
         for record in records

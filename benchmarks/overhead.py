@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tasks import LANGUAGE, VISION, build
+from tasks import LANGUAGE, VISION, build, common_arguments
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.accumulation import controller
@@ -49,11 +49,8 @@ class Clock(transformers.TrainerCallback):
 
 
 def time_steps(task, parts: dict, loop: dict | None, steps: int, output_dir: str) -> dict[int, float]:
-    common = {
-        "output_dir": output_dir, "per_device_train_batch_size": task.micro_batch_size,
-        "gradient_accumulation_steps": 2, "max_steps": steps, "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no", **task.training_arguments,
-    }  # fmt: skip
+    common = common_arguments(task, output_dir)
+    common |= {"gradient_accumulation_steps": 2, "max_steps": steps, "logging_strategy": "no"}
     clock = Clock()
     if loop is None:
         trainer = transformers.Trainer(args=transformers.TrainingArguments(**common), callbacks=[clock], **parts)

@@ -67,6 +67,19 @@ LANGUAGE_LOW_FLOOR = replace(
 TASKS = {task.name: task for task in (LANGUAGE, VISION, LANGUAGE_LOW_FLOOR)}
 
 
+def common_arguments(task: Task, output_dir: str) -> dict[str, Any]:
+    """Return the `TrainingArguments` that all runs of `task` share: silent, on the CPU."""
+    return {
+        "output_dir": output_dir,
+        "per_device_train_batch_size": task.micro_batch_size,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **task.training_arguments,
+    }
+
+
 class TokenBlocks(torch.utils.data.Dataset):
     """Non-overlapping blocks of `block_size` tokens; labels are the inputs (the model shifts them)."""
 
@@ -140,32 +153,50 @@ def _vision_arrays(split: str, limit: int | None = None) -> tuple[torch.Tensor, 
     return pixels, torch.from_numpy(arrays["labels"][:limit]).long()
 
 
-def build(task: Task, seed: int) -> dict[str, Any]:
-    """Return the `Trainer` keyword arguments of `task`: model (initialised from `seed`), datasets, metrics."""
+def _toy_tokens(split: str) -> np.ndarray:
+    return np.random.default_rng(int(split == "train")).integers(0, 64, 300 * 128).astype(np.uint16)
+
+
+def _toy_arrays(split: str, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(int(split == "train"))
+    labels = torch.randint(0, 10, (256,), generator=generator)
+    return torch.randint(0, 256, (256, 3, 32, 32), generator=generator, dtype=torch.uint8), labels
+
+
+def build(task: Task, seed: int, toy: bool = False) -> dict[str, Any]:
+    """Return the `Trainer` keyword arguments of `task`: model (initialised from `seed`), datasets, metrics.
+
+    Args:
+        task: Which.
+        seed: Of the weights and of the flips.
+        toy: Random data in place of the real ones, and a smaller language model: to try the benchmarks themselves.
+    """
     torch.manual_seed(seed)
     if task.name.startswith("language"):
         from transformers import GPT2Config, GPT2LMHeadModel
 
         config = GPT2Config(
-            vocab_size=4096, n_positions=128, n_embd=160, n_layer=4, n_head=4, use_cache=False,
+            vocab_size=4096, n_positions=128, n_embd=32 if toy else 160, n_layer=1 if toy else 4, n_head=4,
+            use_cache=False,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
         model = GPT2LMHeadModel(config)
         # GPT-2 declares no loss type, so Trainer would count T labels a row although T-1 are predicted.
         model.loss_type = "ForCausalLM"
-        validation = TokenBlocks(_language_tokens("valid")[: 400 * 128], 128)
+        tokens = _toy_tokens if toy else _language_tokens
         return {
             "model": model,
-            "train_dataset": TokenBlocks(_language_tokens("train"), 128),
-            "eval_dataset": validation,
+            "train_dataset": TokenBlocks(tokens("train"), 128),
+            "eval_dataset": TokenBlocks(tokens("valid")[: 400 * 128], 128),
         }
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
     config = TimmWrapperConfig(architecture="resnet18", num_labels=10, do_pooling=True)
     model = TimmWrapperForImageClassification(config)
+    arrays = _toy_arrays if toy else _vision_arrays
     return {
         "model": model,
-        "train_dataset": Images(*_vision_arrays("train"), flip=True, seed=seed),
-        "eval_dataset": Images(*_vision_arrays("test", limit=2000), flip=False),
+        "train_dataset": Images(*arrays("train"), flip=True, seed=seed),
+        "eval_dataset": Images(*arrays("test", limit=2000), flip=False),
         "compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
     }

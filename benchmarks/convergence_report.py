@@ -1,0 +1,206 @@
+"""The page of `convergence.py`: targets frozen from the sweep, ratios over paired seeds, ablations."""
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from convergence_suite import DEFAULT_RULE, SEEDS, best, load
+
+from hf_trainopt.compare.statistics import paired_ratio
+from hf_trainopt.evidence.targets import Crossing, Evaluation, first_crossing
+
+
+HERE = Path(__file__).resolve().parent
+TASKS = ("language", "vision")
+MICRO_BATCH = {"language": 4, "vision": 16}
+# Share of its data at which the loss of a run of seed 0 becomes a target.
+SHARES = {"eight": 0.8, "best": 0.9}
+
+
+COSTS = json.loads((HERE / "results" / "accumulation_costs.json").read_text())["tasks"]
+
+
+def curve(record: dict) -> list[Evaluation]:
+    """Return the evaluations of a record; seconds are those of its micro-batches and steps on the idle machine."""
+    cost = COSTS[record["task"]]
+    per_sample = cost["micro_batch_seconds"] / MICRO_BATCH[record["task"]]
+    return [
+        Evaluation(p["loss"], p["step"], p["samples"], p["samples"] * per_sample + p["step"] * cost["step_seconds"])
+        for p in record["curve"]
+    ]
+
+
+def loss_at(record: dict, share: float) -> float:
+    """Return the loss of a run at a share of its data, linear between evaluations."""
+    points = curve(record)
+    wanted = share * points[-1].samples
+    for before, after in itertools.pairwise(points):
+        if before.samples <= wanted <= after.samples:
+            part = (wanted - before.samples) / (after.samples - before.samples)
+            return before.value + part * (after.value - before.value)
+    raise ValueError(f"no evaluations around {share:.0%} of the data")
+
+
+def targets(records: list[dict], task: str) -> dict[str, tuple[float, dict]]:
+    """Return the two frozen targets with the runs that they are of: stock at k = 8, and the best of the sweep."""
+    runs = {
+        "eight": best(records, task=task, policy="fixed", k=8),
+        "best": best(records, task=task, policy="fixed"),
+    }
+    return {name: (loss_at(run, SHARES[name]), run) for name, run in runs.items()}
+
+
+def arms(records: list[dict], task: str) -> dict[str, list[dict]]:
+    """Return the paired runs by arm, in the order of the seeds."""
+    frozen = targets(records, task)
+    own = best(records, task=task, policy="goodput")
+    eight, first = frozen["eight"][1], frozen["best"][1]
+
+    def of(**where) -> list[dict]:
+        found = [r for r in records if r["ranks"] == 1 and all(r[key] == value for key, value in where.items())]
+        return sorted((r for r in found if r["seed"] in SEEDS), key=lambda r: r["seed"])
+
+    adaptive = {"task": task, "policy": "goodput"}
+    stock = {"task": task, "policy": "fixed"}
+    return {
+        f"stock, k = 8, {eight['learning_rate']:g} (its best rate)": of(
+            k=8, learning_rate=eight["learning_rate"], **stock
+        ),
+        f"stock, k = {first['k']}, {first['learning_rate']:g} (best of the sweep)": of(
+            k=first["k"], learning_rate=first["learning_rate"], **stock
+        ),
+        f"ours, defaults, {eight['learning_rate']:g} (the rate of k = 8)": of(
+            learning_rate=eight["learning_rate"], rule=DEFAULT_RULE, **adaptive
+        ),
+        f'ours, "{own["rule"]}", {own["learning_rate"]:g} (rule and rate searched)': of(
+            learning_rate=own["learning_rate"], rule=own["rule"], **adaptive
+        ),
+    }
+
+
+def ratio(ours: Sequence[dict], stock: Sequence[dict], target: float, axis: str) -> str:
+    """Return the ratio of what two arms spend to a target, with its 95 % interval over the seeds that both have."""
+    ours, stock = ({r["seed"]: r for r in arm} for arm in (ours, stock))
+    seeds = sorted(ours.keys() & stock.keys())
+    pairs = [[first_crossing(curve(arm[seed]), target, False) for arm in (ours, stock)] for seed in seeds]
+    return describe(pairs, axis)
+
+
+def describe(pairs: Sequence[Sequence[Crossing]], axis: str) -> str:
+    never = sum(not a.reached for a, _ in pairs), sum(not b.reached for _, b in pairs)
+    both = [(getattr(a, axis), getattr(b, axis)) for a, b in pairs if a.reached and b.reached]
+    text = "–"
+    if both:
+        result = paired_ratio([a for a, _ in both], [b for _, b in both])
+        text = f"{result.ratio:.2f}"
+        if len(both) > 1:
+            text += f" ({result.lower:.2f} to {result.upper:.2f})"
+    if never[0]:
+        text += f"; never by {never[0]} of {len(pairs)}"
+    if never[1]:
+        text += f"; never by the other arm in {never[1]} of {len(pairs)}"
+    return text
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+
+
+def sweep_table(records: list[dict], task: str) -> str:
+    runs = [r for r in records if r["task"] == task and r["policy"] == "fixed" and r["seed"] == 0 and r["ranks"] == 1]
+    chosen = {k: best(records, task=task, policy="fixed", k=k) for k in {r["k"] for r in runs}}
+    rows = []
+    for k in sorted(chosen):
+        tried = sorted((r for r in runs if r["k"] == k), key=lambda r: r["learning_rate"])
+        cells = [f"{r['learning_rate']:g}: {r['eval_loss']:.3f}" for r in tried]
+        edge = chosen[k] in (tried[0], tried[-1]) and len(tried) > 1
+        rows.append([k, ", ".join(cells), f"{chosen[k]['learning_rate']:g}{' (edge)' if edge else ''}"])
+    return table(["k", "final loss by learning rate", "best rate"], rows)
+
+
+def paired_table(records: list[dict], task: str) -> str:
+    groups = arms(records, task)
+    names = list(groups)
+    frozen = targets(records, task)
+    rows = []
+    for name, runs in groups.items():
+        losses = [r["eval_loss"] for r in runs]
+        quality = [f"{spread(losses)}"]
+        if runs[0]["eval_accuracy"] is not None:
+            quality.append(spread([100 * r["eval_accuracy"] for r in runs], ".1f"))
+        steps = spread([r["optimizer_steps"] for r in runs], ".0f")
+        cells = []
+        for target, against in (("eight", names[0]), ("best", names[1])):
+            cells += [
+                "" if name == against else ratio(runs, groups[against], frozen[target][0], axis)
+                for axis in ("seconds", "samples")
+            ]
+        rows.append([name, len(runs), *quality, steps, *cells])
+    accuracy = ["accuracy, %"] if task == "vision" else []
+    first, second = (f"{frozen[name][0]:.3f}" for name in ("eight", "best"))
+    header = ["arm, learning rate", "seeds", "final loss", *accuracy, "steps", f"time to {first} against k = 8",
+              "samples", f"time to {second} against the sweep's best", "samples"]  # fmt: skip
+    return table(header, rows)
+
+
+def other_table(records: list[dict], task: str) -> str:
+    """Return what else was run on seed 0: rules, rates, policies, k replayed and reversed."""
+    frozen = targets(records, task)
+    eight, first = frozen["eight"], frozen["best"]
+    rows = []
+    for r in sorted(
+        records, key=lambda r: (r["policy"] != "goodput", r["policy"], r["rule"] or "", r["learning_rate"])
+    ):
+        if r["task"] != task or r["policy"] == "fixed" or r["seed"] or r["ranks"] != 1:
+            continue
+        rows.append([
+            f"`{r['policy']}`", r["rule"], f"{r['learning_rate']:g}", f"{r['eval_loss']:.3f}", r["optimizer_steps"],
+            ratio([r], [eight[1]], eight[0], "seconds"), ratio([r], [first[1]], first[0], "seconds"),
+        ])  # fmt: skip
+    header = ["policy", "rule", "learning rate", "final loss", "steps", "time to the first target, of k = 8",
+              "time to the second, of the sweep's best"]  # fmt: skip
+    return table(header, rows)
+
+
+def ranks_table(records: list[dict]) -> str:
+    runs = [r for r in records if r["ranks"] == 2]
+    if not runs:
+        return "Not run yet: `python benchmarks/convergence.py ranks`."
+    fixed = min((r for r in runs if r["policy"] == "fixed"), key=lambda r: r["eval_loss"])
+    target = loss_at(fixed, 0.9)
+    rows = []
+    for r in sorted(runs, key=lambda r: (r["policy"], r["k"])):
+        name = f"stock, k = {r['k']}" if r["policy"] == "fixed" else "ours"
+        crossing = first_crossing(wall_curve(r), target, False)
+        spent = f"{crossing.seconds:.0f}" if crossing.reached else "never"
+        rows.append([name, f"{r['learning_rate']:g}", f"{r['eval_loss']:.3f}", r["optimizer_steps"], spent])
+    return table(["arm", "learning rate", "final loss", "steps", f"wall seconds to {target:.3f}"], rows)
+
+
+def wall_curve(record: dict) -> list[Evaluation]:
+    return [Evaluation(p["loss"], p["step"], p["samples"], p["wall_s"]) for p in record["curve"]]
+
+
+def write_report(results: Path, path: Path | None = None) -> None:
+    """Write `convergence.md`, or another file, from its template and the records."""
+    path = path or HERE / "convergence.md"
+    records = load(results)
+    parts: dict[str, Callable[[], str]] = {"ranks": lambda: ranks_table(records)}
+    for task in TASKS:
+        parts[f"{task} sweep"] = lambda task=task: sweep_table(records, task)
+        parts[f"{task} paired"] = lambda task=task: paired_table(records, task)
+        parts[f"{task} other"] = lambda task=task: other_table(records, task)
+    text = (HERE / "convergence.template.md").read_text()
+    for name, make in parts.items():
+        text = text.replace(f"@@{name}@@", make())
+    path.write_text(text)
+    print(f"wrote {path} from {len(records)} records")

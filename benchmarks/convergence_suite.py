@@ -1,0 +1,119 @@
+"""Which runs the parts of `convergence.py` are made of."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+# Learning rates of stock by k: factors of two around what a first search found (benchmarks/accumulation.md), further
+# down where the lowest was the best.
+SWEEP = {
+    "language": {
+        1: (1.5e-3, 3e-3, 6e-3),
+        2: (1.5e-3, 3e-3, 6e-3),
+        4: (1.5e-3, 3e-3, 6e-3),
+        8: (1e-3, 2e-3, 4e-3),
+        16: (1e-3, 2e-3, 4e-3),
+    },
+    "vision": {
+        1: (8.75e-5, 1.75e-4, 3.5e-4, 7e-4),
+        2: (2.5e-4, 5e-4, 1e-3),
+        4: (1.75e-4, 3.5e-4, 7e-4, 1.4e-3),
+        8: (3.5e-4, 7e-4, 1.4e-3, 2.8e-3),
+        16: (1e-3, 2e-3, 4e-3),
+    },
+}
+# Cost of an optimizer step in micro-batches, measured on the idle machine (results/accumulation_costs.json); ours
+# measures it in the run, which on a machine that runs two at a time would be another figure in every run.
+STEP_COST = {"language": 0.04, "vision": 0.24}
+# Rates of ours at k_ref = 8 that were tried on seed 0, and the rules.
+OURS = {"language": (2e-3, 4e-3, 8e-3), "vision": (3.5e-4, 7e-4, 1.4e-3, 2.8e-3)}
+DEFAULT_RULE = "surge"  # what lr_batch_scaling="auto" is under goodput
+RULES = (DEFAULT_RULE, "sqrt", "gain")
+SEEDS = range(5)
+QUICK_SWEEP = {"language": {1: (3e-3,), 8: (2e-3,)}, "vision": {1: (3.5e-4,), 8: (1.4e-3,)}}
+
+Runs = Iterator[list[str]]
+
+
+def stock(task: str, k: int, rate: float, seed: int = 0) -> list[str]:
+    return ["--task", task, "--policy", "fixed", "-k", str(k), "--learning_rate", f"{rate:g}", "--seed", str(seed)]
+
+
+def adaptive(task: str, rate: float, rule: str, seed: int = 0, policy: str = "goodput") -> list[str]:
+    return ["--task", task, "--policy", policy, "--rule", rule, "--learning_rate", f"{rate:g}",
+            "--step_cost", str(STEP_COST[task]), "--seed", str(seed)]  # fmt: skip
+
+
+def load(results: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+
+
+def best(records: list[dict], **where) -> dict:
+    """Return the record of seed 0 and one rank with the lowest final loss among those that `where` describes."""
+    where = {"seed": 0, "ranks": 1, **where}
+    found = [r for r in records if all(r[key] == value for key, value in where.items())]
+    if not found:
+        raise SystemExit(f"there is no record with {where}; run the sweep (and `ours`) first.")
+    return min(found, key=lambda r: r["eval_loss"])
+
+
+def sweep(results: Path, quick: bool) -> Runs:
+    for task, rates_of in (QUICK_SWEEP if quick else SWEEP).items():
+        for k, rates in rates_of.items():
+            for rate in rates:
+                yield stock(task, k, rate)
+
+
+def ours(results: Path, quick: bool) -> Runs:
+    for task, rates in OURS.items():
+        for rate in rates[:1] if quick else rates:
+            for rule in RULES[:1] if quick else RULES:
+                yield adaptive(task, rate, rule)
+
+
+def paired(results: Path, quick: bool) -> Runs:
+    """Stock at k = 8, the sweep's best, ours at the best rate of stock at k = 8, ours with rule and rate searched."""
+    records = load(results)
+    for seed in range(1) if quick else SEEDS:
+        for task in SWEEP:
+            eight = best(records, task=task, policy="fixed", k=8)
+            first = best(records, task=task, policy="fixed")
+            own = best(records, task=task, policy="goodput")
+            runs = [
+                stock(task, 8, eight["learning_rate"], seed),
+                adaptive(task, eight["learning_rate"], DEFAULT_RULE, seed),
+                stock(task, first["k"], first["learning_rate"], seed),
+                adaptive(task, own["learning_rate"], own["rule"], seed),
+            ]
+            yield from runs[:: 1 if seed % 2 == 0 else -1]  # who is first must not matter
+
+
+def ablations(results: Path, quick: bool) -> Runs:
+    for task in ["language"] if quick else SWEEP:
+        rate = best(load(results), task=task, policy="fixed", k=8)["learning_rate"]
+        name = f"{task}-goodput-k8-lr{rate:g}-{DEFAULT_RULE}-seed0.json"
+        for policy in ["noise_scale"] if quick else ("noise_scale", "ramp", "plain_goodput"):
+            yield adaptive(task, rate, "sqrt" if policy == "ramp" else DEFAULT_RULE, policy=policy)
+        for policy in ["reversed"] if quick else ("replayed", "reversed"):
+            yield [*adaptive(task, rate, DEFAULT_RULE, policy=policy), "--source", str(results / name)]
+        for factor in () if quick else (0.5, 2.0):
+            yield adaptive(task, rate * factor, DEFAULT_RULE)
+            yield stock(task, 8, rate * factor)
+
+
+def ranks(results: Path, quick: bool) -> Runs:
+    """The language task on two ranks, at the rates that were best on one."""
+    records = load(results)
+    for k in (8,) if quick else (1, 2, 4, 8):
+        yield [*stock("language", k, best(records, task="language", policy="fixed", k=k)["learning_rate"]),
+               "--ranks", "2"]  # fmt: skip
+    eight = best(records, task="language", policy="fixed", k=8)
+    # Here a step has a cost of communication that is measured in the run.
+    yield ["--task", "language", "--policy", "goodput", "--rule", DEFAULT_RULE, "--seed", "0", "--ranks", "2",
+           "--learning_rate", f"{eight['learning_rate']:g}"]  # fmt: skip
+
+
+PARTS: dict[str, Callable[[Path, bool], Runs]] = {
+    "sweep": sweep, "ours": ours, "paired": paired, "ablations": ablations, "ranks": ranks,
+}  # fmt: skip

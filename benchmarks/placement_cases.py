@@ -1,0 +1,225 @@
+"""The models, batches and placements of the placement benchmarks, and one training step of them."""
+
+import contextlib
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+
+from hf_trainopt.placement.apply import apply_placement
+from hf_trainopt.placement.costs import DEVICES, DeviceSpec
+from hf_trainopt.placement.models import TASKS, ModelRequest, build_model, load_config
+from hf_trainopt.placement.plan import PlacementPlan
+from hf_trainopt.placement.planner import PlacementPlanner
+from hf_trainopt.placement.replay import StepSetup, adamw, model_loss
+from hf_trainopt.scripting.timm_model import load_timm_model
+
+
+NAMED = ("none", "all", "every_2", "sqrt")
+BUDGETS = ("75%", "50%", "40%")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the size of its batch.
+
+    Args:
+        name: Name in the records.
+        title: Name on the page.
+        request: What to build.
+        batch_size: Samples.
+        block_size: Tokens of a sample, for text.
+        image_size: Height and width, for images.
+        autocast_dtype: Type of mixed precision.
+        device: Name of the device that the step is planned for.
+    """
+
+    name: str
+    title: str
+    request: ModelRequest
+    batch_size: int
+    block_size: int | None = None
+    image_size: int | None = None
+    autocast_dtype: torch.dtype | None = None
+    device: str = "cpu"
+
+    def setup(self, device: DeviceSpec | None = None) -> StepSetup:
+        return StepSetup(device=device or DEVICES[self.device], autocast_dtype=self.autocast_dtype)
+
+    def planner(
+        self, memory_rewrites: str, device: DeviceSpec | None = None, progress: Any = None
+    ) -> PlacementPlanner:
+        """Return a planner that has seen shapes only."""
+        built = build_model(self.request, self.batch_size, self.block_size, self.image_size)
+        return PlacementPlanner(
+            built.model, built.batch, self.setup(device), memory_rewrites=memory_rewrites, progress=progress
+        )
+
+    def real(self, seed: int = 0) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        """Return the model, initialised, and a random batch."""
+        torch.manual_seed(seed)
+        built = build_model(self.request, self.batch_size, self.block_size, self.image_size)
+        config = load_config(self.request)
+        if built.task == "image-classification":
+            model = load_timm_model(_with_image_size(config, built), None)
+        else:
+            model = getattr(transformers, TASKS[built.task]).from_config(config)
+            if getattr(model, "loss_type", None) is None:
+                model.loss_type = "ForCausalLM"  # as run_clm.py has it
+        batch = {}
+        for name, like in built.batch.items():
+            if like.is_floating_point():
+                batch[name] = torch.randn(like.shape)
+            else:
+                batch[name] = torch.randint(0, config.num_labels if like.dim() == 1 else config.vocab_size, like.shape)
+        return model.train(), batch
+
+
+def _with_image_size(config: Any, built: Any) -> Any:
+    """Give a config the image size that `build_model` has given the model on the meta device."""
+    config.model_args = built.model.config.model_args
+    return config
+
+
+def _gpt2(name: str, title: str, overrides: str | None, batch_size: int, block_size: int, **kwargs: Any) -> Case:
+    return Case(name, title, ModelRequest("gpt2", overrides), batch_size, block_size, **kwargs)
+
+
+def _timm(name: str, title: str, architecture: str, batch_size: int, image_size: int, **kwargs: Any) -> Case:
+    return Case(name, title, ModelRequest(timm_model=architecture), batch_size, image_size=image_size, **kwargs)
+
+
+def _llama(name: str, title: str, overrides: str, batch_size: int, block_size: int, **kwargs: Any) -> Case:
+    return Case(name, title, ModelRequest("llama", overrides), batch_size, block_size, **kwargs)
+
+
+_GPT2_512 = "n_layer=6,n_embd=512,n_head=8"
+_LLAMA_384 = (
+    "num_hidden_layers=6,hidden_size=384,intermediate_size=1024,num_attention_heads=6,num_key_value_heads=2,"
+    "vocab_size=32000"
+)
+_LLAMA_1B = (
+    "num_hidden_layers=16,hidden_size=2048,intermediate_size=8192,num_attention_heads=32,num_key_value_heads=8,"
+    "vocab_size=32000"
+)
+
+# Run for real, with the operators of the CPU.
+REAL = {
+    case.name: case
+    for case in (
+        _gpt2("gpt2-512-b4", "GPT-2, 6 layers x 512, B=4, T=128", _GPT2_512, 4, 128),
+        _gpt2("gpt2-512-b16", "GPT-2, 6 layers x 512, B=16, T=128", _GPT2_512, 16, 128),
+        _gpt2("gpt2-small-b1", "GPT-2 Small, B=1, T=512", None, 1, 512),
+        _timm("resnet50-b8", "ResNet-50, 96², B=8", "resnet50", 8, 96),
+        _timm("resnet50-b32", "ResNet-50, 96², B=32", "resnet50", 32, 96),
+        _timm("vit-tiny-b48", "ViT-Ti/16, 96², B=48", "vit_tiny_patch16_224", 48, 96),
+        _llama("llama-384-b4", "Llama type, 6 layers x 384, B=4, T=256", _LLAMA_384, 4, 256),
+    )
+}
+
+# Planned for a GPU on shapes only.
+FRONTIERS = {
+    case.name: case
+    for case in (
+        _gpt2("gpt2-small-fp32", "GPT-2 Small, B=8, T=1024, fp32", None, 8, 1024, device="a100"),
+        _gpt2(
+            "gpt2-small-bf16", "GPT-2 Small, B=8, T=1024, bf16 autocast", None, 8, 1024, device="a100",
+            autocast_dtype=torch.bfloat16,
+        ),
+        _timm("resnet50-224", "ResNet-50, 224², B=32, fp32", "resnet50", 32, 224, device="a100"),
+        _timm("vit-base-224", "ViT-B/16, 224², B=32, fp32", "vit_base_patch16_224", 32, 224, device="a100"),
+        _llama(
+            "llama-1b-bf16", "Llama type, 16 layers x 2048, B=4, T=2048, bf16 autocast", _LLAMA_1B, 4, 2048,
+            device="a100", autocast_dtype=torch.bfloat16,
+        ),
+    )
+}  # fmt: skip
+
+# Seconds on any machine: what the smoke test runs.
+TINY = {
+    case.name: case
+    for case in (
+        _gpt2("tiny-gpt2", "tiny GPT-2", "n_layer=1,n_embd=32,n_head=2,vocab_size=300,n_positions=64", 2, 32),
+        _timm("tiny-resnet", "tiny ResNet", "resnet10t", 2, 32),
+    )
+}
+# Without dropout, and with a loss that is small beside the blocks: what torch's knob can move.
+_KNOB = "n_layer=4,n_embd=256,n_head=4,vocab_size=5000,n_positions=256,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
+KNOB = {
+    "knob-gpt2": _gpt2("knob-gpt2", "GPT-2, 4 layers x 256, vocabulary 5000, B=4, T=256, no dropout", _KNOB, 4, 256)
+}
+CASES = {**REAL, **FRONTIERS, **KNOB, **TINY}
+
+
+@dataclass
+class TrainingStep:
+    """A model in the middle of training: one call is one step, of the same parts as `StepReplayer`'s.
+
+    Args:
+        case: What is trained.
+    """
+
+    case: Case
+    model: torch.nn.Module = field(init=False)
+    batch: dict[str, torch.Tensor] = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self):
+        self.model, self.batch = self.case.real()
+        self.optimizer = adamw(self.model)
+
+    def __call__(self) -> float:
+        loss = model_loss(self.model, self.batch)
+        loss.backward()
+        value = float(loss.detach())
+        del loss
+        torch.nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return value
+
+    def make_states(self) -> None:
+        """Take a step on two samples, which makes the optimizer's state in less time than a whole one."""
+        batch = self.batch
+        self.batch = {name: values[:2] for name, values in batch.items()}
+        self()
+        self.batch = batch
+
+    @contextlib.contextmanager
+    def under(self, plan: PlacementPlan) -> Iterator["TrainingStep"]:
+        """Context in which steps follow a plan."""
+        with apply_placement(self.model, plan):
+            yield self
+
+    def resident(self) -> list[torch.Tensor]:
+        """Return every tensor that is there between steps."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.batch.values(), *states]
+        return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+
+    def resident_bytes(self) -> int:
+        """Return the bytes of these tensors' storages."""
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in self.resident()}
+        return sum(storage.nbytes() for storage in storages.values())
+
+
+def provenance(seed: int | None = 0) -> dict[str, Any]:
+    """Return what a record says about where it comes from."""
+    model_name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        model_name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model_name)
+    return {
+        "command": " ".join(["python", "benchmarks/placement.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": {"processor": model_name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+                    "load_average": [round(load, 2) for load in os.getloadavg()]},
+        "versions": {name: version(name) for name in ("torch", "transformers", "timm", "hf-trainopt")},
+        "seed": seed,
+    }  # fmt: skip

@@ -1,0 +1,90 @@
+"""Writes `benchmarks/README.md`, the figures of all benchmarks beside the goals of the project, from their records.
+
+python benchmarks/summary.py
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from convergence_report import TASKS, arms, curve, describe, loss_at, ratio, table, targets, wall_curve
+from convergence_suite import DEFAULT_RULE, best, load
+
+from hf_trainopt.evidence.targets import first_crossing
+
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+def goals_table(records: list[dict]) -> str:
+    """Return each goal of the project with what was measured for it."""
+    rows = []
+    for task in TASKS:
+        eight, first, ours, searched = arms(records, task).values()
+        frozen = targets(records, task)
+        for name, runs in (("one run, defaults, rate of k = 8", ours), ("rule and rate searched", searched)):
+            rows += [
+                [f"{task}, {name}: time to the loss that stock k = 8 has at 80 % of its data", "at most 0.70 of stock "
+                 "k = 8", ratio(runs, eight, frozen["eight"][0], "seconds"), len(runs)],
+                [f"{task}, {name}: time to the loss that the sweep's best has at 90 %", "at most 1.00 of the sweep's "
+                 "best", ratio(runs, first, frozen["best"][0], "seconds"), len(runs)],
+                [f"{task}, {name}: final loss", "at most 0.5 % above the sweep's best",
+                 _loss_gap(runs, first), len(runs)],
+            ]  # fmt: skip
+    rows.append(_noise_scale_row(records))
+    rows.append(_ranks_row(records))
+    for task, entry in json.loads((RESULTS / "overhead.json").read_text())["tasks"].items():
+        for loop, goal in (("windows", "at most 1 %"), ("measured", "at most 2 %")):
+            low, high = (100 * (value - 1) for value in entry[loop]["range"])
+            what = "with everything off but the loop" if loop == "windows" else "with gradient statistics"
+            middle = 100 * (entry[loop]["median_ratio"] - 1)
+            result = f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})"
+            rows.append([f"{task}: time of a step {what}", goal, result, "–"])
+    return table(["what", "goal", "measured (95 % interval, or range)", "seeds"], rows)
+
+
+def _loss_gap(ours: list[dict], stock: list[dict]) -> str:
+    losses = {r["seed"]: r["eval_loss"] for r in stock}
+    gaps = [100 * (r["eval_loss"] / losses[r["seed"]] - 1) for r in ours if r["seed"] in losses]
+    return f"{statistics.mean(gaps):+.1f}" + (f" ± {statistics.stdev(gaps):.1f}" if len(gaps) > 1 else "") + " %"
+
+
+def _noise_scale_row(records: list[dict]) -> list:
+    """Optimizer steps of `noise_scale` against stock at k = 1, to the loss of the latter at 90 % of its data."""
+    one = best(records, task="language", policy="fixed", k=1)
+    runs = [r for r in records if (r["task"], r["policy"], r["seed"]) == ("language", "noise_scale", 0)]
+    result = "not run"
+    if runs:
+        found = min(runs, key=lambda r: r["eval_loss"])
+        pair = [first_crossing(curve(r), loss_at(one, 0.9), False) for r in (found, one)]
+        result = describe([pair], "steps")
+        result += f" (loss {found['eval_loss']:.3f} against {one['eval_loss']:.3f})"
+    return ["language, `noise_scale`: optimizer steps to the loss of stock k = 1 at 90 % of its data", "at most 0.50",
+            result, len(runs)]  # fmt: skip
+
+
+def _ranks_row(records: list[dict]) -> list:
+    runs = [r for r in records if r["ranks"] == 2]
+    result = "not run"
+    if runs:
+        fixed = min((r for r in runs if r["policy"] == "fixed"), key=lambda r: r["eval_loss"])
+        own = next(r for r in runs if r["policy"] == "goodput" and r["rule"] == DEFAULT_RULE)
+        pair = [first_crossing(wall_curve(r), loss_at(fixed, 0.9), False) for r in (own, fixed)]
+        result = describe([pair], "seconds") + f" (k = {fixed['k']})"
+    what = "language on 2 ranks: wall time to the loss of the best fixed k at 90 % of its data"
+    return [what, "at most 0.90", result, 1 if runs else 0]
+
+
+def main() -> None:
+    records = load(RESULTS / "convergence")
+    parts: dict[str, Callable[[], str]] = {"goals": lambda: goals_table(records)}
+    text = (HERE / "README.template.md").read_text()
+    for name, make in parts.items():
+        text = text.replace(f"@@{name}@@", make())
+    (HERE / "README.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
