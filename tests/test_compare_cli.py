@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,29 @@ def test_a_run_that_never_gets_there_is_a_bound():
     assert ours.ratios["steps_to_target"].value == pytest.approx(4 / 1.5)
     assert ours.values["steps_to_target"] == [None]
     assert ours.ratios["final_metric"].value == pytest.approx(3.9 / 3.0)
+
+
+def test_runs_that_diverge_are_neither_hidden_nor_fatal():
+    def record(seed, losses):
+        return {"status": "finished", "seed": seed, "arm": {"name": "x"}, **measured(losses)}
+
+    steady = [4.0, 3.0, 2.0]
+    runs = {"stock": [record(0, steady), record(1, steady)], "ours": [record(0, [4.0, 2.0, math.nan]), record(1, steady)]}
+    target = freeze_target(runs["stock"][0], "eval_loss", None, 0.8, None)
+    ours = compare("s", "stock", runs, target, "eval_loss").arms[1]
+    assert ours.values["final_metric"] == [None, 2.0]
+    assert "final_metric" not in ours.ratios and ours.final_difference is None  # of seed 1 alone it would flatter
+    with pytest.raises(ValueError, match="--target_value"):
+        freeze_target(runs["ours"][0], "eval_loss", None, 0.8, None)
+
+
+def test_a_sweep_does_not_choose_what_has_diverged(monkeypatch, script, capsys):
+    def outcome(arguments):
+        return [4.0, math.nan if value_of(arguments, "learning_rate") == "0.01" else 3.0]
+
+    words = ["--seeds", "1", "--sweep", "4", "--sweep_learning_rates", "1x,2x", "--target_value", "3.5"]
+    run(monkeypatch, script, words, Launcher(outcome))
+    assert "best fixed (k = 4, rate 0.02)" in capsys.readouterr().out
 
 
 def test_runs_take_turns_and_are_made_once(monkeypatch, script, capsys):

@@ -225,9 +225,10 @@ def best_fixed(arguments: argparse.Namespace, runs: "Runs", script_arguments: Se
         for arm in swept
         if (record := found[arm.name, 0])["status"] == "finished"
         and (value := quantities(record, None, metric)["final_metric"]) is not None
+        and math.isfinite(value.value)
     ]
     if not ended:
-        raise ValueError(f"no run of the sweep has ended with {metric}. {_first_failure({'': list(found.values())})}")
+        raise ValueError(f"no run of the sweep has ended with a finite {metric}. {_first_failure({'': list(found.values())})}")
     _, winner = (max if target.greater_is_better else min)(ended, key=lambda pair: pair[0])
     k = arms_of.value_of(winner.arguments, "gradient_accumulation_steps")
     rate = arms_of.value_of(winner.arguments, "learning_rate")

@@ -1,5 +1,6 @@
 """What the records of a comparison say: the target, and each arm against the baseline."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -49,7 +50,7 @@ class ArmResult:
     Args:
         name: Its name.
         seeds: Seeds of its finished runs.
-        values: Quantity -> one value per seed (`None` where it is not known, or never reached).
+        values: Quantity -> one value per seed (`None` where it is not known, not finite, or never reached).
         ratios: Quantity -> ratio to the baseline over the seeds that both have.
         final_difference: Of the metric at the end, to the baseline.
         failed_seeds: Seeds whose run has failed.
@@ -109,7 +110,11 @@ def value_at_share(curve: Sequence[Evaluation], share: float) -> float | None:
 def freeze_target(
     record: dict[str, Any], metric: str, value: float | None, share: float, greater_is_better: bool | None
 ) -> TargetValue | None:
-    """Return the target: as given, or what the baseline's first run reaches at a share of its data."""
+    """Return the target: as given, or what the baseline's first run reaches at a share of its data.
+
+    Raises:
+        ValueError: It reaches nothing finite there.
+    """
     better = not falls_when_better(metric) if greater_is_better is None else greater_is_better
     if value is not None:
         return TargetValue(metric, value, better, "given")
@@ -117,6 +122,11 @@ def freeze_target(
     if reached is None:
         return None
     name, seed = record["arm"]["name"], record["seed"]
+    if not math.isfinite(reached):
+        raise ValueError(
+            f"{metric} of {name}, seed {seed}, is {reached} at {share:.0%} of its data, which is no target; name one "
+            "with --target_value, or another --target_share."
+        )
     return TargetValue(metric, reached, better, f"{name}, seed {seed}, at {share:.0%} of its data")
 
 
@@ -195,12 +205,12 @@ def compare(
 
 
 def _exact(value: Measured | None) -> float | None:
-    return None if value is None or value.censored else value.value
+    return None if value is None or value.censored or not math.isfinite(value.value) else value.value
 
 
 def _ratio(ours: Sequence[Measured | None], baseline: Sequence[Measured | None]) -> Estimate | None:
     pairs = [(a, b) for a, b in zip(ours, baseline, strict=True) if a is not None and b is not None]
-    if not pairs or any(not run.value > 0 for pair in pairs for run in pair):
+    if not pairs or any(not 0 < run.value < math.inf for pair in pairs for run in pair):
         return None
     return paired_ratio([a for a, _ in pairs], [b for _, b in pairs])
 
@@ -208,4 +218,7 @@ def _ratio(ours: Sequence[Measured | None], baseline: Sequence[Measured | None])
 def _final_difference(measured: Any, name: str, baseline: str, seeds: Sequence[int]) -> Estimate | None:
     pairs = [(measured[name][s]["final_metric"], measured[baseline][s]["final_metric"]) for s in seeds]
     pairs = [(a.value, b.value) for a, b in pairs if a is not None and b is not None]
-    return paired_difference([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
+    # Without the seeds that have diverged the mean would be of the lucky ones.
+    if not pairs or not all(math.isfinite(value) for pair in pairs for value in pair):
+        return None
+    return paired_difference([a for a, _ in pairs], [b for _, b in pairs])
