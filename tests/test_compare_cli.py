@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,6 +196,75 @@ def test_records_of_other_arguments_are_not_mixed_in(monkeypatch, script, capsys
     assert run(monkeypatch, script, ["--seeds", "1"], launcher) == 2
 
 
+def test_records_of_other_threads_or_another_config_file_are_not_mixed_in(monkeypatch, script, capsys):
+    launcher, config = Launcher(lambda arguments: [5.0, 4.0]), script.parent / "run.yaml"
+    config.write_text("weight_decay: 0.1\n")
+    rest = [*BASE, "--config", str(config)]
+    assert run(monkeypatch, script, ["--seeds", "1", "--threads", "1"], launcher, rest) == 0
+    assert run(monkeypatch, script, ["--seeds", "1", "--threads", "1"], launcher, rest) == 0
+    assert run(monkeypatch, script, ["--seeds", "1", "--threads", "2"], launcher, rest) == 2
+    config.write_text("weight_decay: 0.2\n")
+    assert run(monkeypatch, script, ["--seeds", "1", "--threads", "1"], launcher, rest) == 2
+    assert "--config file" in capsys.readouterr().err
+    assert len(launcher.commands) == 2
+
+
+def test_a_config_file_cannot_hide_what_an_arm_must_change(monkeypatch, script, capsys):
+    launcher, config = Launcher(lambda arguments: [5.0, 4.0]), script.parent / "run.yaml"
+    config.write_text("memory_budget: 75%\n")
+    rest = [*BASE, "--config", str(config)]
+    assert run(monkeypatch, script, ["--seeds", "1"], launcher, rest) == 2
+    assert "sets memory_budget, which stock Trainer must not have" in capsys.readouterr().err
+    config.write_text("max_steps: 40\n")
+    assert run(monkeypatch, script, ["--seeds", "1", "--sweep", "2,4"], launcher, rest) == 2
+    assert "a sweep needs --max_steps" in capsys.readouterr().err
+    assert not launcher.commands
+    assert run(monkeypatch, script, ["--seeds", "1", "--sweep", "2,4"], launcher, [*rest, "--max_steps", "40"]) == 0
+
+
+def test_a_run_is_made_again_in_an_empty_folder(monkeypatch, script):
+    left = script.parent / "out" / "ours-seed0" / "checkpoint-2"
+
+    class Interrupted(Launcher):
+        def __call__(self, command, environment, log):
+            log.write_text("")
+            found.append(left.exists())
+            left.mkdir(parents=True, exist_ok=True)
+            return super().__call__(command, environment, log)
+
+    found: list[bool] = []
+    assert run(monkeypatch, script, ["--seeds", "1", "--arm", "ours"], Interrupted(lambda arguments: 1)) == 2
+    assert run(monkeypatch, script, ["--seeds", "1", "--arm", "ours"], Interrupted(lambda arguments: [2.0, 1.0])) == 0
+    assert found == [False, False]
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(monkeypatch, script):
+    kept = script.parent / "out" / "ours-seed0" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert run(monkeypatch, script, ["--seeds", "1", "--arm", "ours"], Launcher(lambda arguments: [2.0, 1.0])) == 0
+    assert kept.exists()
+
+
+def test_a_launcher_that_is_not_there(script, capsys):
+    words = ["--output_dir", str(script.parent / "out"), "--launcher", "no-such-launcher -n 2", "--seeds", "1"]
+    assert main(["compare", str(script), *words, "--", *BASE]) == 2
+    assert "--launcher no-such-launcher cannot be started" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made(script, capsys):
+    assert main(["compare", str(script), "--output_dir", "/proc/none/out", "--", *BASE]) == 2
+    assert "--output_dir /proc/none/out cannot be made" in capsys.readouterr().err
+
+
+def test_a_wrong_baseline_is_told_before_the_search(monkeypatch, script, capsys):
+    launcher = Launcher(lambda arguments: [5.0, 4.0])
+    assert run(monkeypatch, script, ["--seeds", "1", "--sweep", "2,4", "--baseline", "stok"], launcher) == 2
+    assert not launcher.commands
+    words = ["--seeds", "1", "--sweep", "4", "--sweep_learning_rates", "1x", "--baseline", "best fixed (k = 4, rate 0.01)"]
+    assert run(monkeypatch, script, words, launcher) == 0
+
+
 def test_a_failed_run_is_told_and_made_again(monkeypatch, script, capsys):
     broken = Launcher(
         lambda arguments: 3 if not is_stock(arguments) and value_of(arguments, "seed") == "1" else [5.0, 4.0]
@@ -221,6 +292,16 @@ def test_sweep_gives_stock_its_best_setting(monkeypatch, script, capsys):
     assert "best fixed (k = 2, rate 0.02)" in out
     # 4 of the sweep; stock and ours twice; the best on seed 1 (on seed 0 it was run in the sweep).
     assert len(launcher.commands) == 4 + 4 + 1
+
+
+def test_a_script_may_end_itself_and_change_its_folder(tmp_path, monkeypatch):
+    path, record = tmp_path / "train.py", Path("record.run")
+    path.write_text(f"import os, sys\n{SCRIPT}\nos.chdir('/')\nsys.exit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "--report_to", "none"]
+    command = [sys.executable, "-m", "hf_trainopt.compare.runner", str(record), str(path), *words, "--save_strategy", "no"]
+    assert cli.run_process(command, dict(os.environ), tmp_path / "log")[0] == 0
+    assert json.loads(record.read_text())["optimizer_steps"] == 2
 
 
 def test_arms_of_ones_own(monkeypatch, script, capsys):

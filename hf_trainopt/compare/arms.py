@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -65,6 +66,26 @@ def value_of(arguments: Sequence[str], name: str) -> str | None:
     return found
 
 
+def config_file(arguments: Sequence[str]) -> Path | None:
+    """Return the file of flags that `--config` names, if there is one."""
+    name = value_of(arguments, "config")
+    return Path(name) if name is not None and Path(name).is_file() else None
+
+
+def config_names(arguments: Sequence[str]) -> set[str]:
+    """Return the arguments that the file of `--config` sets; none of a file that is no mapping."""
+    path = config_file(arguments)
+    if path is None:
+        return set()
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return set()  # the script will say so
+    return {str(name).replace("-", "_") for name in loaded} if isinstance(loaded, dict) else set()
+
+
 def without(arguments: Sequence[str], names: set[str]) -> tuple[str, ...]:
     """Return a command line less some arguments and their values."""
     kept, dropping = [], False
@@ -78,7 +99,16 @@ def without(arguments: Sequence[str], names: set[str]) -> tuple[str, ...]:
 
 
 def stock_arm(script_arguments: Sequence[str]) -> Arm:
-    """Return the arm of stock `Trainer`: the arguments less those of ours, everything of ours off."""
+    """Return the arm of stock `Trainer`: the arguments less those of ours, everything of ours off.
+
+    Raises:
+        ValueError: The file of `--config` sets some of ours, which cannot be taken out of it.
+    """
+    own = sorted(own_flags() & config_names(script_arguments))
+    if own:
+        raise ValueError(
+            f"the file of --config sets {', '.join(own)}, which stock Trainer must not have; pass it after -- instead."
+        )
     return Arm(STOCK, (*without(script_arguments, own_flags()), *OFF))
 
 
@@ -111,8 +141,14 @@ def sweep_arms(stock: Arm, steps: Sequence[int], rates: Sequence[str]) -> list[A
         rates: Learning rates, or factors to the given one such as `0.5x`.
 
     Raises:
-        ValueError: The arguments lack one of the two.
+        ValueError: The arguments lack one of the two, or the file of `--config` has what must be set.
     """
+    fixed = sorted(set(_IN_STEPS) & {n for n in config_names(stock.arguments) if value_of(stock.arguments, n) is None})
+    if fixed:
+        raise ValueError(
+            f"a sweep needs --{fixed[0]} among the script's arguments (after --), where it can follow k, and not in "
+            "the file of --config; move it."
+        )
     given = {name: value_of(stock.arguments, name) for name in ("gradient_accumulation_steps", "learning_rate")}
     for name, value in given.items():
         if value is None:

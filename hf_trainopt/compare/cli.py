@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -95,11 +96,12 @@ def run(arguments: argparse.Namespace) -> str:
     chosen = choose_arms(arguments, script_arguments)
     folder: Path = arguments.output_dir
     runs = Runs(arguments)
-    if arguments.sweep:
-        chosen.insert(1, best_fixed(arguments, runs, script_arguments))
     baseline = arguments.baseline or chosen[0].name
-    if baseline not in [arm.name for arm in chosen]:
-        raise ValueError(f"--baseline {baseline} is none of the arms: {', '.join(arm.name for arm in chosen)}.")
+    if arguments.sweep:
+        if not baseline.startswith(BEST):  # whose name says what the search has found
+            check_baseline(baseline, chosen)
+        chosen.insert(1, best_fixed(arguments, runs, script_arguments))
+    check_baseline(baseline, chosen)
     order = [
         (arm, seed)
         for seed in range(arguments.seeds)
@@ -158,17 +160,24 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--ablate is for our own arm; leave --arm out.")
     if arguments.output_dir.exists() and not arguments.output_dir.is_dir():
         raise ValueError(f"--output_dir {arguments.output_dir} is a file; name a folder.")
+    try:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {arguments.output_dir} cannot be made ({error.strerror}); name another."
+        ) from error
+
+
+def check_baseline(baseline: str, arms: Sequence[Arm]) -> None:
+    """Raise `ValueError` if the baseline is none of the arms."""
+    names = [arm.name for arm in arms]
+    if baseline not in names:
+        raise ValueError(f"--baseline {baseline} is none of the arms: {', '.join(names)}.")
 
 
 def with_defaults(script_arguments: Sequence[str]) -> list[str]:
     """Return the script's arguments, with 20 evaluations and no checkpoints unless they say otherwise."""
-    config = arms_of.value_of(script_arguments, "config")
-    known: set[str] = set()
-    if config is not None and Path(config).is_file():
-        import yaml
-
-        loaded = yaml.safe_load(Path(config).read_text())
-        known = set(loaded) if isinstance(loaded, dict) else set()
+    known = arms_of.config_names(script_arguments)
     added = []
     evaluates = {"eval_strategy", "eval_steps"}
     for name, value in _DEFAULTS.items():
@@ -291,7 +300,7 @@ class Runs:
             self._made.add(target.name)
 
     def _identity(self, run: records.Run) -> str:
-        return run.identity(self._script, self._launcher)
+        return run.identity(self._script, self._launcher, self._threads)
 
     def _kept(self, run: records.Run) -> dict[str, Any] | None:
         record = None if self._restart and run.name not in self._made else records.load(run.record)
@@ -299,7 +308,8 @@ class Runs:
             return None
         if record["identity"] != self._identity(run):
             raise ValueError(
-                f"{run.record} is of a run with another script, other arguments or other versions; choose another "
+                f"{run.record} is of a run with another script, other arguments (or --config file, --threads, --launcher) or other "
+                "versions; choose another "
                 "--output_dir, or make all runs again with --restart."
             )
         return record
@@ -315,6 +325,10 @@ class Runs:
         if self._threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._threads)
         log = run.record.with_suffix(".log")
+        if log.exists():
+            # Left by an attempt of ours: a script does not begin anew where there are checkpoints, and a plan that is
+            # not made again would be shown as this run's.
+            shutil.rmtree(run.output_dir, ignore_errors=True)
         code, errors = self._launch(command, environment, log)
         shown = shlex.join([*start, str(self._script), *words])
         if code == 0 and measured.exists():
@@ -330,7 +344,10 @@ class Runs:
 def run_process(command: Sequence[str], environment: dict[str, str], log: Path) -> tuple[int, str]:
     """Run a command with its output in a file; return its exit code and the last lines that it wrote."""
     with log.open("w") as output:
-        code = subprocess.run(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
-        ).returncode
+        try:
+            code = subprocess.run(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        except OSError as error:
+            raise ValueError(f"--launcher {command[0]} cannot be started ({error}); install or correct it.") from error
     return code, "\n".join(log.read_text(errors="replace").splitlines()[-15:])

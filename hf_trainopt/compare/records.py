@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arms import Arm, as_dict
+from .arms import Arm, as_dict, config_file
 from .runner import versions
 
 
@@ -44,9 +44,9 @@ class Run:
         """Output folder of the script."""
         return self.folder / self.name
 
-    def identity(self, script: Path, launcher: str | None) -> str:
-        """Return what must be the same for a record to stand for this run: script, arguments, versions."""
-        parts = [
+    def identity(self, script: Path, launcher: str | None, threads: int | None = None) -> str:
+        """Return what must be the same for a record to stand for this run: script, arguments, threads, versions."""
+        parts: list[Any] = [
             script.resolve().as_posix(),
             hashlib.sha256(script.read_bytes()).hexdigest(),
             launcher,
@@ -54,6 +54,11 @@ class Run:
             self.seed,
             {name: versions()[name] for name in _COMPARED_VERSIONS},
         ]
+        config = config_file(self.arm.arguments)
+        if config is not None:
+            parts.append({"config": hashlib.sha256(config.read_bytes()).hexdigest()})
+        if threads is not None:
+            parts.append({"threads": threads})
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -93,8 +93,13 @@ def main(argv: list[str] | None = None) -> None:
     trainers = watch_trainers()
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
+    record = str(Path(record).resolve())  # the script may change the working directory
     start = time.perf_counter()
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
     wall, cpu = time.perf_counter() - start, time.process_time()
     trained = [trainer for trainer in trainers if trainer.state.global_step]
     if not trained:
