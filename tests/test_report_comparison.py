@@ -6,8 +6,11 @@ import math
 import pytest
 from report_helpers import our_history, stock_history, write_comparison, write_run
 
+from hf_trainopt.compare.comparison import compare, freeze_target
+from hf_trainopt.compare.records import save
 from hf_trainopt.report import make_report
 from hf_trainopt.report.comparison import is_comparison, read_comparison
+from hf_trainopt.report.runs import RunRecord
 
 
 def histories(shift: float = 0.0) -> list:
@@ -100,6 +103,33 @@ def test_runs_of_a_sweep_are_a_table(folder):
     (table,) = [table for table in section(report, "comparison").tables if table.folded]
     assert table.rows[0][0] == "stock, k = 2, rate 0.1"
     assert len(report.contents.arms) == 2
+
+
+def test_what_an_earlier_call_has_left_is_not_mixed_in(tmp_path):
+    """Of three seeds and two arms the last call compared one seed of one arm."""
+    folder = write_comparison(tmp_path / "c", {"stock": histories(), "ours": histories(0.1)})
+    records = [json.loads((folder / "records" / "stock-seed0.json").read_text())]
+    target = freeze_target(records[0], "eval_loss", None, 0.8, None)
+    save(folder / "comparison.json", compare("x.py", "stock", {"stock": records}, target, "eval_loss").to_dict())
+    report = make_report(folder)
+    assert report.contents.arms == ("stock",)
+    (table,) = [table for table in section(report, "comparison").tables if table.folded]
+    assert table.title == "Earlier runs that are not compared"
+    assert {name for name, _ in table.rows} == {"stock-seed1", "stock-seed2", *(f"ours-seed{s}" for s in range(3))}
+
+
+def test_a_search_shows_what_has_diverged(folder):
+    record = json.loads((folder / "records" / "stock-seed0.json").read_text())
+    record["arm"]["name"] = "stock, k = 2, rate 0.1"
+    [line for line in record["log_history"] if "eval_loss" in line][-1]["eval_loss"] = float("nan")
+    (folder / "records" / "sweep-seed0.json").write_text(json.dumps(record))
+    (table,) = [table for table in section(make_report(folder), "comparison").tables if table.folded]
+    assert table.rows == (("stock, k = 2, rate 0.1", "not a number"),)
+
+
+def test_beside_a_run_in_memory(folder):
+    run = RunRecord("mine", None, tuple(our_history()), {"global_step": 10})
+    assert "mine" in make_report(run, folder).contents.title
 
 
 def test_beside_other_runs(folder, tmp_path):

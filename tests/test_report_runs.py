@@ -2,17 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from report_helpers import our_history, stock_history, write_run
 
+from hf_trainopt.evidence.targets import curve_from_log, first_crossing
 from hf_trainopt.placement import PlacementPlan
 from hf_trainopt.placement.plan import StageChoice
 from hf_trainopt.report.arms import find_arm, group
 from hf_trainopt.report.metrics import choose_target
 from hf_trainopt.report.runs import RunRecord, Target, read_run
 from hf_trainopt.report.series import batch_curve, columns, curve, noise_curves, points_per_curve, thinned
+from hf_trainopt.report.summary import summary_table
 
 
 @pytest.fixture
@@ -207,6 +211,42 @@ def test_without_a_target_the_baseline_sets_it(stock, ours):
     assert choose_target(arms, None) == (None, choose_target(arms, None)[1])
     with pytest.raises(ValueError, match="No run has the target_metric 'eval_f1'; they have eval_loss"):
         choose_target(arms, None, Target.of("f1", 0.9))
+
+
+def test_a_target_is_interpolated_from_step_0_on(tmp_path):
+    start = {"eval_loss": 8.0, "step": 0, "epoch": 0.0}  # eval_on_start
+    again = {"eval_loss": 0.5, "step": 10, "epoch": 1.0}  # after training, of the best model
+    history = [start, *stock_history(), again]
+    target = Target.of("loss", 5.0)
+    crossing = read_run(write_run(tmp_path / "run", history)).crossing(target)
+    assert crossing == replace(first_crossing(curve_from_log(history, "eval_loss"), 5.0, False), samples=crossing.samples)
+    assert 0 < crossing.steps < 2
+    assert not read_run(tmp_path / "run").crossing(Target.of("loss", 1.0)).reached
+
+
+def test_what_has_diverged_is_said(tmp_path):
+    history = stock_history()
+    for line in history:
+        if line["step"] > 5:
+            line |= {key: math.nan for key in ("loss", "eval_loss") if key in line}
+    steady, diverged = write_run(tmp_path / "a-seed0", stock_history()), write_run(tmp_path / "a-seed1", history)
+    arms = group([read_run(steady), read_run(diverged)], [None] * 2)
+    rows = {row[0]: row[1] for row in summary_table(arms, None).rows}
+    assert rows["eval_loss, last"] == rows["train loss, last logged"] == "not finite in 1 of 2 seeds"
+    assert "±" in rows["eval_loss, best"]
+    target, reason = choose_target(arms, arms[0])
+    assert target is None and "not finite" in reason
+    (alone,) = group([read_run(diverged)], [("", "alone")])
+    rows = {row[0]: row[1:] for row in summary_table([*arms, alone], arms[0]).rows}
+    assert rows["eval_loss, last"] == ("not finite in 1 of 2 seeds", "not a number")
+
+
+def test_a_baseline_may_be_named_by_any_path_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arms = group([read_run(write_run(Path(name), stock_history())) for name in ("./a", "b")], [None] * 2)
+    assert [find_arm(arms, name).name for name in ("./b", "b/", str(tmp_path / "b"), "b")] == ["b"] * 4
+    with pytest.raises(ValueError, match="none of the runs"):
+        find_arm(arms, "c")
 
 
 def test_names_of_metrics_say_their_direction():

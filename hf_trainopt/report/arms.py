@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from .runs import RunRecord
 
@@ -98,7 +99,7 @@ def find_arm(arms: Sequence[Arm], name: str) -> Arm:
         ValueError: There is none.
     """
     for arm in arms:
-        places = {str(run.folder) for run in arm.runs} | {str(run.folder.resolve()) for run in arm.runs if run.folder}
-        if name in {arm.name, *(run.name for run in arm.runs)} | places or name.rstrip("/") in places:
+        places = {run.folder.resolve() for run in arm.runs if run.folder is not None}
+        if name in {arm.name, *(run.name for run in arm.runs)} or Path(name).resolve() in places:
             return arm
     raise ValueError(f"The baseline '{name}' is none of the runs; choose one of {', '.join(a.name for a in arms)}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_trainopt.compare.arms import STOCK
 from hf_trainopt.compare.comparison import RATIOS, SCHEMA_VERSION, ArmResult, TargetValue
 from hf_trainopt.compare.comparison import Comparison as Result
 from hf_trainopt.compare.records import RECORD_FORMAT
@@ -15,6 +16,7 @@ from hf_trainopt.compare.statistics import Estimate
 
 from .contents import IntervalPanel, Table
 from .runs import RunRecord, Target, number, read_beside
+from .summary import figure
 
 
 RESULT_NAME, RECORDS_NAME = "comparison.json", "records"
@@ -33,7 +35,8 @@ class Comparison:
         folder: The folder.
         result: What `comparison.json` says; `None` while it has not been written.
         runs: Name of an arm, and one of its finished runs; in the order of the arms, then of seeds.
-        others: The same for records that are in no arm: those of a sweep.
+        others: The same for records that the result does not stand on: those of a sweep, and what earlier calls with
+            other arms or more seeds have left.
         notes: What could not be read.
     """
 
@@ -62,7 +65,7 @@ class Comparison:
         return (*words, machine_words(self.result), *self.notes)
 
     def tables(self) -> tuple[Table, ...]:
-        """Return ratios, then what each arm took, then what a sweep has found."""
+        """Return ratios, then what each arm took, then the runs that are not compared."""
         tables = []
         if self.result is not None:
             arms = [arm.name for arm in self.result.arms]
@@ -73,10 +76,14 @@ class Comparison:
             tables.append(Table(("", *arms), rows, "Mean over the seeds ± standard deviation"))
         if self.others and self.result is not None and self.result.target is not None:
             metric = self.result.target.metric
-            rows = tuple((name, _metric(run, metric)) for name, run in self.others)
-            tables.append(
-                Table(("setting", f"{metric}, last"), rows, "Search for the best fixed setting", folded=True)
-            )
+            swept = tuple((name, _metric(run, metric)) for name, run in self.others if _is_swept(name))
+            left = tuple((run.name, _metric(run, metric)) for name, run in self.others if not _is_swept(name))
+            for first, rows, title in (
+                ("setting", swept, "Search for the best fixed setting"),
+                ("run", left, "Earlier runs that are not compared"),
+            ):
+                if rows:
+                    tables.append(Table((first, f"{metric}, last"), rows, title, folded=True))
         return tuple(tables)
 
     def panel(self, name: str, arms: Mapping[str, int]) -> IntervalPanel | None:
@@ -110,13 +117,17 @@ class Comparison:
         return f"{label} (more is better)" if rises else label
 
 
+def _is_swept(name: str) -> bool:
+    return name.startswith(f"{STOCK}, k = ")  # as `sweep_arms` names them
+
+
 def _said(cell: str) -> str:
     return "not known" if cell == "–" else cell
 
 
 def _metric(run: RunRecord, metric: str) -> str:
     value = run.last(metric)
-    return "not recorded" if value is None else f"{value:.4f}"
+    return "not recorded" if value is None else f"{value:.4f}" if math.isfinite(value) else figure(value)
 
 
 def _ends(estimate: Estimate) -> tuple[float, float]:
@@ -157,8 +168,11 @@ def read_comparison(folder: Path) -> Comparison:
     if result is None:
         return Comparison(folder, None, tuple(runs), notes=tuple(notes))
     names = [arm.name for arm in result.arms]
-    of_arms = sorted((pair for pair in runs if pair[0] in names), key=lambda pair: names.index(pair[0]))
-    others = [pair for pair in runs if pair[0] not in names]
+    compared = {(arm.name, seed) for arm in result.arms for seed in arm.seeds}
+    pairs = list(zip(runs, (record["seed"] for record in finished), strict=True))
+    of_arms = [pair for pair, seed in pairs if (pair[0], seed) in compared]
+    of_arms.sort(key=lambda pair: names.index(pair[0]))
+    others = [pair for pair, seed in pairs if (pair[0], seed) not in compared]
     if len(of_arms) < sum(len(arm.seeds) for arm in result.arms):
         notes.append(f"Not all runs have a record in {RECORDS_NAME}/; curves are of those that have one.")
     return Comparison(folder, result, tuple(of_arms), tuple(others), tuple(notes))

@@ -1,5 +1,6 @@
 """What runs are compared on: axes, evaluation metrics, the target."""
 
+import math
 from collections.abc import Sequence
 
 from .arms import Arm
@@ -65,6 +66,8 @@ def choose_target(
     metric = main_metric(arms)
     finals = [run.last(metric) for run in baseline.runs] if baseline is not None and metric is not None else []
     finals = [value for value in finals if value is not None]
+    if not all(map(math.isfinite, finals)):
+        return None, "the last evaluation of the baseline is not finite; name one (target_metric and target_value)."
     if finals:
         return Target(metric, max(finals), False, f"the last evaluation of the baseline, {baseline.name}"), None
     return None, "no target was set; name one (target_metric and target_value), or evaluate during training."

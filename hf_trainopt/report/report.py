@@ -214,7 +214,8 @@ def _given_target(
 
 
 def _title(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> str:
-    if len(comparisons) == 1 and all(run.folder.parent == comparisons[0].folder for arm in arms for run in arm.runs):
+    folders = {run.folder.parent if run.folder is not None else None for arm in arms for run in arm.runs}
+    if len(comparisons) == 1 and folders <= {comparisons[0].folder}:
         result = comparisons[0].result
         what = Path(result.script).name if result is not None else comparisons[0].folder.name
         return f"{what}: {' and '.join(arm.name for arm in arms)}" if arms else what

@@ -96,10 +96,9 @@ class RunRecord:
         return self._columns[key]
 
     def last(self, key: str) -> float | None:
-        """Return the last finite number under a key; if the log has none, that of the results."""
-        found = (value for value in reversed(self.column(key)) if value is not None and math.isfinite(value))
-        value = next(found, None) if key in self.keys else number(self.results.get(key))
-        return value if value is not None and math.isfinite(value) else None
+        """Return the last number under a key, finite or not; if the log has none, that of the results."""
+        found = (value for value in reversed(self.column(key)) if value is not None)
+        return next(found, None) if key in self.keys else number(self.results.get(key))
 
     @functools.cached_property
     def samples_are_derived(self) -> bool:
@@ -111,7 +110,9 @@ class RunRecord:
         """Samples of a step, from the line at the end of `train`, which counts all that `max_steps` takes."""
         rate, seconds = self.last("train_samples_per_second"), self.last("train_runtime")
         steps = number(self.state.get("max_steps"))
-        return rate * seconds / steps if rate and seconds and steps and steps > 0 else None
+        if not rate or not seconds or not steps or steps < 0 or not math.isfinite(rate * seconds):
+            return None
+        return rate * seconds / steps
 
     def positions(self, axis: str) -> list[float | None]:
         """Return where each line lies on an axis: seconds of training, samples over all ranks, or steps."""
@@ -148,11 +149,11 @@ class RunRecord:
     def crossing(self, target: Target) -> Crossing | None:
         """Return where the run meets a target, interpolated between evaluations; `None` without evaluations."""
         columns = (self.column(target.metric), *(self.positions(axis) for axis in ("steps", "samples", "time")))
-        curve = [
-            Evaluation(value, steps, samples, seconds)
-            for value, steps, samples, seconds in zip(*columns, strict=True)
-            if value is not None and steps
-        ]
+        curve: list[Evaluation] = []
+        for value, steps, samples, seconds in zip(*columns, strict=True):
+            # Of several evaluations at one step the first counts, as in `curve_from_log`.
+            if value is not None and steps is not None and not (curve and steps <= curve[-1].steps):
+                curve.append(Evaluation(value, steps, samples, seconds))
         return first_crossing(curve, target.value, target.greater_is_better)
 
 

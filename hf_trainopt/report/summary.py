@@ -55,13 +55,15 @@ def _seconds(values: Sequence[float]) -> tuple[list[float], str]:
 
 
 def spread(values: Sequence[float], unit: str = "") -> str:
-    """Return the value of one run, or mean ± standard deviation of several.
+    """Return the value of one run, or mean ± standard deviation of several; of those that are not finite, how many.
 
     Args:
         values: At least one.
         unit: `"s"` for seconds, which are told in minutes or hours if that is better, `"GiB"` for sizes, in MiB if
             they are small, `"%"` for shares, or what is to stand behind the number.
     """
+    if wrong := sum(not math.isfinite(value) for value in values):
+        return figure(values[0]) if len(values) == 1 else f"not finite in {wrong} of {len(values)} seeds"
     shown, suffix = list(values), f" {unit}" if unit else ""
     if unit == "s":
         shown, suffix = _seconds(values)
@@ -234,7 +236,9 @@ def cell(arm: Arm, measure: Measure, baseline: Arm | None) -> str:
 
 
 def ratio_of_means(values: Sequence[float], reference: Sequence[float]) -> float | None:
-    """Return the ratio of two means, both of which must be positive."""
+    """Return the ratio of two means, both of which must be positive and finite."""
+    if not all(map(math.isfinite, (*values, *reference))):
+        return None
     above, below = statistics.fmean(values), statistics.fmean(reference)
     return above / below if above > 0 and below > 0 else None
 
