@@ -62,6 +62,12 @@ def test_lone_file(tmp_path, name):
     assert training.max_steps == 7
 
 
+def test_a_lone_flag_that_ends_like_a_file_is_a_flag(tmp_path):
+    config = write(tmp_path / "flags.yaml", "learning_rate: 0.25\n")
+    assert parse(f"--config={config}")[1].learning_rate == 0.25
+    assert parse("--train_file=rows.json")[0].train_file == "rows.json"
+
+
 def test_flags_win_over_file_and_file_over_demo(tmp_path):
     config = write(tmp_path / "flags.yaml", "max_steps: 7\nseed: 3\n")
     seen = {}

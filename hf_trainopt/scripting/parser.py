@@ -178,7 +178,7 @@ def parse_script_arguments(
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = ScriptArgumentParser(dataclass_types, **parser_kwargs)
 
-    if len(argv) == 1 and argv[0].endswith(CONFIG_SUFFIXES):
+    if len(argv) == 1 and argv[0].endswith(CONFIG_SUFFIXES) and not argv[0].startswith("-"):
         argv = ["--config", argv[0]]
     tokens = _args_file_tokens() + argv
     _check_removed_flags(tokens)
