@@ -6,7 +6,7 @@
     python benchmarks/convergence.py ablations              # other policies and rules, replayed and reversed k
     python benchmarks/convergence.py run --task language --policy fixed -k 8 --learning_rate 2e-3 --seed 0
     python benchmarks/convergence.py table                  # benchmarks/convergence.md from the records
-    python benchmarks/convergence.py --quick all            # everything at toy sizes, into a scratch folder
+    python benchmarks/convergence.py --quick --results FOLDER all   # everything at toy sizes, into another folder
 
 Every run is a process of its own and writes one JSON record to `benchmarks/results/convergence/`; runs that have one
 are left out, so that a suite can be stopped and continued. `--streams 2` runs two at a time, one thread each. Tasks,
@@ -193,7 +193,10 @@ def launch(waiting: tuple[argparse.Namespace, list[str]]) -> None:
 
 
 def main() -> None:
-    options = make_parser().parse_args()
+    parser = make_parser()
+    options = parser.parse_args()
+    if options.quick and options.results.resolve() == RESULTS:
+        parser.error("--quick makes no real record: name another folder with --results")
     if options.command == "run":
         run(options)
     elif options.command == "table":

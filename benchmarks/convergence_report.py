@@ -8,7 +8,8 @@ from pathlib import Path
 
 from convergence_suite import DEFAULT_RULE, SEEDS, best, load
 
-from hf_trainopt.compare.statistics import paired_ratio
+from hf_trainopt.compare.render import estimate_text
+from hf_trainopt.compare.statistics import Measured, paired_ratio
 from hf_trainopt.evidence.targets import Crossing, Evaluation, first_crossing
 
 
@@ -89,14 +90,10 @@ def ratio(ours: Sequence[dict], stock: Sequence[dict], target: float, axis: str)
 
 
 def describe(pairs: Sequence[Sequence[Crossing]], axis: str) -> str:
+    """Return a ratio over all pairs; a bound where runs never get there, since those that do are the better ones."""
     never = sum(not a.reached for a, _ in pairs), sum(not b.reached for _, b in pairs)
-    both = [(getattr(a, axis), getattr(b, axis)) for a, b in pairs if a.reached and b.reached]
-    text = "–"
-    if both:
-        result = paired_ratio([a for a, _ in both], [b for _, b in both])
-        text = f"{result.ratio:.2f}"
-        if len(both) > 1:
-            text += f" ({result.lower:.2f} to {result.upper:.2f})"
+    ours, stock = ([Measured(getattr(c, axis), not c.reached) for c in arm] for arm in zip(*pairs, strict=True))
+    text = estimate_text(paired_ratio(ours, stock))
     if never[0]:
         text += f"; never by {never[0]} of {len(pairs)}"
     if never[1]:

@@ -8,8 +8,29 @@ from pathlib import Path
 
 import pytest
 
+from hf_trainopt.evidence.targets import Crossing
+
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from convergence_report import describe  # noqa: E402
+
+
+def test_runs_that_never_get_there_are_not_left_out_of_a_ratio():
+    there, slow, never = (Crossing(reached, n, n, n) for reached, n in ((True, 10.0), (True, 20.0), (False, 40.0)))
+    assert describe([(slow, there), (slow, there)], "steps") == "2.00 (2.00 to 2.00)"
+    # Of the pair that got there alone it would be 1.00.
+    assert describe([(there, there), (never, there)], "steps") == "≥ 2.00; never by 1 of 2"
+    assert describe([(there, never)], "steps") == "≤ 0.25; never by the other arm in 1 of 1"
+    assert describe([(never, there), (there, never)], "steps").startswith("–; never by 1 of 2")
+
+
+def test_toy_sizes_do_not_go_among_the_real_records():
+    command = [sys.executable, str(BENCHMARKS / "convergence.py"), "--quick", "sweep"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "--results" in done.stderr
 
 
 @pytest.fixture(scope="module")
