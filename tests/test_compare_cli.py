@@ -153,11 +153,15 @@ def test_runs_that_diverge_are_neither_hidden_nor_fatal():
         return {"status": "finished", "seed": seed, "arm": {"name": "x"}, **measured(losses)}
 
     steady = [4.0, 3.0, 2.0]
-    runs = {"stock": [record(0, steady), record(1, steady)], "ours": [record(0, [4.0, 2.0, math.nan]), record(1, steady)]}
+    runs = {
+        "stock": [record(0, steady), record(1, steady)],
+        "ours": [record(0, [4.0, 2.0, math.nan]), record(1, steady)],
+    }
     target = freeze_target(runs["stock"][0], "eval_loss", None, 0.8, None)
     ours = compare("s", "stock", runs, target, "eval_loss").arms[1]
     assert ours.values["final_metric"] == [None, 2.0]
-    assert "final_metric" not in ours.ratios and ours.final_difference is None  # of seed 1 alone it would flatter
+    assert "final_metric" not in ours.ratios  # of seed 1 alone it would flatter
+    assert ours.final_difference is None
     with pytest.raises(ValueError, match="--target_value"):
         freeze_target(runs["ours"][0], "eval_loss", None, 0.8, None)
 
@@ -261,7 +265,16 @@ def test_a_wrong_baseline_is_told_before_the_search(monkeypatch, script, capsys)
     launcher = Launcher(lambda arguments: [5.0, 4.0])
     assert run(monkeypatch, script, ["--seeds", "1", "--sweep", "2,4", "--baseline", "stok"], launcher) == 2
     assert not launcher.commands
-    words = ["--seeds", "1", "--sweep", "4", "--sweep_learning_rates", "1x", "--baseline", "best fixed (k = 4, rate 0.01)"]
+    words = [
+        "--seeds",
+        "1",
+        "--sweep",
+        "4",
+        "--sweep_learning_rates",
+        "1x",
+        "--baseline",
+        "best fixed (k = 4, rate 0.01)",
+    ]
     assert run(monkeypatch, script, words, launcher) == 0
 
 
@@ -299,7 +312,16 @@ def test_a_script_may_end_itself_and_change_its_folder(tmp_path, monkeypatch):
     path.write_text(f"import os, sys\n{SCRIPT}\nos.chdir('/')\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
     words = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "--report_to", "none"]
-    command = [sys.executable, "-m", "hf_trainopt.compare.runner", str(record), str(path), *words, "--save_strategy", "no"]
+    command = [
+        sys.executable,
+        "-m",
+        "hf_trainopt.compare.runner",
+        str(record),
+        str(path),
+        *words,
+        "--save_strategy",
+        "no",
+    ]
     assert cli.run_process(command, dict(os.environ), tmp_path / "log")[0] == 0
     assert json.loads(record.read_text())["optimizer_steps"] == 2
 

@@ -219,7 +219,9 @@ def test_a_target_is_interpolated_from_step_0_on(tmp_path):
     history = [start, *stock_history(), again]
     target = Target.of("loss", 5.0)
     crossing = read_run(write_run(tmp_path / "run", history)).crossing(target)
-    assert crossing == replace(first_crossing(curve_from_log(history, "eval_loss"), 5.0, False), samples=crossing.samples)
+    assert crossing == replace(
+        first_crossing(curve_from_log(history, "eval_loss"), 5.0, False), samples=crossing.samples
+    )
     assert 0 < crossing.steps < 2
     assert not read_run(tmp_path / "run").crossing(Target.of("loss", 1.0)).reached
 
@@ -235,7 +237,8 @@ def test_what_has_diverged_is_said(tmp_path):
     assert rows["eval_loss, last"] == rows["train loss, last logged"] == "not finite in 1 of 2 seeds"
     assert "±" in rows["eval_loss, best"]
     target, reason = choose_target(arms, arms[0])
-    assert target is None and "not finite" in reason
+    assert target is None
+    assert "not finite" in reason
     (alone,) = group([read_run(diverged)], [("", "alone")])
     rows = {row[0]: row[1:] for row in summary_table([*arms, alone], arms[0]).rows}
     assert rows["eval_loss, last"] == ("not finite in 1 of 2 seeds", "not a number")

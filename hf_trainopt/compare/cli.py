@@ -237,7 +237,9 @@ def best_fixed(arguments: argparse.Namespace, runs: "Runs", script_arguments: Se
         and math.isfinite(value.value)
     ]
     if not ended:
-        raise ValueError(f"no run of the sweep has ended with a finite {metric}. {_first_failure({'': list(found.values())})}")
+        raise ValueError(
+            f"no run of the sweep has ended with a finite {metric}. {_first_failure({'': list(found.values())})}"
+        )
     _, winner = (max if target.greater_is_better else min)(ended, key=lambda pair: pair[0])
     k = arms_of.value_of(winner.arguments, "gradient_accumulation_steps")
     rate = arms_of.value_of(winner.arguments, "learning_rate")
@@ -308,9 +310,8 @@ class Runs:
             return None
         if record["identity"] != self._identity(run):
             raise ValueError(
-                f"{run.record} is of a run with another script, other arguments (or --config file, --threads, --launcher) or other "
-                "versions; choose another "
-                "--output_dir, or make all runs again with --restart."
+                f"{run.record} is of a run with another script, other arguments (or --config file, --threads, "
+                "--launcher) or other versions; choose another --output_dir, or make all runs again with --restart."
             )
         return record
 
