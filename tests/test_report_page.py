@@ -17,7 +17,7 @@ from hf_trainopt.placement.plan import StageChoice
 from hf_trainopt.report import Report, make_report
 from hf_trainopt.report.contents import Band, IntervalPanel, Line, LinePanel
 from hf_trainopt.report.scales import linear_scale, log2_scale, log_scale, ratio_scale, scales_of, tick_text
-from hf_trainopt.report.summary import duration, figure, ratio_text, spread
+from hf_trainopt.report.summary import figure, ratio_text, spread
 from hf_trainopt.report.svg import draw
 from hf_trainopt.report.theme import ARM_COLOURS, arm_colour, arm_dashes
 
@@ -69,7 +69,7 @@ def test_texts_of_ticks(value, text):
 
 def test_numbers_as_text():
     assert [figure(value) for value in (1852.3, 3.2e-5, math.inf)] == ["1,852", "3.2e-05", "∞"]
-    assert (duration(92.13), duration(743), duration(11556)) == ("92.1 s", "12.4 min", "3.21 h")
+    assert [spread([seconds], "s") for seconds in (92.13, 743, 11556)] == ["92.1 s", "12.4 min", "3.21 h"]
     assert [ratio_text(value) for value in (1.0, 0.9784, 123.4, 5000)] == ["1.00", "0.978", "123", "5,000"]
     assert spread([0.01], "GiB") == "10.24 MiB"
     assert spread([1.0, 3.0], "s") == "2 ± 1.4 s"

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from report_helpers import our_history, stock_history, write_run
 
-from hf_trainopt.evidence.targets import curve_from_log, first_crossing
+from hf_trainopt.evidence.targets import Target, curve_from_log, first_crossing
 from hf_trainopt.placement import PlacementPlan
 from hf_trainopt.placement.plan import StageChoice
 from hf_trainopt.report.arms import find_arm, group
 from hf_trainopt.report.metrics import choose_target
-from hf_trainopt.report.runs import RunRecord, Target, read_run
+from hf_trainopt.report.runs import RunRecord, read_run
 from hf_trainopt.report.series import batch_curve, columns, curve, noise_curves, points_per_curve, thinned
 from hf_trainopt.report.summary import summary_table
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_trainopt.evidence.targets import Target, metric_key
+
 from . import arms as arms_of
 from . import records
 from .arms import BEST, OURS, STOCK, Arm
@@ -112,7 +114,7 @@ def run(arguments: argparse.Namespace) -> str:
     finished = [record for record in by_arm[baseline] if record["status"] == "finished"]
     if not finished:
         raise ValueError(f"no run of the baseline '{baseline}' has finished. {_first_failure(by_arm)}")
-    metric = metric_name(arguments.target_metric)
+    metric = metric_key(arguments.target_metric)
     target = freeze_target(
         finished[0], metric, arguments.target_value, arguments.target_share, arguments.greater_is_better
     )
@@ -128,10 +130,6 @@ def run(arguments: argparse.Namespace) -> str:
     arguments.exit_code = 1 if failures else 0
     ends = f"\nSaved {folder / 'comparison.json'} and comparison.md; see it with `hf-trainopt report {folder}`.\n"
     return text + (f"\n{failures}\n" if failures else "") + ends
-
-
-def metric_name(name: str) -> str:
-    return name if name.startswith("eval_") else f"eval_{name}"
 
 
 def write(folder: Path, result: Comparison, text: str) -> None:
@@ -227,8 +225,8 @@ def best_fixed(arguments: argparse.Namespace, runs: "Runs", script_arguments: Se
         raise ValueError(f"--sweep '{arguments.sweep}' has a k below 1.")
     sys.stderr.write(f"hf-trainopt: {len(swept)} runs to find the best fixed setting of stock\n")
     found = runs.make([(arm, 0) for arm in swept])
-    metric = metric_name(arguments.target_metric)
-    target = freeze_target({"log_history": []}, metric, 0.0, 1.0, arguments.greater_is_better)
+    metric = metric_key(arguments.target_metric)
+    target = Target.of(metric, 0.0, arguments.greater_is_better)  # of which the direction counts
     ended = [
         (value.value, arm)
         for arm in swept

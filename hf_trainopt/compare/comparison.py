@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from hf_trainopt.evidence.targets import Crossing, Evaluation, curve_from_log, falls_when_better, first_crossing
+from hf_trainopt.evidence.targets import Crossing, Evaluation, Target, curve_from_log, first_crossing
 
 from .statistics import Estimate, Measured, paired_difference, paired_ratio
 
@@ -24,23 +24,6 @@ RATIOS = {
     "throughput": "samples a second",
     "final_metric": "the metric at the end",
 }
-
-
-@dataclass(frozen=True)
-class TargetValue:
-    """What is to be reached.
-
-    Args:
-        metric: Key such as `eval_loss`.
-        value: The target.
-        greater_is_better: Whether the metric rises.
-        source: Where the value is from, in words.
-    """
-
-    metric: str
-    value: float
-    greater_is_better: bool
-    source: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +63,7 @@ class Comparison:
 
     script: str
     baseline: str
-    target: TargetValue | None
+    target: Target | None
     arms: list[ArmResult]
     machine: dict[str, Any]
     versions: dict[str, str]
@@ -109,15 +92,14 @@ def value_at_share(curve: Sequence[Evaluation], share: float) -> float | None:
 
 def freeze_target(
     record: dict[str, Any], metric: str, value: float | None, share: float, greater_is_better: bool | None
-) -> TargetValue | None:
+) -> Target | None:
     """Return the target: as given, or what the baseline's first run reaches at a share of its data.
 
     Raises:
         ValueError: It reaches nothing finite there.
     """
-    better = not falls_when_better(metric) if greater_is_better is None else greater_is_better
     if value is not None:
-        return TargetValue(metric, value, better, "given")
+        return Target.of(metric, value, greater_is_better)
     reached = value_at_share(curve_from_log(record["log_history"], metric), share)
     if reached is None:
         return None
@@ -127,10 +109,11 @@ def freeze_target(
             f"{metric} of {name}, seed {seed}, is {reached} at {share:.0%} of its data, which is no target; name one "
             "with --target_value, or another --target_share."
         )
-    return TargetValue(metric, reached, better, f"{name}, seed {seed}, at {share:.0%} of its data")
+    target = Target.of(metric, reached, greater_is_better)
+    return replace(target, source=f"{name}, seed {seed}, at {share:.0%} of its data")
 
 
-def quantities(record: dict[str, Any], target: TargetValue | None, metric: str) -> dict[str, Measured | None]:
+def quantities(record: dict[str, Any], target: Target | None, metric: str) -> dict[str, Measured | None]:
     """Return what a run took, by quantity; `None` where it is not known."""
     history = record["log_history"]
     curve = curve_from_log(history, metric)
@@ -162,7 +145,7 @@ def compare(
     script: str,
     baseline: str,
     records: dict[str, list[dict[str, Any]]],
-    target: TargetValue | None,
+    target: Target | None,
     metric: str,
 ) -> Comparison:
     """Return the comparison of all arms.

@@ -3,13 +3,46 @@
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .base import MeteredCallback
 
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A value that an evaluation metric shall reach.
+
+    Args:
+        metric: Key such as `eval_loss`.
+        value: The value.
+        greater_is_better: Whether the metric rises.
+        source: Where the value is from, in words.
+    """
+
+    metric: str
+    value: float
+    greater_is_better: bool
+    source: str = field(default="given", compare=False)
+
+    @classmethod
+    def of(cls, metric: str, value: float, greater_is_better: bool | None = None) -> "Target":
+        """Return a target as a user names it: `eval_` is put before a metric that lacks it.
+
+        Raises:
+            ValueError: The value is not finite.
+        """
+        if not math.isfinite(value):
+            raise ValueError(f"target_value is {value}; it must be a finite number.")
+        metric = metric_key(metric)
+        rises = not falls_when_better(metric) if greater_is_better is None else bool(greater_is_better)
+        return cls(metric, float(value), rises)
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'≥' if self.greater_is_better else '≤'} {self.value:.6g}"
 
 
 @dataclass(frozen=True)
@@ -96,6 +129,11 @@ def curve_from_log(log_history: Iterable[dict[str, Any]], metric: str) -> list[E
     return curve
 
 
+def metric_key(name: str) -> str:
+    """Return the key of an evaluation metric in the log; `eval_` may be left out of its name."""
+    return name if name.startswith("eval_") else f"eval_{name}"
+
+
 def falls_when_better(metric: str) -> bool:
     """Return whether a metric is better when lower, judged by its name as `Trainer` does: losses and perplexities."""
     return metric.endswith(("loss", "perplexity", "error", "wer", "cer"))
@@ -122,13 +160,8 @@ class TargetCallback(MeteredCallback):
 
     def __init__(self, metric: str, value: float, greater_is_better: bool | None = None, stop: bool = False):
         super().__init__()
-        if not math.isfinite(value):
-            raise ValueError(f"target_value is {value}; it must be a finite number.")
-        self.metric = metric if metric.startswith("eval_") else f"eval_{metric}"
-        self.value = float(value)
-        self.greater_is_better = (
-            not falls_when_better(self.metric) if greater_is_better is None else bool(greater_is_better)
-        )
+        target = Target.of(metric, value, greater_is_better)
+        self.metric, self.value, self.greater_is_better = target.metric, target.value, target.greater_is_better
         self.stop = stop
         self.curve: list[Evaluation] = []
         self.crossing: Crossing | None = None

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_trainopt.compare.arms import STOCK
-from hf_trainopt.compare.comparison import RATIOS, SCHEMA_VERSION, ArmResult, TargetValue
+from hf_trainopt.compare.comparison import RATIOS, SCHEMA_VERSION, ArmResult
 from hf_trainopt.compare.comparison import Comparison as Result
 from hf_trainopt.compare.records import RECORD_FORMAT
 from hf_trainopt.compare.render import machine_words, ratio_rows, ratio_words, target_words, value_rows
 from hf_trainopt.compare.statistics import Estimate
+from hf_trainopt.evidence.targets import Target
 
 from .contents import IntervalPanel, Table
-from .runs import RunRecord, Target, number, read_beside
+from .runs import RunRecord, number, read_beside
 from .summary import figure
 
 
@@ -49,10 +50,7 @@ class Comparison:
     @property
     def target(self) -> Target | None:
         """The target that was frozen."""
-        found = self.result.target if self.result is not None else None
-        if found is None:
-            return None
-        return Target(found.metric, found.value, found.greater_is_better, found.source)
+        return self.result.target if self.result is not None else None
 
     def text(self) -> tuple[str, ...]:
         """Return the paragraphs above the tables."""
@@ -183,7 +181,7 @@ def _read_result(path: Path) -> Result:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is {values.get('schema_version')}, not {SCHEMA_VERSION}")
-        target = TargetValue(**values["target"]) if values["target"] is not None else None
+        target = Target(**values["target"]) if values["target"] is not None else None
         arms = [_arm_of(arm) for arm in values["arms"]]
         result = Result(
             str(values["script"]), str(values["baseline"]), target, arms, values["machine"], values["versions"]

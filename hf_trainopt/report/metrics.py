@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 
+from hf_trainopt.evidence.targets import Target
+
 from .arms import Arm
-from .runs import Target
 
 
 def common_axis(arms: Sequence[Arm], *, time: bool = False) -> str:

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from hf_trainopt.evidence.targets import Target
+
 from .arms import Arm
 from .contents import BarPanel, Line, LinePanel
-from .runs import RunRecord, Target
+from .runs import RunRecord
 from .series import batch_curve, curve, noise_curves, points_per_curve
 from .summary import PHASES, figure, measured_peak, size_unit, time_unit
 

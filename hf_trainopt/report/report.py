@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_trainopt.evidence.targets import Target
+
 from . import html, markdown, plot
 from .arms import Arm, find_arm, group
 from .comparison import Comparison, is_comparison, read_comparison
 from .contents import Contents
 from .metrics import choose_target, evaluation_metrics
-from .runs import RunRecord, Target, is_run, read_run
+from .runs import RunRecord, is_run, read_run
 from .sections import contents
 from .summary import NOT_RECORDED
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_trainopt.evidence.targets import Crossing, Evaluation, falls_when_better, first_crossing
+from hf_trainopt.evidence.targets import Crossing, Evaluation, Target, falls_when_better, first_crossing
 from hf_trainopt.placement.plan import PlacementPlan
 from hf_trainopt.placement.trainer import PLAN_NAME
 
@@ -19,39 +19,6 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 # Axis of a plot -> key of the log lines that it is read from.
 AXES = {"time": "train_time_s", "samples": "samples_seen", "steps": "step"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A value that an evaluation metric shall reach.
-
-    Args:
-        metric: Key such as `eval_loss`.
-        value: The value.
-        greater_is_better: Whether the metric rises.
-        source: In words, who has set it.
-    """
-
-    metric: str
-    value: float
-    greater_is_better: bool
-    source: str = field(default="given", compare=False)
-
-    @classmethod
-    def of(cls, metric: str, value: float, greater_is_better: bool | None = None) -> "Target":
-        """Return a target as a user names it: `eval_` is put before a metric that lacks it.
-
-        Raises:
-            ValueError: The value is not finite.
-        """
-        if not math.isfinite(value):
-            raise ValueError(f"target_value is {value}; it must be a finite number.")
-        metric = metric if metric.startswith("eval_") else f"eval_{metric}"
-        rises = not falls_when_better(metric) if greater_is_better is None else greater_is_better
-        return cls(metric, float(value), rises)
-
-    def __str__(self) -> str:
-        return f"{self.metric} {'≥' if self.greater_is_better else '≤'} {self.value:.6g}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from hf_trainopt.evidence.targets import Target
 from hf_trainopt.placement.budget import gib
 from hf_trainopt.placement.plan import PlacementPlan, StageChoice, describe
 from hf_trainopt.placement.render import percent, words
@@ -23,7 +24,6 @@ from .panels import (
     rate_curve,
     step_memory_panel,
 )
-from .runs import Target
 from .summary import NOT_RECORDED, PHASES, figure, headings, spread, steps_of, summary_table, target_table
 
 

@@ -5,12 +5,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hf_trainopt.evidence.targets import falls_when_better
+from hf_trainopt.evidence.targets import Target, falls_when_better
 
 from .arms import Arm
 from .contents import Table
 from .metrics import evaluation_metrics
-from .runs import RunRecord, Target
+from .runs import RunRecord
 
 
 NOT_RECORDED = "not recorded"
@@ -31,12 +31,6 @@ def figure(value: float, digits: int = 4) -> str:
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}" if abs(value) < 1e12 else f"{value:.{digits - 1}g}"
     return f"{value:.{digits}g}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds for people: `92.1 s`, `12.4 min`, `3.21 h`."""
-    scale, unit = time_unit(seconds)
-    return f"{figure(seconds / scale, 3)} {unit}"
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
