@@ -12,7 +12,6 @@ import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -167,7 +166,6 @@ def check_stock_arguments(args: Any) -> None:
         raise ValueError("deepspeed is set, but DeepSpeed is not installed; pip install deepspeed, or leave it unset.")
     _check_optim_args(args.optim_args)
     _check_trackers(args.report_to)
-    _check_output_dir(args.output_dir)
 
 
 def check_ranges(args: Any, ranges: Mapping[str, Range]) -> None:
@@ -230,15 +228,3 @@ def _check_trackers(report_to: Any) -> None:
     for name in [report_to] if isinstance(report_to, str) else report_to or []:
         if name not in known:
             raise ValueError(f"report_to is {name!r}; choose out of {', '.join(sorted(known))}.")
-
-
-def _check_output_dir(output_dir: str | None) -> None:
-    """Refuse a folder that cannot be made since one of its parents is a file."""
-    if output_dir is None:
-        return
-    path = Path(output_dir).expanduser()
-    for folder in (path, *path.parents):
-        if folder.exists():
-            if not folder.is_dir():
-                raise ValueError(f"output_dir is '{output_dir}', but {folder} is a file; name a folder.")
-            return

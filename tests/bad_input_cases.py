@@ -159,7 +159,6 @@ ARGUMENTS = [
     case("checkpoint_placement", "make a plan", checkpoint_placement="{files}/nowhere.json"),
     case("accelerator_config", "path of a JSON file", accelerator_config="{files}/nowhere.json"),
     case("deepspeed", "path of a JSON file", deepspeed="{files}/nowhere.json"),
-    case("output_dir", "name a folder", output_dir="{files}/empty.txt/run"),
 ]  # fmt: skip
 
 # `run_clm.py`
@@ -177,6 +176,7 @@ CLM = [
     case("do_train", "pass --do_train, --do_eval or both", without=("do_train",)),
     case("--report_to wandb", "install wandb", report_to="wandb"),
     case("--push_to_hub", "leave the flag out", "--push_to_hub"),
+    case("output_dir", "choose another", output_dir="{files}/empty.txt/run"),
     # --config
     case("--config", "check the path", "--config={files}/none.yaml"),
     case("--config", "must end in .json", "--config={files}/text.txt"),

@@ -86,7 +86,7 @@ def test_arguments(case, files, tmp_path):
     }
     # As Python does, names that do not exist are a `TypeError`.
     with pytest.raises((ValueError, TypeError)) as error:
-        arguments(changes.pop("output_dir", tmp_path), **changes)
+        arguments(tmp_path, **changes)
     check(str(error.value), case)
 
 

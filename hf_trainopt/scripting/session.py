@@ -25,6 +25,7 @@ from hf_trainopt.reliability import (
     find_last_complete,
 )
 from hf_trainopt.reliability.resume import check_named, describe_skipped, last_checkpoint
+from hf_trainopt.reliability.saving import make_output_dir
 
 
 logger = logging.getLogger(__name__)
@@ -96,9 +97,11 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
     for, as the machines of a run have to agree on it) or `False` (from scratch). A run never resumes by itself.
 
     Raises:
-        ValueError: `output_dir` holds a checkpoint and the flag is unset, or what is asked for is not there or not
-            complete.
+        ValueError: `output_dir` cannot be made, or holds a checkpoint and the flag is unset, or what is asked for is
+            not there or not complete.
     """
+    if training_args.should_save:
+        make_output_dir(training_args.output_dir)  # as `Trainer` does, before data are loaded
     if not training_args.do_train:
         return None
     asked = training_args.resume_from_checkpoint
