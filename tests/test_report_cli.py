@@ -9,7 +9,10 @@ from transformers import Trainer, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.cli import main
+from hf_trainopt.evidence.targets import Target, TargetCallback
 from hf_trainopt.report import make_report
+from hf_trainopt.report.runs import read_run
+from hf_trainopt.report.trainer import run_in_memory
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,17 @@ def test_in_memory_and_from_the_folder_are_the_same(trained):
                 for report in (memory, disk)]  # fmt: skip
         assert rows[0] == rows[1]
     assert "eval_loss ≤ 4 (set in the runs)" in section(disk, "target").text[0]
+
+
+def test_of_two_targets_both_take_the_last(tmp_path):
+    args = arguments(tmp_path / "run", TrainingArguments, eval_strategy="steps", eval_steps=1, max_steps=2)
+    targets = [TargetCallback("loss", value) for value in (4.0, 3.0)]
+    trainer = quiet(
+        Trainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(8), callbacks=targets)
+    )
+    trainer.train()
+    trainer.save_state()
+    assert run_in_memory(trainer).target == read_run(tmp_path / "run").target == Target("eval_loss", 3.0, False)
 
 
 def test_beside_another_run(trained):

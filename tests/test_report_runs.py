@@ -226,6 +226,28 @@ def test_a_target_is_interpolated_from_step_0_on(tmp_path):
     assert not read_run(tmp_path / "run").crossing(Target.of("loss", 1.0)).reached
 
 
+@pytest.mark.parametrize("trained", [10, 2])
+@pytest.mark.parametrize("max_steps", [10, 40])
+def test_the_end_of_train_speaks_of_the_steps_since_the_last_resume(tmp_path, trained, max_steps):
+    """As transformers 5 counts: of 10 steps of 4 samples, in a run that may have been stopped before `max_steps`."""
+    history = stock_history()
+    rates = {"train_samples_per_second": 4 * trained / 20, "train_steps_per_second": trained / 20}
+    history[-1] |= {name: round(rate, 3) for name, rate in rates.items()}
+    run = read_run(write_run(tmp_path / "run", history, max_steps=max_steps))
+    assert run.samples_are_derived
+    assert run.end("samples") == pytest.approx(40)
+    assert run.is_resumed == (trained == 2)
+    rows = {row[0]: row[1] for row in summary_table(group([run], [None]), None).rows}
+    assert rows.get("whole run, evaluations and saves included") == (None if trained == 2 else "20 s")
+
+
+def test_a_slow_run_is_not_taken_for_a_resumed_one(tmp_path):
+    history = stock_history()
+    history[-1] |= {"train_runtime": 7000.0, "train_samples_per_second": 0.006, "train_steps_per_second": 0.001}
+    run = read_run(write_run(tmp_path / "run", history))
+    assert not run.is_resumed  # 0.001 may be 10 / 7000
+
+
 def test_what_has_diverged_is_said(tmp_path):
     history = stock_history()
     for line in history:

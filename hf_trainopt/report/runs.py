@@ -73,10 +73,32 @@ class RunRecord:
         return "samples_seen" not in self.keys and self._samples_per_step is not None
 
     @functools.cached_property
+    def steps(self) -> float | None:
+        """Optimizer steps of the whole run."""
+        steps = self.state.get("global_step")
+        return float(steps) if isinstance(steps, int) and not isinstance(steps, bool) else self.end("steps")
+
+    @functools.cached_property
+    def _steps_of_last_call(self) -> float | None:
+        """Steps that the line at the end of `train` is of, which are those since the last resume."""
+        rate, seconds = self.last("train_steps_per_second"), self.last("train_runtime")
+        if not rate or not seconds or not math.isfinite(rate * seconds):
+            return None
+        # The rate is rounded to three decimals. Before transformers 5 a run that ended early counted `max_steps`.
+        room = 0.5 + 0.0006 * seconds
+        known = (self.steps, number(self.state.get("max_steps")))
+        return next((steps for steps in known if steps and abs(steps - rate * seconds) <= room), rate * seconds)
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether `train_runtime` is that of a part of the run only."""
+        return None not in (self.steps, self._steps_of_last_call) and self._steps_of_last_call < self.steps
+
+    @functools.cached_property
     def _samples_per_step(self) -> float | None:
-        """Samples of a step, from the line at the end of `train`, which counts all that `max_steps` takes."""
+        """Samples of a step, from the line at the end of `train`."""
         rate, seconds = self.last("train_samples_per_second"), self.last("train_runtime")
-        steps = number(self.state.get("max_steps"))
+        steps = self._steps_of_last_call or number(self.state.get("max_steps"))
         if not rate or not seconds or not steps or steps < 0 or not math.isfinite(rate * seconds):
             return None
         return rate * seconds / steps

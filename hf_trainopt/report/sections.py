@@ -24,7 +24,7 @@ from .panels import (
     rate_curve,
     step_memory_panel,
 )
-from .summary import NOT_RECORDED, PHASES, figure, headings, spread, steps_of, summary_table, target_table
+from .summary import NOT_RECORDED, PHASES, figure, headings, spread, summary_table, target_table
 
 
 TIME_ABSENT = "Add ThroughputCallback (hf_trainopt.evidence) to a stock Trainer to have it."
@@ -293,13 +293,12 @@ def _runs(arms: Sequence[Arm]) -> Section:
     rows = []
     for arm in arms:
         for run in arm.runs:
-            steps = steps_of(run)
             rows.append(
                 (
                     run.name,
                     arm.name,
                     str(run.folder) if run.folder is not None else "in memory",
-                    NOT_RECORDED if steps is None else figure(steps),
+                    NOT_RECORDED if run.steps is None else figure(run.steps),
                     f"{len(run.history):,}",
                     " ".join(run.notes),
                 )

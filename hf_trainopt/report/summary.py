@@ -127,10 +127,8 @@ def _samples_per_step(run: RunRecord) -> float | None:
     return samples / steps if samples and steps else None
 
 
-def steps_of(run: RunRecord) -> float | None:
-    """Return how many optimizer steps a run has taken."""
-    steps = run.state.get("global_step")
-    return float(steps) if isinstance(steps, int) and not isinstance(steps, bool) else run.end("steps")
+def _whole_runtime(run: RunRecord) -> float | None:
+    return None if run.is_resumed else run.last("train_runtime")
 
 
 def last_rate(run: RunRecord, key: str) -> float | None:
@@ -154,11 +152,11 @@ PHASES = {
 def measures(arms: Sequence[Arm]) -> list[Measure]:
     """Return what the table of a report has, in its order; evaluation metrics are those that the runs have."""
     rows = [
-        Measure("optimizer steps", steps_of, compared=False),
+        Measure("optimizer steps", lambda run: run.steps, compared=False),
         Measure("samples", lambda run: run.end("samples"), compared=False),
         Measure("epochs", _last("epoch"), compared=False),
         Measure("training time", lambda run: run.end("time"), "s"),
-        Measure("whole run, evaluations and saves included", _last("train_runtime"), "s"),
+        Measure("whole run, evaluations and saves included", _whole_runtime, "s"),
         Measure("train loss, last logged", _last("loss")),
     ]
     for metric in evaluation_metrics(arms):
