@@ -256,6 +256,14 @@ def test_a_launcher_that_is_not_there(script, capsys):
     assert "--launcher no-such-launcher cannot be started" in capsys.readouterr().err
 
 
+def test_a_quotation_that_is_not_closed(script, capsys):
+    for flag in ("--ours", "--launcher", "--arm"):
+        value = "x='--width 8" if flag == "--arm" else "'x"
+        words = ["--output_dir", str(script.parent / "out"), flag, value]
+        assert main(["compare", str(script), *words, "--", *BASE]) == 2
+        assert f"{flag} '" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_made(script, capsys):
     assert main(["compare", str(script), "--output_dir", "/proc/none/out", "--", *BASE]) == 2
     assert "--output_dir /proc/none/out cannot be made" in capsys.readouterr().err
@@ -323,6 +331,7 @@ def test_a_script_may_end_itself_and_change_its_folder(tmp_path, monkeypatch):
         "no",
     ]
     assert cli.run_process(command, dict(os.environ), tmp_path / "log")[0] == 0
+    assert "found in sys.modules" not in (tmp_path / "log").read_text()  # the runner is not imported beforehand
     assert json.loads(record.read_text())["optimizer_steps"] == 2
 
 

@@ -256,8 +256,15 @@ def test_what_was_before_training_does_not_count():
 
 
 def test_the_summary_of_a_script_has_the_peak_though_the_mark_was_reset():
-    trainer = SimpleNamespace(state=SimpleNamespace(log_history=[{"loss": 1.0}, {"peak_memory_gib": 999.0}]))
+    state = SimpleNamespace(log_history=[{"loss": 1.0}, {"peak_memory_gib": 999.0}])
+    trainer = SimpleNamespace(state=state, args=SimpleNamespace(device=torch.device("cpu")))
     assert summary_rows(trainer, {}, {})[-1][1] == "999.00"
+
+
+def test_the_summary_of_a_script_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    trainer = SimpleNamespace(state=SimpleNamespace(log_history=[]), args=SimpleNamespace(device=torch.device("cpu")))
+    assert summary_rows(trainer, {}, {})[-1][0] == "peak memory (process), GiB"
 
 
 def test_where_the_mark_cannot_be_reset_there_are_no_phases(tmp_path, monkeypatch, caplog):

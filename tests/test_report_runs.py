@@ -12,6 +12,7 @@ from report_helpers import our_history, stock_history, write_run
 from hf_trainopt.evidence.targets import Target, curve_from_log, first_crossing
 from hf_trainopt.placement import PlacementPlan
 from hf_trainopt.placement.plan import StageChoice
+from hf_trainopt.report import make_report
 from hf_trainopt.report.arms import find_arm, group
 from hf_trainopt.report.metrics import choose_target
 from hf_trainopt.report.runs import RunRecord, read_run
@@ -78,6 +79,23 @@ def test_only_results(tmp_path):
     run = read_run(tmp_path)
     assert run.last("eval_loss") == 2.5
     assert "only the final results" in run.notes[0]
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_an_evaluation_after_training_is_in_the_table(tmp_path, with_state):
+    """The scripts save the state before it; the results have it."""
+    folder = tmp_path / "run"
+    if with_state:
+        write_run(folder, [line for line in stock_history() if "eval_loss" not in line])
+    else:
+        folder.mkdir()
+    (folder / "all_results.json").write_text(json.dumps({"eval_loss": 2.5, "eval_accuracy": 0.25, "eval_runtime": 3}))
+    report = make_report(folder)
+    (table,) = report.contents.sections[0].tables
+    rows = {row[0]: row[1] for row in table.rows}
+    assert (rows["eval_loss, last"], rows["eval_accuracy, last"]) == ("2.5", "0.25")
+    assert not any("eval_runtime" in name for name in rows)
+    assert "evaluate during training" in dict(report.contents.absent)["Time to target"]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "nonsense", "[" * 100_000])

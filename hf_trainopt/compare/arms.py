@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,14 +174,24 @@ def _at(arguments: Sequence[str], reference: int, k: int) -> tuple[str, ...]:
     return (*changed, "--gradient_accumulation_steps", str(k))
 
 
+def words_of(flag: str, text: str) -> list[str]:
+    """Return the words of a command line that is the value of a flag.
+
+    Raises:
+        ValueError: A quotation mark has no second one.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{flag} {text} cannot be read ({error}); close what is quoted.") from error
+
+
 def parse_arm(text: str, script_arguments: Sequence[str], built_in: dict[str, Arm]) -> Arm:
     """Return the arm of `--arm NAME` (a built-in one) or `--arm NAME=ARGUMENTS` (added to those of the script).
 
     Raises:
         ValueError: The name is empty or unknown.
     """
-    import shlex
-
     name, separator, extra = text.partition("=")
     name = name.strip()
     if not name:
@@ -189,7 +200,7 @@ def parse_arm(text: str, script_arguments: Sequence[str], built_in: dict[str, Ar
         if name not in built_in:
             raise ValueError(f"--arm {name} is none of {', '.join(built_in)}; write --arm {name}='--flag value'.")
         return built_in[name]
-    return Arm(name, (*script_arguments, *shlex.split(extra)))
+    return Arm(name, (*script_arguments, *words_of("--arm", extra)))
 
 
 def as_dict(arm: Arm) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def choose_arms(arguments: argparse.Namespace, script_arguments: Sequence[str]) 
         ValueError: Two have one name, or a name is unknown.
     """
     stock = arms_of.stock_arm(script_arguments)
-    ours = arms_of.our_arm(script_arguments, shlex.split(arguments.ours))
+    ours = arms_of.our_arm(script_arguments, arms_of.words_of("--ours", arguments.ours))
     built_in = {STOCK: stock, OURS: ours}
     chosen = [arms_of.parse_arm(text, script_arguments, built_in) for text in arguments.arm] or [stock, ours]
     if arguments.ablate:
@@ -317,7 +317,7 @@ class Runs:
         measured = run.record.with_suffix(".run")
         measured.parent.mkdir(parents=True, exist_ok=True)
         measured.unlink(missing_ok=True)
-        start = shlex.split(self._launcher) if self._launcher else [sys.executable]
+        start = arms_of.words_of("--launcher", self._launcher) if self._launcher else [sys.executable]
         words = [*run.arm.arguments, "--seed", str(run.seed), "--output_dir", str(run.output_dir)]
         command = [*start, "-m", "hf_trainopt.compare.runner", str(measured), str(self._script), *words]
         environment = dict(os.environ)

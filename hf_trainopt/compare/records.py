@@ -1,8 +1,10 @@
 """One JSON record per run, and whether a run has to be made (again)."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .arms import Arm, as_dict, config_file
-from .runner import versions
 
 
 RECORD_FORMAT = 1
@@ -60,6 +61,17 @@ class Run:
         if threads is not None:
             parts.append({"threads": threads})
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "hf-trainopt"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def load(path: Path) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ need not know of them.
 """
 
 import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -39,17 +38,6 @@ def watch_trainers() -> list[Any]:
     return made
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "hf-trainopt"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def machine() -> dict[str, Any]:
     """Return what the run ran on."""
     import torch
@@ -74,6 +62,8 @@ def peak_resident_gib() -> float:
 
 def record_of(trainer: Any, wall: float, cpu: float) -> dict[str, Any]:
     """Return what is kept of a run; times in seconds of the whole process."""
+    from hf_trainopt.compare.records import versions
+
     return {
         "log_history": trainer.state.log_history,
         "optimizer_steps": trainer.state.global_step,

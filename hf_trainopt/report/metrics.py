@@ -19,10 +19,16 @@ def without_axis(arms: Sequence[Arm], axis: str) -> list[str]:
     return [arm.name for arm in arms if not arm.has_axis(axis)]
 
 
+def _evaluated(arms: Sequence[Arm]) -> list[str]:
+    """Return keys of evaluations; those after training are among the results only."""
+    keys = {key for arm in arms for run in arm.runs for key in (*run.keys, *run.results) if key.startswith("eval_")}
+    return sorted(key for key in keys if any(run.last(key) is not None for arm in arms for run in arm.runs))
+
+
 def main_metric(arms: Sequence[Arm]) -> str | None:
     """Return the evaluation metric that a report is about: `eval_loss`, or else another loss that runs have."""
-    keys = sorted({key for arm in arms for run in arm.runs for key in run.keys})
-    losses = [key for key in keys if key.startswith("eval_") and key.endswith("_loss")]
+    keys = _evaluated(arms)
+    losses = [key for key in keys if key.endswith("_loss")]
     return "eval_loss" if "eval_loss" in keys else losses[0] if losses else None
 
 
@@ -32,8 +38,7 @@ _NO_METRICS = ("_runtime", "_per_second", "_time", "_samples", "_model_preparati
 
 def evaluation_metrics(arms: Sequence[Arm]) -> list[str]:
     """Return the keys of evaluation metrics, the main one first."""
-    keys = sorted({key for arm in arms for run in arm.runs for key in run.keys if key.startswith("eval_")})
-    metrics = [key for key in keys if not key.endswith(_NO_METRICS)]
+    metrics = [key for key in _evaluated(arms) if not key.endswith(_NO_METRICS)]
     main = main_metric(arms)
     return sorted(metrics, key=lambda key: (key != main, key))
 
@@ -65,8 +70,8 @@ def choose_target(
             f"the runs had different targets ({several}); name one (target_metric and target_value).",
         )
     metric = main_metric(arms)
-    finals = [run.last(metric) for run in baseline.runs] if baseline is not None and metric is not None else []
-    finals = [value for value in finals if value is not None]
+    evaluated = [run for run in baseline.runs if metric in run.keys] if baseline is not None else []
+    finals = [run.last(metric) for run in evaluated]
     if not all(map(math.isfinite, finals)):
         return None, "the last evaluation of the baseline is not finite; name one (target_metric and target_value)."
     if finals:

@@ -10,14 +10,14 @@ from transformers import Trainer
 from hf_trainopt.placement.budget import gib
 
 
-def peak_memory_gib() -> tuple[float, str]:
-    """Return the peak memory in GiB and what it counts: tensors on the CUDA device, or the whole process on CPU.
+def peak_memory_gib(device: torch.device) -> tuple[float, str]:
+    """Return the peak memory in GiB and what it counts: tensors on a CUDA device, or the whole process elsewhere.
 
     Raises:
         OSError: on a system without the `resource` module (Windows) and without CUDA.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30, "CUDA tensors"
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30, "CUDA tensors"
     try:
         import resource
     except ImportError as error:
@@ -54,7 +54,7 @@ def summary_rows(trainer: Trainer, train_metrics: Mapping[str, Any], eval_metric
         if key in eval_metrics:
             rows.append((label, f"{eval_metrics[key]:.4f}"))
     try:
-        peak, counted = peak_memory_gib()
+        peak, counted = peak_memory_gib(trainer.args.device)
     except OSError:
         return rows
     # Who measures peaks by phase resets the mark.
