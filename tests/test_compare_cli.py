@@ -13,6 +13,7 @@ from hf_trainopt.cli import main
 from hf_trainopt.compare import cli
 from hf_trainopt.compare.arms import OFF, Arm, ablations, our_arm, stock_arm, sweep_arms, value_of, without
 from hf_trainopt.compare.comparison import compare, freeze_target, value_at_share
+from hf_trainopt.compare.render import machine_words
 from hf_trainopt.evidence.targets import Evaluation
 
 
@@ -164,6 +165,20 @@ def test_runs_that_diverge_are_neither_hidden_nor_fatal():
     assert ours.final_difference is None
     with pytest.raises(ValueError, match="--target_value"):
         freeze_target(runs["ours"][0], "eval_loss", None, 0.8, None)
+
+
+def test_runs_of_different_machines_are_said():
+    def record(seed, threads):
+        values = measured([4.0, 3.0])
+        return {"status": "finished", "seed": seed, "arm": {"name": "x"}, **values,
+                "machine": values["machine"] | {"threads": threads}}  # fmt: skip
+
+    def words(threads):
+        runs = {"stock": [record(0, 1)], "ours": [record(0, threads)]}
+        return machine_words(compare("s", "stock", runs, None, "eval_loss"))
+
+    assert "do not compare" not in words(1)
+    assert "2 kinds of machine or thread counts, and times do not compare" in words(2)
 
 
 def test_a_sweep_does_not_choose_what_has_diverged(monkeypatch, script, capsys):

@@ -56,7 +56,7 @@ class Comparison:
         baseline: Name of the arm that ratios are to.
         target: What was to be reached; `None` if no run was ever evaluated.
         arms: One result per arm, the baseline first.
-        machine: Of the first run.
+        machine: Of the first run; `kinds` is there if others ran on other machines or threads, and says how many.
         versions: Of the first run.
         schema_version: Of this file.
     """
@@ -184,7 +184,9 @@ def compare(
         unfinished = sorted(r["seed"] for r in records[name] if r["status"] != "finished")
         arms.append(ArmResult(name, seeds, values, ratios, difference, unfinished))
     first = next(iter(finished[baseline].values()))
-    return Comparison(script, baseline, target, arms, first["machine"], first["versions"])
+    machines = {str(sorted(record["machine"].items())) for runs in finished.values() for record in runs.values()}
+    machine = first["machine"] | ({"kinds": len(machines)} if len(machines) > 1 else {})
+    return Comparison(script, baseline, target, arms, machine, first["versions"])
 
 
 def _exact(value: Measured | None) -> float | None:

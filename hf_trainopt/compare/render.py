@@ -87,7 +87,11 @@ def machine_words(comparison: Comparison) -> str:
         ", ".join(machine.get("devices", [])) or f"{machine['cores']} cores, {machine['threads']} thread(s) a run"
     )
     known = ", ".join(f"{name} {version}" for name, version in comparison.versions.items())
-    return f"Machine: {machine['processor']}, {devices}. {known}."
+    text = f"Machine: {machine['processor']}, {devices}. {known}."
+    if machine.get("kinds", 1) > 1:
+        kinds = f"{machine['kinds']} kinds of machine or thread counts"
+        text += f" That is of the first run; all ran on {kinds}, and times do not compare."
+    return text
 
 
 def _with_metric(quantity: str, label: str, comparison: Comparison) -> str:
