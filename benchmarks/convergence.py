@@ -3,6 +3,7 @@
     python benchmarks/convergence.py sweep                  # stock, k x learning rate, both tasks, seed 0
     python benchmarks/convergence.py ours                   # our defaults at the rates of a user's choice, seed 0
     python benchmarks/convergence.py paired                 # five seeds of what is compared
+    python benchmarks/convergence.py resnet50               # the paired runs of vision with ResNet-50, five seeds
     python benchmarks/convergence.py ablations              # other policies and rules, replayed and reversed k
     python benchmarks/convergence.py run --task language --policy fixed -k 8 --learning_rate 2e-3 --seed 0
     python benchmarks/convergence.py table                  # benchmarks/convergence.md from the records
@@ -30,7 +31,7 @@ RESULTS = HERE / "results" / "convergence"
 STOCK = "fixed"
 NUM_EVALUATIONS = 20
 # Evaluations along the way are on a part of the validation data, the last one on all.
-CURVE_SAMPLES = {"language": 100, "vision": 500}
+CURVE_SAMPLES = {"language": 100, "vision": 500, "vision_resnet50": 250}
 
 
 def record_path(options: argparse.Namespace) -> Path:
@@ -152,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--streams", type=int, default=1, help="runs at a time, one thread each")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="one run, one record")
-    one.add_argument("--task", choices=("language", "vision"), required=True)
+    one.add_argument("--task", choices=tuple(CURVE_SAMPLES), required=True)
     one.add_argument("--policy", default=STOCK)
     one.add_argument("-k", type=int, default=8, help="gradient_accumulation_steps (the reference)")
     one.add_argument("--learning_rate", type=float, required=True)
@@ -161,7 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--source", type=Path, default=None, help="record whose k is replayed or reversed")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--ranks", type=int, default=1)
-    for name in ("sweep", "ours", "paired", "ablations", "ranks", "all"):
+    for name in ("sweep", "ours", "paired", "resnet50", "ablations", "ranks", "all"):
         commands.add_parser(name, help="the runs of this part that have no record yet")
     commands.add_parser("table", help="write benchmarks/convergence.md from the records")
     return parser
