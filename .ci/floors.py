@@ -1,5 +1,6 @@
 """Print the lowest versions that `pyproject.toml` allows, one requirement a line, for `pip install -r`."""
 
+import itertools
 import re
 import sys
 import tomllib
@@ -7,7 +8,7 @@ from pathlib import Path
 
 
 def floors(project: dict) -> list[str]:
-    requirements = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    requirements = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     pinned = []
     for requirement in requirements:
         if requirement.startswith(project["name"]):  # extras that name other extras

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from convergence_report import TASKS, arms, curve, describe, loss_at, ratio, table, targets, wall_curve
+from convergence_report import PAIRED_TASKS, arms, curve, describe, loss_at, ratio, table, targets, wall_curve
 from convergence_suite import DEFAULT_RULE, best, load
 
 from hf_trainopt.evidence.targets import first_crossing
@@ -21,10 +21,10 @@ RESULTS = HERE / "results"
 def goals_table(records: list[dict]) -> str:
     """Return each goal of the project with what was measured for it."""
     rows = []
-    for task in TASKS:
-        eight, first, ours, searched = arms(records, task).values()
+    for task in PAIRED_TASKS:
+        eight, first, *own = arms(records, task).values()
         frozen = targets(records, task)
-        for name, runs in (("one run, defaults, rate of k = 8", ours), ("rule and rate searched", searched)):
+        for name, runs in zip(("one run, defaults, rate of k = 8", "rule and rate searched"), own, strict=False):
             rows += [
                 [f"{task}, {name}: time to the loss that stock k = 8 has at 80 % of its data", "at most 0.70 of stock "
                  "k = 8", ratio(runs, eight, frozen["eight"][0], "seconds"), len(runs)],

@@ -48,7 +48,7 @@ def count_collectives() -> None:
 
 
 class UnevenClock(TrainerCallback):
-    """What the timer of this rank reads: other times than the other rank's, and steps that get dear as training goes on.
+    """What the timer of this rank reads: other times than the other rank's, steps that get dear as training goes on.
 
     The machine's own times would be a test of the machine: k can stay where it is for all of so short a run.
     """
