@@ -180,3 +180,20 @@ def test_the_direction_is_that_of_the_best_model(tmp_path, metric, greater):
 def test_by_default_throughput_and_memory_are_measured(tmp_path):
     args = EfficientTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     assert [type(callback) for callback in args.make_measurements()] == [ThroughputCallback, MemoryCallback]
+
+
+@pytest.mark.parametrize(
+    ("given", "kinds"),
+    [
+        (["throughput", "memory"], [ThroughputCallback, MemoryCallback]),
+        (("memory",), [MemoryCallback]),
+        ("memory, throughput,memory", [MemoryCallback, ThroughputCallback]),
+        ("none", []),
+        (["none"], []),
+        ([], []),
+        (None, []),
+    ],
+)
+def test_measurements_are_a_list_or_names_with_commas(tmp_path, given, kinds):
+    args = arguments(tmp_path, measurements=given)
+    assert [type(callback) for callback in args.make_measurements()] == kinds
