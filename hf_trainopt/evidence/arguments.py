@@ -60,12 +60,12 @@ class EvidenceArgumentsMixin:
         Raises:
             ValueError: One is unknown or contradicts another.
         """
-        given = self.measurements
-        if given is not None and not isinstance(given, str):
-            if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
-                raise ValueError(
-                    f"measurements is {given!r}; give a list out of {', '.join(MEASUREMENTS)}, or 'none' alone."
-                )
+        given = self.measurements or []
+        parts = given if isinstance(given, list | tuple) else [given]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(
+                f"measurements is {given!r}; give a list out of {', '.join(MEASUREMENTS)}, or 'none' alone."
+            )
         unknown = [name for name in self.measured if name not in MEASUREMENTS]
         if unknown:
             raise ValueError(
