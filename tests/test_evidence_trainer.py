@@ -12,6 +12,7 @@ from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.evidence import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
 from hf_trainopt.evidence.base import MeasurementCallback
 from hf_trainopt.evidence.keys import EVIDENCE_KEYS, is_evidence_key
+from hf_trainopt.trainer import LOGGED_KEYS
 
 
 DOCS = (Path(__file__).resolve().parent.parent / "docs" / "evidence.md").read_text(encoding="utf-8")
@@ -75,8 +76,9 @@ def test_every_key_stands_in_the_table_of_the_docs(tmp_path, monkeypatch):
     stock = train(tmp_path / "c", Trainer)
     known = {key for line in stock.state.log_history for key in line}
     logged = {key for trainer in (ours, others) for line in trainer.state.log_history for key in line} - known
-    table = set(re.findall(r"^`(\w+)` \|.*\|.*\|", DOCS.split("## What is logged")[1], flags=re.MULTILINE))
+    table = set(re.findall(r"^`(\w+)` \|.*\|.*\|", DOCS.split("## Logged keys")[1], flags=re.MULTILINE))
     assert set(EVIDENCE_KEYS) <= logged <= table
+    assert set(LOGGED_KEYS) <= table
 
 
 def test_trackers_get_them(tmp_path):
