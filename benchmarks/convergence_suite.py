@@ -29,6 +29,8 @@ STEP_COST = {"language": 0.04, "vision": 0.24, "vision_resnet50": 0.2}
 # Rates of ours at k_ref = 8 that were tried on seed 0, and the rules.
 OURS = {"language": (2e-3, 4e-3, 8e-3), "vision": (3.5e-4, 7e-4, 1.4e-3, 2.8e-3)}
 DEFAULT_RULE = "surge"  # what lr_batch_scaling="auto" is under goodput
+# Rules and rates at k_ref = 8 of the policies that follow the noise scale itself, whose batches are larger.
+NOISE_SCALE = (("surge", 4e-3), ("sqrt", 4e-3), ("sqrt", 8e-3))
 RULES = (DEFAULT_RULE, "sqrt", "gain")
 SEEDS = range(5)
 QUICK_SWEEP = {"language": {1: (3e-3,), 8: (2e-3,)}, "vision": {1: (3.5e-4,), 8: (1.4e-3,)}}
@@ -104,6 +106,9 @@ def resnet50(results: Path, quick: bool) -> Runs:
 
 
 def ablations(results: Path, quick: bool) -> Runs:
+    for rule, rate in () if quick else NOISE_SCALE:
+        for policy in ("noise_scale", "half_noise_scale"):
+            yield adaptive("language", rate, rule, policy=policy)
     for task in ["language"] if quick else SWEEP:
         rate = best(load(results), task=task, policy="fixed", k=8)["learning_rate"]
         name = f"{task}-goodput-k8-lr{rate:g}-{DEFAULT_RULE}-seed0.json"
