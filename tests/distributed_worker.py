@@ -57,6 +57,9 @@ class UnevenClock(TrainerCallback):
         self.now, self.rank = 0.0, int(os.environ.get("RANK", 0))
         timing.time = self
 
+    def on_train_end(self, args, state, control, **kwargs):
+        timing.time = time
+
     def perf_counter(self) -> float:
         self.now += 1.0 + self.rank
         return self.now
@@ -236,7 +239,7 @@ def make(case: str, output_dir: str, watch: Watch):
             weight_decay=0.0, max_grad_norm=0.01, **common,
         )  # fmt: skip
         return Listening(model=tiny_gpt2(), args=args, train_dataset=Rows(48), callbacks=[watch], sequence=K_SEQUENCE)
-    if case in ("goodput", "resume"):
+    if case == "goodput":
         args = arguments(
             output_dir, gradient_accumulation_steps=4, num_train_epochs=4, noise_scale_interval=2,
             save_strategy="steps", save_steps=2, **common,
