@@ -110,8 +110,9 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--threads", type=int, default=1)
     commands.add_parser("suite", help="every run of the tables that has no record yet, one after the other")
-    costs = commands.add_parser("costs", help="seconds of a micro-batch and of an optimizer step of both tasks")
+    costs = commands.add_parser("costs", help="seconds of a micro-batch and of an optimizer step of each task")
     costs.add_argument("--rounds", type=int, default=5)
+    costs.add_argument("--tasks", nargs="+", default=["language", "vision", "vision_resnet50"])
     commands.add_parser("table", help="write benchmarks/accumulation.md from the records")
     return parser
 
@@ -125,7 +126,7 @@ def main() -> None:
     elif options.command == "costs":
         from accumulation_report import measure_costs
 
-        measure_costs(options.rounds)
+        measure_costs(options.rounds, options.tasks)
     else:
         from accumulation_report import write_report
 

@@ -4,10 +4,11 @@ import functools
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks import LANGUAGE, TASKS, VISION, build, common_arguments
+from tasks import TASKS, build, common_arguments
 
 
 HERE = Path(__file__).resolve().parent
@@ -93,7 +94,7 @@ SEARCH = [
 SUITE = [setting.arguments(seed) for setting in MAIN + POLICIES + TRANSFER + SEARCH for seed in range(setting.seeds)]
 
 
-def measure_costs(rounds: int) -> None:
+def measure_costs(rounds: int, names: Sequence[str]) -> None:
     """Median seconds of a micro-batch and of what an optimizer step costs on top, as `StepTimer` measures them."""
     import torch
     import transformers
@@ -102,8 +103,9 @@ def measure_costs(rounds: int) -> None:
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    result = {"command": f"python benchmarks/accumulation.py costs --rounds {rounds}", "tasks": {}}
-    for task in (LANGUAGE, VISION):
+    result = json.loads(COSTS.read_text()) if COSTS.exists() else {"tasks": {}}
+    result["command"] = f"python benchmarks/accumulation.py costs --rounds {rounds}"
+    for task in (TASKS[name] for name in names):
         parts = build(task, seed=0)
         for key in ("eval_dataset", "compute_metrics"):
             parts.pop(key, None)
@@ -112,9 +114,11 @@ def measure_costs(rounds: int) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 args = EfficientTrainingArguments(
                     **common_arguments(task, folder), max_steps=48, gradient_accumulation_steps=1,
-                    accumulation_policy="ramp", accumulation_ramp="0:1", logging_strategy="no",
+                    accumulation_policy="ramp", accumulation_ramp="0:1", measure_noise_scale=False,
+                    logging_strategy="no",
                 )  # fmt: skip
-                trainer = EfficientTrainer(args=args, **parts)
+                # A policy of one's own: steps are timed for it.
+                trainer = EfficientTrainer(args=args, accumulation_policy=lambda observation: 1, **parts)
                 trainer.remove_callback(transformers.PrinterCallback)
                 trainer.train()
                 timer = trainer._controller.timer

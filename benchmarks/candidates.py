@@ -1,6 +1,6 @@
 """Policies that were tried and are not the default; also examples of how to pass your own to the Trainer."""
 
-from hf_trainopt.accumulation import GoodputPolicy
+from hf_trainopt.accumulation import GoodputPolicy, NoiseScalePolicy
 
 
 CANDIDATES = {
@@ -8,6 +8,8 @@ CANDIDATES = {
     "plain_goodput": lambda: GoodputPolicy(annealing_ratio=0.0),
     # Annealing up to a whole noise scale instead of a quarter.
     "annealed_to_noise_scale": lambda: GoodputPolicy(annealing_ratio=1.0),
+    # noise_scale_ratio=0.5
+    "half_noise_scale": lambda: NoiseScalePolicy(ratio=0.5),
 }
 
 

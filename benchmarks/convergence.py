@@ -3,14 +3,15 @@
     python benchmarks/convergence.py sweep                  # stock, k x learning rate, both tasks, seed 0
     python benchmarks/convergence.py ours                   # our defaults at the rates of a user's choice, seed 0
     python benchmarks/convergence.py paired                 # five seeds of what is compared
+    python benchmarks/convergence.py resnet50               # the paired runs of vision with ResNet-50, five seeds
     python benchmarks/convergence.py ablations              # other policies and rules, replayed and reversed k
     python benchmarks/convergence.py run --task language --policy fixed -k 8 --learning_rate 2e-3 --seed 0
     python benchmarks/convergence.py table                  # benchmarks/convergence.md from the records
     python benchmarks/convergence.py --quick --results FOLDER all   # everything at toy sizes, into another folder
 
-Every run is a process of its own and writes one JSON record to `benchmarks/results/convergence/`; runs that have one
-are left out, so that a suite can be stopped and continued. `--streams 2` runs two at a time, one thread each. Tasks,
-data and models are those of `tasks.py`.
+Every run (but a toy one) is a process of its own and writes one JSON record to `benchmarks/results/convergence/`;
+runs that have one are left out, so that a suite can be stopped and continued. `--streams 2` runs two at a time, one
+thread each. Tasks, data and models are those of `tasks.py`.
 """
 
 import argparse
@@ -30,7 +31,7 @@ RESULTS = HERE / "results" / "convergence"
 STOCK = "fixed"
 NUM_EVALUATIONS = 20
 # Evaluations along the way are on a part of the validation data, the last one on all.
-CURVE_SAMPLES = {"language": 100, "vision": 500}
+CURVE_SAMPLES = {"language": 100, "vision": 500, "vision_resnet50": 250}
 
 
 def record_path(options: argparse.Namespace) -> Path:
@@ -152,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--streams", type=int, default=1, help="runs at a time, one thread each")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="one run, one record")
-    one.add_argument("--task", choices=("language", "vision"), required=True)
+    one.add_argument("--task", choices=tuple(CURVE_SAMPLES), required=True)
     one.add_argument("--policy", default=STOCK)
     one.add_argument("-k", type=int, default=8, help="gradient_accumulation_steps (the reference)")
     one.add_argument("--learning_rate", type=float, required=True)
@@ -161,7 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--source", type=Path, default=None, help="record whose k is replayed or reversed")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--ranks", type=int, default=1)
-    for name in ("sweep", "ours", "paired", "ablations", "ranks", "all"):
+    for name in ("sweep", "ours", "paired", "resnet50", "ablations", "ranks", "all"):
         commands.add_parser(name, help="the runs of this part that have no record yet")
     commands.add_parser("table", help="write benchmarks/convergence.md from the records")
     return parser
@@ -179,6 +180,10 @@ def run_suite(options: argparse.Namespace) -> None:
             one = make_parser().parse_args(words)
             if not record_path(one).exists():
                 waiting.append((one, words))
+        if options.quick:  # a toy run takes less than its imports
+            for one, words in waiting:
+                run(one) if one.ranks == 1 else launch((one, words))
+            continue
         with ThreadPoolExecutor(options.streams) as pool:
             list(pool.map(launch, waiting))
 

@@ -15,7 +15,8 @@ from hf_trainopt.evidence.targets import Crossing, Evaluation, first_crossing
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("language", "vision")
-MICRO_BATCH = {"language": 4, "vision": 16}
+PAIRED_TASKS = (*TASKS, "vision_resnet50")
+MICRO_BATCH = {"language": 4, "vision": 16, "vision_resnet50": 16}
 # Share of its data at which the loss of a run of seed 0 becomes a target.
 SHARES = {"eight": 0.8, "best": 0.9}
 
@@ -46,9 +47,11 @@ def loss_at(record: dict, share: float) -> float:
 
 def targets(records: list[dict], task: str) -> dict[str, tuple[float, dict]]:
     """Return the two frozen targets with the runs that they are of: stock at k = 8, and the best of the sweep."""
+    # ResNet-50 has no sweep of its own: its k is that of ResNet-18.
+    of = {"k": best(records, task="vision", policy="fixed")["k"]} if task == "vision_resnet50" else {}
     runs = {
         "eight": best(records, task=task, policy="fixed", k=8),
-        "best": best(records, task=task, policy="fixed"),
+        "best": best(records, task=task, policy="fixed", **of),
     }
     return {name: (loss_at(run, SHARES[name]), run) for name, run in runs.items()}
 
@@ -65,7 +68,7 @@ def arms(records: list[dict], task: str) -> dict[str, list[dict]]:
 
     adaptive = {"task": task, "policy": "goodput"}
     stock = {"task": task, "policy": "fixed"}
-    return {
+    groups = {
         f"stock, k = 8, {eight['learning_rate']:g} (its best rate)": of(
             k=8, learning_rate=eight["learning_rate"], **stock
         ),
@@ -75,10 +78,12 @@ def arms(records: list[dict], task: str) -> dict[str, list[dict]]:
         f"ours, defaults, {eight['learning_rate']:g} (the rate of k = 8)": of(
             learning_rate=eight["learning_rate"], rule=DEFAULT_RULE, **adaptive
         ),
-        f'ours, "{own["rule"]}", {own["learning_rate"]:g} (rule and rate searched)': of(
-            learning_rate=own["learning_rate"], rule=own["rule"], **adaptive
-        ),
     }
+    if (own["rule"], own["learning_rate"]) != (DEFAULT_RULE, eight["learning_rate"]):
+        groups[f'ours, "{own["rule"]}", {own["learning_rate"]:g} (rule and rate searched)'] = of(
+            learning_rate=own["learning_rate"], rule=own["rule"], **adaptive
+        )
+    return groups
 
 
 def ratio(ours: Sequence[dict], stock: Sequence[dict], target: float, axis: str) -> str:
@@ -142,7 +147,7 @@ def paired_table(records: list[dict], task: str) -> str:
                 for axis in ("seconds", "samples")
             ]
         rows.append([name, len(runs), *quality, steps, *cells])
-    accuracy = ["accuracy, %"] if task == "vision" else []
+    accuracy = ["accuracy, %"] if task.startswith("vision") else []
     first, second = (f"{frozen[name][0]:.3f}" for name in ("eight", "best"))
     header = ["arm, learning rate", "seeds", "final loss", *accuracy, "steps", f"time to {first} against k = 8",
               "samples", f"time to {second} against the sweep's best", "samples"]  # fmt: skip
@@ -166,6 +171,34 @@ def other_table(records: list[dict], task: str) -> str:
     header = ["policy", "rule", "learning rate", "final loss", "steps", "time to the first target, of k = 8",
               "time to the second, of the sweep's best"]  # fmt: skip
     return table(header, rows)
+
+
+def draw_curves(records: list[dict], folder: Path) -> None:
+    """Draw the validation loss of the paired runs against time: the mean over seeds and, shaded, ± one deviation."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    folder.mkdir(exist_ok=True)
+    for task in PAIRED_TASKS:
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        for (name, runs), style in zip(arms(records, task).items(), ("--", ":", "-", "-."), strict=False):
+            curves = [[(e.seconds, e.value) for e in curve(run)] for run in runs]
+            grid = np.linspace(max(c[0][0] for c in curves), min(c[-1][0] for c in curves), 60)
+            losses = np.array([np.interp(grid, *zip(*c, strict=True)) for c in curves])
+            middle, deviation = losses.mean(0), losses.std(0, ddof=1) if len(losses) > 1 else 0 * grid
+            (line,) = axes.plot(grid, middle, style, label=f"{name}; {len(runs)} seeds")
+            axes.fill_between(grid, middle - deviation, middle + deviation, color=line.get_color(), alpha=0.2, lw=0)
+        for (loss, _), what in zip(targets(records, task).values(), ("first target", "second target"), strict=True):
+            axes.axhline(loss, color="gray", lw=0.8)
+            axes.annotate(what, (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        start = np.median([curve(run)[0].value for runs in arms(records, task).values() for run in runs])
+        axes.set(xlabel="seconds of training (idle machine)", ylabel="validation loss", ylim=(None, start))
+        axes.legend(fontsize=8)
+        figure.savefig(folder / f"convergence-{task.replace('_', '-')}.png", dpi=120)
+        plt.close(figure)
 
 
 def ranks_table(records: list[dict]) -> str:
@@ -192,12 +225,14 @@ def write_report(results: Path, path: Path | None = None) -> None:
     path = path or HERE / "convergence.md"
     records = load(results)
     parts: dict[str, Callable[[], str]] = {"ranks": lambda: ranks_table(records)}
+    for task in PAIRED_TASKS:
+        parts[f"{task} paired"] = lambda task=task: paired_table(records, task)
     for task in TASKS:
         parts[f"{task} sweep"] = lambda task=task: sweep_table(records, task)
-        parts[f"{task} paired"] = lambda task=task: paired_table(records, task)
         parts[f"{task} other"] = lambda task=task: other_table(records, task)
     text = (HERE / "convergence.template.md").read_text()
     for name, make in parts.items():
         text = text.replace(f"@@{name}@@", make())
     path.write_text(text)
+    draw_curves(records, path.parent / "figures")
     print(f"wrote {path} from {len(records)} records")

@@ -25,10 +25,12 @@ SWEEP = {
 }
 # Cost of an optimizer step in micro-batches, measured on the idle machine (results/accumulation_costs.json); ours
 # measures it in the run, which on a machine that runs two at a time would be another figure in every run.
-STEP_COST = {"language": 0.04, "vision": 0.24}
+STEP_COST = {"language": 0.04, "vision": 0.24, "vision_resnet50": 0.2}
 # Rates of ours at k_ref = 8 that were tried on seed 0, and the rules.
 OURS = {"language": (2e-3, 4e-3, 8e-3), "vision": (3.5e-4, 7e-4, 1.4e-3, 2.8e-3)}
 DEFAULT_RULE = "surge"  # what lr_batch_scaling="auto" is under goodput
+# Rules and rates at k_ref = 8 of the policies that follow the noise scale itself, whose batches are larger.
+NOISE_SCALE = (("surge", 4e-3), ("sqrt", 4e-3), ("sqrt", 8e-3))
 RULES = (DEFAULT_RULE, "sqrt", "gain")
 SEEDS = range(5)
 QUICK_SWEEP = {"language": {1: (3e-3,), 8: (2e-3,)}, "vision": {1: (3.5e-4,), 8: (1.4e-3,)}}
@@ -89,7 +91,24 @@ def paired(results: Path, quick: bool) -> Runs:
             yield from runs[:: 1 if seed % 2 == 0 else -1]  # who is first must not matter
 
 
+def resnet50(results: Path, quick: bool) -> Runs:
+    """The paired runs of vision with ResNet-50, at k and rates that were best for ResNet-18: no search of its own."""
+    records = load(results)
+    eight = best(records, task="vision", policy="fixed", k=8)
+    first = best(records, task="vision", policy="fixed")
+    for seed in range(1) if quick else SEEDS:
+        runs = [
+            stock("vision_resnet50", 8, eight["learning_rate"], seed),
+            adaptive("vision_resnet50", eight["learning_rate"], DEFAULT_RULE, seed),
+            stock("vision_resnet50", first["k"], first["learning_rate"], seed),
+        ]
+        yield from runs[:: 1 if seed % 2 == 0 else -1]
+
+
 def ablations(results: Path, quick: bool) -> Runs:
+    for rule, rate in () if quick else NOISE_SCALE:
+        for policy in ("noise_scale", "half_noise_scale"):
+            yield adaptive("language", rate, rule, policy=policy)
     for task in ["language"] if quick else SWEEP:
         rate = best(load(results), task=task, policy="fixed", k=8)["learning_rate"]
         name = f"{task}-goodput-k8-lr{rate:g}-{DEFAULT_RULE}-seed0.json"
@@ -115,5 +134,5 @@ def ranks(results: Path, quick: bool) -> Runs:
 
 
 PARTS: dict[str, Callable[[Path, bool], Runs]] = {
-    "sweep": sweep, "ours": ours, "paired": paired, "ablations": ablations, "ranks": ranks,
+    "sweep": sweep, "ours": ours, "paired": paired, "resnet50": resnet50, "ablations": ablations, "ranks": ranks,
 }  # fmt: skip

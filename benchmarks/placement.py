@@ -3,6 +3,7 @@
     python benchmarks/placement.py predict                 # predicted against measured peaks, real steps on this CPU
     python benchmarks/placement.py flops                   # replayed against counted FLOPs
     python benchmarks/placement.py frontier                # ours against every_n, all and sqrt, on shapes only
+    python benchmarks/placement.py budgets                 # the plans for round budgets that the README shows
     python benchmarks/placement.py knob                    # against torch's activation_memory_budget, real steps
     python benchmarks/placement.py time                    # seconds of a step: on a quiet machine
     python benchmarks/placement.py overhead                # checkpoint_placement unset: on a quiet machine
@@ -47,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         "flops": (SMALL, "replayed against counted FLOPs"),
         "time": (TIMED, "seconds of a step under each placement"),
         "frontier": (FRONTIERS, "peak against time to recompute, on shapes"),
+        "budgets": (("gpt2-small-fp32", "resnet50-224"), "plans for round budgets, on shapes"),
         "knob": (("knob-gpt2",), "against torch's activation_memory_budget"),
         "overhead": ((), "what placement costs while it is off"),
         "table": ((), "write benchmarks/placement.md and its plots from the records"),
@@ -109,6 +111,10 @@ def run_case(options: argparse.Namespace, name: str) -> dict[str, Any]:
         from placement_frontier import frontier
 
         return frontier(case, options.points)
+    if options.command == "budgets":
+        from placement_frontier import budgets
+
+        return budgets(case)
     from placement_frontier import knob
 
     return knob(case, options.rounds, options.points, options.values)

@@ -26,6 +26,8 @@ FIGURES = {
     "resnet50-224": [("every block", "none", 53.2, 32.7), ("the best four blocks", "none", 26.6, 7.4)],
 }
 _PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
+# `memory_budget`, and the share of the peak that it is.
+BUDGETS = {"75%": 0.75, "50%": 0.5, "35%": 0.35, "25%": 0.25}
 # Of the knob: a share of what is saved for the backward pass.
 KNOB = (1.0, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
 
@@ -69,6 +71,20 @@ def frontier(case: Case, points: int) -> dict[str, Any]:
     ]
     record["seconds"] = round(time.perf_counter() - started, 1)
     print(f"{case.name}: {len(record['none'])} and {len(record.get('auto', ()))} plans in {record['seconds']} s")
+    return record
+
+
+def budgets(case: Case) -> dict[str, Any]:
+    """Return the record of the plans for `BUDGETS`, `None` where a budget is below the floor."""
+    record = {"case": case.name, "title": case.title, **provenance(seed=None), "device": case.device}
+    for rewrites in ("none", "auto"):
+        planner = case.planner(rewrites)
+        peak, floor = planner.baseline.peak_bytes, planner.floor.peak_bytes
+        record |= {"baseline_bytes": peak, f"{rewrites} floor_bytes": floor}
+        record[rewrites] = {
+            budget: point(planner.for_budget(budget)) if share * peak >= floor else None
+            for budget, share in BUDGETS.items()
+        }
     return record
 
 

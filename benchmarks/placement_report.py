@@ -158,6 +158,19 @@ def frontier_table(folder: Path) -> str:
     return table([*columns, "ours with rewrites, %"], rows)
 
 
+def budgets_table(folder: Path) -> str:
+    rows = []
+    for record in records(folder, "budgets"):
+        for rewrites, name in (("none", "no rewrites"), ("auto", "default")):
+            for budget, plan in record[rewrites].items():
+                cells = ["below the floor", "", "", ""] if plan is None else [
+                    percent(plan["peak_bytes"] / record["baseline_bytes"] - 1),
+                    percent(plan["extra_flops_ratio"]), percent(total(plan)), ", ".join(plan["rewrites"]) or "–",
+                ]  # fmt: skip
+                rows.append([record["title"], f"{budget}, {name}", *cells])
+    return table(["model", "`memory_budget`", "cut, %", "more FLOPs, %", "more time, %", "rewrites"], rows)
+
+
 def figures_table(folder: Path) -> str:
     rows = []
     for record in records(folder, "frontier"):
@@ -328,7 +341,8 @@ def write_report(results: Path, output: Path) -> None:
         count += len(pictures)
     tables = {
         "predict summary": predict_summary, "predict": predict_tables, "flops": flops_table, "time": time_tables,
-        "frontier": frontier_table, "figures": figures_table, "knob": knob_table, "overhead": overhead_table,
+        "frontier": frontier_table, "budgets": budgets_table, "figures": figures_table,
+        "knob": knob_table, "overhead": overhead_table,
     }  # fmt: skip
     for name, make in tables.items():
         text = text.replace(f"@@{name}@@", make(results))

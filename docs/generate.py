@@ -36,7 +36,7 @@ package | floor | tested
 --- | --- | ---
 """
 
-TAIL = """
+MIDDLE = """
 ## What to do when something breaks
 
 - A warning about the version: install a tested one, `pip install -c constraints.txt .`.
@@ -44,16 +44,31 @@ TAIL = """
 - See whether the error stays with `accumulation_policy="fixed"`, `measurements="none"`, `max_skipped_windows=0` and no
   placement: then the loop is that of stock `Trainer`.
 
-## Arguments, other parts, logged keys
+## Arguments
 
-There are no arguments and no logged keys. Every part reads what it needs of transformers and PyTorch through the names
-below. The versions of a run are in the manifest of each of its checkpoints.
+There are none.
+
+## How it works
+
+Every part reads what it needs of transformers and PyTorch through public names and these.
+"""
+
+TAIL = """
+## With the other parts
+
+- **Reliability.** The versions of a run are in the manifest of each of its checkpoints
+  ([reliability.md](reliability.md)).
+- **Compare.** Runs of other versions are not compared with each other ([compare.md](compare.md)).
 
 ## Caveats
 
 - Private names change without notice. transformers and accelerate are held below their next major version,
   torch is not.
 - The tested versions were run in full; of the floors a part of the tests, nothing in between.
+
+## Logged keys
+
+There are none.
 """
 
 
@@ -75,7 +90,7 @@ def private_names() -> list[str]:
     """Return a table for each dictionary `PRIVATE_...` of `_compat`."""
     parts = []
     for dictionary, title in TITLES.items():
-        parts += ["", f"## {title}", "", "name | why", "--- | ---"]
+        parts += ["", f"### {title}", "", "name | why", "--- | ---"]
         for place, value in getattr(_compat, dictionary).items():
             entries = value.items() if isinstance(value, dict) else [(None, value)]
             for name, entry in entries:
@@ -95,7 +110,8 @@ def page() -> str:
     if unknown:
         raise ValueError(f"docs/generate.py has no title for {', '.join(sorted(unknown))}, or one too many.")
     first, last = _compat.TESTED_TRANSFORMERS
-    lines = [HEAD.format(first=first, last=last).rstrip("\n"), *versions(), TAIL.rstrip("\n"), *private_names()]
+    head = HEAD.format(first=first, last=last).rstrip("\n")
+    lines = [head, *versions(), MIDDLE.rstrip("\n"), *private_names(), TAIL.rstrip("\n")]
     return "\n".join(lines) + "\n"
 
 

@@ -28,7 +28,7 @@ def launch(
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*command, str(worker), str(folder), case],
-        capture_output=True, text=True, timeout=240, cwd=WORKER.parent, env=environment,
+        capture_output=True, text=True, timeout=600, cwd=WORKER.parent, env=environment,
     )  # fmt: skip
     if fails_with is not None:
         assert done.returncode != 0
@@ -64,12 +64,26 @@ def assert_close_weights(first: dict, second: dict) -> None:
         )
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, list[dict]]:
+    """All cases of two ranks, in one launch."""
+    cases = [
+        # First: they look at the memory of the process.
+        "evidence stock", "evidence efficient",
+        "sequence", "buckets", "goodput", "resnet", "statistics", "stock", "constant", "stock corruption",
+        "placement none", "placement 90%",
+        # Last: the process goes on as if its CPU were another device.
+        "fp16",
+    ]  # fmt: skip
+    return launch_all(cases, tmp_path_factory.mktemp("runs"))
+
+
 @pytest.mark.parametrize("case", ["sequence", "buckets"])
-def test_two_ranks_equal_one_with_the_same_global_batches(case, tmp_path):
+def test_two_ranks_equal_one_with_the_same_global_batches(case, runs, tmp_path):
     """`buckets`: the loss of each rank is divided by its own tokens, so only the ranks' agreement is exact."""
     from distributed_worker import K_SEQUENCE
 
-    two = launch(case, tmp_path / "two")
+    two = runs[case]
     assert_ranks_agree(two)
     sizes = [step["k"] for step in two[0]["steps"]]
     assert sizes[: len(K_SEQUENCE) - 1] == K_SEQUENCE[:-1]
@@ -81,21 +95,21 @@ def test_two_ranks_equal_one_with_the_same_global_batches(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["goodput", "resnet"])
-def test_measured_decisions_are_the_same_on_all_ranks(case, tmp_path):
-    records = launch(case, tmp_path)
+def test_measured_decisions_are_the_same_on_all_ranks(case, runs):
+    records = runs[case]
     assert_ranks_agree(records)
     assert case == "resnet" or len({step["k"] for step in records[0]["steps"]}) > 1
     assert records[0]["steps"][-1]["noise"] is not None
 
 
-def test_statistics_over_ranks_equal_their_slow_twin(tmp_path):
+def test_statistics_over_ranks_equal_their_slow_twin(runs):
     """Micro-batches of both ranks, gradients averaged by DDP: against every gradient by itself."""
     from helpers import tiny_gpt2
     from reference import estimate_noise_by_pairs
 
     from hf_trainopt.accumulation import WindowStatistics, estimate_noise
 
-    records = launch("statistics", tmp_path)
+    records = runs["statistics"]
     assert records[0]["statistics"] == records[1]["statistics"]
     model = tiny_gpt2(dtype=torch.float64)
     assert len(records[0]["statistics"]) > 4
@@ -114,24 +128,24 @@ def test_statistics_over_ranks_equal_their_slow_twin(tmp_path):
         assert statistics["num_micro_batches"] == len(windows[0]) + len(windows[1])
 
 
-def test_constant_k_is_stock_on_two_ranks(tmp_path):
-    stock, ours = launch("stock", tmp_path / "stock"), launch("constant", tmp_path / "ours")
+def test_constant_k_is_stock_on_two_ranks(runs):
+    stock, ours = runs["stock"], runs["constant"]
     assert [s["checksum"] for s in stock[0]["steps"]] == [s["checksum"] for s in ours[0]["steps"]]
     assert stock[0]["weights"] == ours[0]["weights"]
 
 
-def test_stock_ranks_drift_apart_when_a_callback_changes_k(tmp_path):
+def test_stock_ranks_drift_apart_when_a_callback_changes_k(runs):
     """Documents why k is not simply changed in a callback: ranks step on gradients that were never reduced.
 
     Stock decides where to step from a running count modulo k, and where to reduce from the end of the fetched window.
     """
-    first, second = ([step["checksum"] for step in r["steps"]] for r in launch("stock corruption", tmp_path))
+    first, second = ([step["checksum"] for step in r["steps"]] for r in runs["stock corruption"])
     assert first != second
 
 
-def test_placement_on_two_ranks_is_exact_and_the_same(tmp_path):
+def test_placement_on_two_ranks_is_exact_and_the_same(runs, tmp_path):
     """Under DDP, with accumulation windows and gradient statistics; a plan that cannot be made ends all ranks."""
-    plain, placed = launch("placement none", tmp_path / "none"), launch("placement 90%", tmp_path / "budget")
+    plain, placed = runs["placement none"], runs["placement 90%"]
     assert_ranks_agree(placed)
     assert [step["checksum"] for step in placed[0]["steps"]] == [step["checksum"] for step in plain[0]["steps"]]
     peaks = {"measured_peak_gib", "predicted_peak_gib"}
@@ -143,9 +157,9 @@ def test_placement_on_two_ranks_is_exact_and_the_same(tmp_path):
     launch("placement 1%", tmp_path / "floor", fails_with="no placement needs less than")
 
 
-def test_measurements_on_two_ranks(tmp_path):
+def test_measurements_on_two_ranks(runs):
     """Sums of samples, maxima of memory, one noise scale; nobody waits for a rank that logs by itself."""
-    stock, ours = launch("evidence stock", tmp_path / "stock"), launch("evidence efficient", tmp_path / "ours")
+    stock, ours = runs["evidence stock"], runs["evidence efficient"]
     assert stock[0]["weights"] == ours[0]["weights"]
     agreed = ("samples_seen", "steps_to_target", "samples_to_target", "target_reached", "noise_scale")
     for records in (stock, ours):
@@ -170,9 +184,9 @@ def test_measurements_on_two_ranks(tmp_path):
     assert any("noise_scale" in line for line in lines[0])
 
 
-def test_ranks_skip_and_leave_fp16_together(tmp_path):
+def test_ranks_skip_and_leave_fp16_together(runs):
     """The second rank overflows; gradients are averaged before the scaler looks at them."""
-    records = launch("fp16", tmp_path)
+    records = runs["fp16"]
     assert_ranks_agree(records)
     for record in records:
         assert record["precision"] == "no"

@@ -183,6 +183,26 @@ def test_the_index_names_every_page_and_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def headings(page: Path) -> list[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"^(#+ .+)$", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs" and page.name != "README.md"])
+def test_every_page_has_the_same_sections(page):
+    """What it does, and then these; pages may have more."""
+    known = [f"## {name}" for name in ("Arguments", "How it works", "With the other parts", "Caveats", "Logged keys")]
+    assert [heading for heading in headings(page) if heading in known] == known
+
+
+def test_links_into_pages_meet_a_heading():
+    for page in PAGES:
+        for name, anchor in re.findall(r"\]\(([\w./-]*\.md)?#([\w-]+)\)", page.read_text(encoding="utf-8")):
+            target = page.parent / name if name else page
+            anchors = [re.sub(r"[^\w -]", "", h.lstrip("# ").lower()).replace(" ", "-") for h in headings(target)]
+            assert anchor in anchors, f"{page.name}: {name}#{anchor}"
+
+
 def test_generated_pages_are_up_to_date():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     generate = importlib.util.module_from_spec(spec)

@@ -12,6 +12,7 @@ from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.evidence import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
 from hf_trainopt.evidence.base import MeasurementCallback
 from hf_trainopt.evidence.keys import EVIDENCE_KEYS, is_evidence_key
+from hf_trainopt.trainer import LOGGED_KEYS
 
 
 DOCS = (Path(__file__).resolve().parent.parent / "docs" / "evidence.md").read_text(encoding="utf-8")
@@ -75,8 +76,9 @@ def test_every_key_stands_in_the_table_of_the_docs(tmp_path, monkeypatch):
     stock = train(tmp_path / "c", Trainer)
     known = {key for line in stock.state.log_history for key in line}
     logged = {key for trainer in (ours, others) for line in trainer.state.log_history for key in line} - known
-    table = set(re.findall(r"^`(\w+)` \|.*\|.*\|", DOCS.split("## What is logged")[1], flags=re.MULTILINE))
+    table = set(re.findall(r"^`(\w+)` \|.*\|.*\|", DOCS.split("## Logged keys")[1], flags=re.MULTILINE))
     assert set(EVIDENCE_KEYS) <= logged <= table
+    assert set(LOGGED_KEYS) <= table
 
 
 def test_trackers_get_them(tmp_path):
@@ -180,3 +182,20 @@ def test_the_direction_is_that_of_the_best_model(tmp_path, metric, greater):
 def test_by_default_throughput_and_memory_are_measured(tmp_path):
     args = EfficientTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     assert [type(callback) for callback in args.make_measurements()] == [ThroughputCallback, MemoryCallback]
+
+
+@pytest.mark.parametrize(
+    ("given", "kinds"),
+    [
+        (["throughput", "memory"], [ThroughputCallback, MemoryCallback]),
+        (("memory",), [MemoryCallback]),
+        ("memory, throughput,memory", [MemoryCallback, ThroughputCallback]),
+        ("none", []),
+        (["none"], []),
+        ([], []),
+        (None, []),
+    ],
+)
+def test_measurements_are_a_list_or_names_with_commas(tmp_path, given, kinds):
+    args = arguments(tmp_path, measurements=given)
+    assert [type(callback) for callback in args.make_measurements()] == kinds

@@ -31,6 +31,7 @@ def folder(tmp_path_factory) -> Path:
         ["flops", "--case", "tiny-resnet"],
         ["time", "--case", "tiny-resnet", "--rounds", "1"],
         ["frontier", "--case", "tiny-gpt2", "--points", "1"],
+        ["budgets", "--case", "tiny-gpt2"],
         ["knob", "--case", "tiny-gpt2", "--rounds", "1", "--values", "0.5", "--points", "1"],
     ):
         run(folder, *command)
@@ -66,6 +67,16 @@ def test_frontier_and_knob(folder):
     record = read(folder, "frontier-tiny-gpt2")
     assert min(point["peak_bytes"] for point in record["none"]) <= min(p["peak_bytes"] for p in record["named"])
     assert [entry["knob"] for entry in read(folder, "knob-tiny-gpt2")["knob"]] == [0.5]
+
+
+def test_plans_for_round_budgets_fit(folder):
+    record = read(folder, "budgets-tiny-gpt2")
+    for rewrites in ("none", "auto"):
+        shares = {"75%": 0.75, "50%": 0.5, "35%": 0.35, "25%": 0.25}
+        for budget, plan in record[rewrites].items():
+            limit = shares.pop(budget) * record["baseline_bytes"]
+            assert limit < record[f"{rewrites} floor_bytes"] if plan is None else plan["peak_bytes"] <= limit
+        assert not shares
 
 
 def test_page_is_made_from_the_records(folder, tmp_path):

@@ -56,6 +56,25 @@ def test_yaml_numbers_lists_mappings_and_none(tmp_path):
     assert not data.keep_linebreaks
 
 
+@pytest.mark.parametrize(
+    ("flags", "measured"),
+    [
+        ([], ["throughput", "memory"]),  # an argument that may be a list keeps its default
+        (["--measurements", "memory", "throughput"], ["memory", "throughput"]),
+        (["--measurements", "memory,throughput"], ["memory", "throughput"]),
+        (["--measurements", "none"], []),
+    ],
+)
+def test_measurements_by_flags(flags, measured):
+    _, training = parse(*flags)
+    assert training.measured == measured
+
+
+def test_measurements_by_file(tmp_path):
+    _, training = parse("--config", write(tmp_path / "flags.yaml", "measurements: [memory]\n"))
+    assert training.measured == ["memory"]
+
+
 @pytest.mark.parametrize("name", ["flags.json", "flags.yaml", "flags.yml"])
 def test_lone_file(tmp_path, name):
     _, training = parse(write(tmp_path / name, json.dumps({"max_steps": 7, "output_dir": str(tmp_path)})))

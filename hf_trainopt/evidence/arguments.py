@@ -16,18 +16,19 @@ class EvidenceArgumentsMixin:
     """What a run measures of itself.
 
     Args:
-        measurements (`str`, defaults to `"throughput,memory"`): What is logged beside the loss: a list out of
-            `throughput` and `memory`, or `"none"`.
+        measurements (`str` or `list[str]`, defaults to `["throughput", "memory"]`): What is logged beside the loss: a
+            list out of `throughput` and `memory`, or a text with commas; `"none"` or an empty list for nothing.
         target_metric (`str`, *optional*): Evaluation metric whose time to `target_value` is measured.
         target_value (`float`, *optional*): That target.
         stop_at_target (`bool`, defaults to `False`): End training once it is met.
     """
 
-    measurements: str = field(
-        default="throughput,memory",
+    # With a factory: `HfArgumentParser` forgets a plain default of a field that may be a list.
+    measurements: str | list[str] = field(
+        default_factory=lambda: list(MEASUREMENTS),
         metadata={
             "help": "What is logged beside the loss, as a list: throughput (seconds of training, samples and tokens a "
-            "second, FLOPs), memory (peaks by phase). Set 'none' to have the lines of stock Trainer."
+            "second, FLOPs), memory (peaks by phase). Set 'none' to have none of it."
         },
     )
     target_metric: str | None = field(
@@ -59,6 +60,12 @@ class EvidenceArgumentsMixin:
         Raises:
             ValueError: One is unknown or contradicts another.
         """
+        given = self.measurements or []
+        parts = given if isinstance(given, list | tuple) else [given]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(
+                f"measurements is {given!r}; give a list out of {', '.join(MEASUREMENTS)}, or 'none' alone."
+            )
         unknown = [name for name in self.measured if name not in MEASUREMENTS]
         if unknown:
             raise ValueError(
@@ -76,9 +83,11 @@ class EvidenceArgumentsMixin:
 
     @property
     def measured(self) -> list[str]:
-        """Names in `measurements`."""
-        names = [name.strip() for name in (self.measurements or "none").split(",") if name.strip()]
-        return [] if names == ["none"] else names
+        """Names in `measurements`, each once."""
+        given = self.measurements or ()
+        parts = [given] if isinstance(given, str) else given
+        names = [name.strip() for part in parts for name in part.split(",") if name.strip()]
+        return [] if names == ["none"] else list(dict.fromkeys(names))
 
     def make_measurements(self) -> list:
         """Return the callbacks that these arguments ask for."""
