@@ -10,6 +10,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
+from .loss_scaling import calls_super, model_ignores_num_items, own_compute_loss, own_loss_ignoring_num_items
+
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +63,33 @@ def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool)
             f"optim='{optim}' takes its steps inside the backward pass, so that gradients cannot be accumulated; "
             f"choose another optimizer, or {remedy}."
         )
-    model = trainer.model
-    if _takes_loss_kwargs_unasked(trainer) and _loss_ignores_num_items(model):
-        raise ValueError(
-            f"the loss of {type(model).__name__} for regression or multi-label classification ignores "
-            "num_items_in_batch, so that gradients would grow with k; set `model.accepts_loss_kwargs = False` before "
-            f"you make the Trainer (a mean of micro-batch means), or {remedy}."
-        )
     reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant")
     if measures and args.activation_checkpointing and reentrant:
         raise ValueError(
             "activation_checkpointing_kwargs: use_reentrant=True hands out gradients in pieces, so that their norms "
             f"cannot be measured; set it to False, or {remedy}."
+        )
+
+
+def loss_ignores_num_items(trainer: Trainer) -> bool:
+    """Return whether a model is known not to divide its loss by `num_items_in_batch`, as Trainer expects it to."""
+    return _takes_loss_kwargs_unasked(trainer) and model_ignores_num_items(trainer.model)
+
+
+def check_first_loss(trainer: Trainer) -> None:
+    """Refuse a model that has told in its first forward pass that its loss ignores `num_items_in_batch`.
+
+    Args:
+        trainer: As for `check_adaptive_setup`.
+
+    Raises:
+        ValueError: What its labels are has set the model's `problem_type`, and gradients would grow with k.
+    """
+    if loss_ignores_num_items(trainer):
+        model = trainer.model
+        raise ValueError(
+            f"the loss of {type(model).__name__} for {model.config.problem_type} ignores num_items_in_batch, so that "
+            "gradients would grow with k; set `model.config.problem_type` before you make the Trainer."
         )
 
 
@@ -162,7 +179,7 @@ def may_end_unevenly(dataloader: torch.utils.data.DataLoader) -> bool:
 
 
 def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
-    """Warn of probes under a fixed policy, and of a model whose loss may be scaled twice.
+    """Warn of probes under a fixed policy, and of a loss that may be scaled twice.
 
     Args:
         trainer: As for `check_adaptive_setup`, which is called again for each run; this is not.
@@ -187,20 +204,19 @@ def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
             "plain mean, set `accepts_loss_kwargs = False` on the model: gradients would grow with k otherwise.",
             type(inner).__name__,
         )
+    own_loss = own_loss_ignoring_num_items(trainer)
+    if own_loss is not None:
+        logger.warning(
+            "%s does not read num_items_in_batch, by which Trainer expects it to divide the loss: gradients grow with "
+            "k. Divide a sum by it, or set `loss_is_scaled_for_ga = False` on the Trainer if the loss is a mean.",
+            own_loss,
+        )
 
 
 def _takes_loss_kwargs_unasked(trainer: Trainer) -> bool:
     """Whether Trainer concludes from the signature of `forward` that the loss is divided by `num_items_in_batch`."""
-    unset = not hasattr(trainer.model, "accepts_loss_kwargs") and trainer.compute_loss_func is None
-    return trainer.model_accepts_loss_kwargs and unset
-
-
-def _loss_ignores_num_items(model: torch.nn.Module) -> bool:
-    """Whether the loss of transformers is a mean of its own here: sequence classification but single-label."""
-    config = getattr(model, "config", None)
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        return False
-    return (
-        getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
-        or getattr(config, "num_labels", None) == 1
-    )
+    unset = not hasattr(trainer.model, "accepts_loss_kwargs") and trainer.loss_is_scaled_for_ga is None
+    own = own_compute_loss(trainer)
+    # Label smoothing and a loss function of the user's take the place of the model's loss.
+    is_the_models = trainer.compute_loss_func is None and trainer.label_smoother is None
+    return trainer.model_accepts_loss_kwargs and unset and is_the_models and (own is None or calls_super(own))

@@ -36,6 +36,8 @@ from .checks import (
     check_adaptive_setup,
     check_amount_of_data,
     check_equal_lengths,
+    check_first_loss,
+    loss_ignores_num_items,
     may_end_unevenly,
     warn_of_adaptive_setup,
 )
@@ -102,6 +104,7 @@ class EfficientTrainerMixin(
                 f"args is a {type(self.args).__name__}; pass EfficientTrainingArguments (or a subclass of "
                 "EfficientTrainingArgumentsMixin and your TrainingArguments)."
             )
+        self._takes_num_items = self.model_accepts_loss_kwargs
         self._has_own_policy = accumulation_policy is not None
         self.accumulation_policy = accumulation_policy
         self._cursor: DataCursor | None = None
@@ -117,6 +120,13 @@ class EfficientTrainerMixin(
         self._read_arguments()
         if self._adapts:
             warn_of_adaptive_setup(self, self._measures)
+            if self.model_accepts_loss_kwargs != self._takes_num_items:
+                logger.warning(
+                    "The loss of %s ignores num_items_in_batch, so that in stock Trainer gradients and losses are k "
+                    "times too large: here they are means over the micro-batches. Set `accepts_loss_kwargs = False` "
+                    "on the model to have that in both, without this warning.",
+                    type(self.model).__name__,
+                )
         self.callback_handler = WindowCallbackHandler(
             self.callback_handler,
             self._reference_steps_shown,
@@ -151,8 +161,12 @@ class EfficientTrainerMixin(
         self.args.validate_accumulation()
         if not self._has_own_policy:
             self.accumulation_policy = self.args.make_accumulation_policy()
+        self.model_accepts_loss_kwargs = self._takes_num_items
         if self._adapts:
             check_adaptive_setup(self, self._measures, self._has_own_policy)
+            if loss_ignores_num_items(self):
+                # In stock gradients grow with k, which is a constant there. A mean of micro-batch means does not.
+                self.model_accepts_loss_kwargs = False
 
     @property
     def _most_accumulation_steps(self) -> int:
@@ -407,6 +421,8 @@ class EfficientTrainerMixin(
     def _finish_window(self, window: Window, num_items_in_batch: Any) -> None:
         """Count the window, take in its statistics, choose k and place the learning rate for the next one."""
         cursor, controller = self._cursor, self._controller
+        if controller.num_windows == 0:
+            check_first_loss(self)
         samples = sum(count_samples(micro_batch) for micro_batch in window.micro_batches)
         cursor.advance(len(window), end_of_epoch=self._epoch_is_over)
         self._epoch_is_over |= cursor.micro_batch == 0

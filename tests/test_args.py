@@ -93,6 +93,35 @@ def test_a_model_whose_loss_may_be_scaled_twice_is_warned_of(tmp_path, caplog):
     assert "accepts_loss_kwargs = False" in caplog.text
 
 
+def test_a_loss_of_ones_own_that_does_not_read_the_items_is_warned_of(tmp_path, caplog):
+    def mean(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+
+    def scaled(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.sum() / num_items_in_batch
+
+    class Mean(EfficientTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    class Scaled(EfficientTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class Told(Mean):
+        loss_is_scaled_for_ga = False
+
+    def warnings(cls=EfficientTrainer, **kwargs):
+        caplog.clear()
+        cls(model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=Rows(), **kwargs)
+        return [record.getMessage() for record in caplog.records if "does not read num_items" in record.getMessage()]
+
+    assert "compute_loss_func=mean" in warnings(compute_loss_func=mean)[0]
+    assert "Mean.compute_loss" in warnings(Mean)[0]
+    assert not (warnings() + warnings(compute_loss_func=scaled) + warnings(Scaled) + warnings(Told))
+
+
 def test_stock_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pass EfficientTrainingArguments"):
         EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, TrainingArguments), train_dataset=Rows())
