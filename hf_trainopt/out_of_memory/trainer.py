@@ -200,6 +200,11 @@ class OutOfMemoryTrainerMixin:
             largest = max(count_rows(part.inputs) for part in window.parts)
         except ValueError as error:
             return 0, f"the micro-batch cannot be split: {error}"
+        if largest > self._part_size:
+            return 0, (
+                f"the data loader makes {largest} rows where per_device_train_batch_size says "
+                f"{self._train_batch_size}, which is to be set to {largest} if they are samples"
+            )
         if largest == 1:
             return 0, "not even a single sample fits"
         return -(-largest // 2), None
