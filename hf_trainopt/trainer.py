@@ -114,6 +114,8 @@ class EfficientTrainerMixin(
         self._epoch_examples = 0
         self._last_window: tuple[int, int] | None = None
         self._epoch_is_over = False
+        self._train_loader: Any = None
+        self._other_loader: Any = None
         self._fetches_together = False
         self._warned_of_uneven_ranks = False
         self._committed_state: dict[str, Any] | None = None
@@ -292,8 +294,13 @@ class EfficientTrainerMixin(
         if epoch > self._cursor.epoch:  # a callback has stopped the last one early
             self._cursor.close_epoch()
         self._epoch_is_over = False
-        with self._accumulation_steps_shown(1):
-            return super()._run_epoch(*args, **kwargs)
+        active = self.accelerator.gradient_state.active_dataloader
+        self._train_loader, self._other_loader = None, active if active is not kwargs.get("train_dataloader") else None
+        try:
+            with self._accumulation_steps_shown(1):
+                return super()._run_epoch(*args, **kwargs)
+        finally:
+            self._train_loader = self._other_loader = None
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args, **kwargs):
         """Take the micro-batches of one window and hand them to the loop as one batch."""
@@ -310,8 +317,7 @@ class EfficientTrainerMixin(
             count = len(source)
         with self._accumulation_steps_shown(max(1, count)):
             micro_batches, num_items = super().get_batch_samples(iter(source), count, *args, **kwargs)
-        # Accelerate's loaders look one batch ahead, so that a stream says with its last batch that it is dry.
-        self._epoch_is_over |= len(micro_batches) < wanted or self.accelerator.gradient_state.end_of_dataloader
+        self._epoch_is_over |= len(micro_batches) < wanted or self._loader_is_dry()
         if not micro_batches:
             if wanted and self._cursor.micro_batch:
                 self._cursor.close_epoch()
@@ -323,6 +329,17 @@ class EfficientTrainerMixin(
         measured = measures and len(micro_batches) * self.args.world_size >= 2
         return [Window(micro_batches, planned, measured)], num_items
 
+    def _loader_is_dry(self) -> bool:
+        """Whether the batch that was fetched last is known to be the last of the epoch; call after each fetch.
+
+        Accelerate's loaders look one batch ahead. Which of them is active is a state of the process: it may be one
+        that an earlier run, or a callback, has left in the middle, and the loader of this run none of Accelerate's.
+        """
+        if self._train_loader is None:
+            active = self.accelerator.gradient_state.active_dataloader
+            self._train_loader = active if active is not self._other_loader else False
+        return self._train_loader not in (None, False) and self._train_loader.end_of_dataloader
+
     def _fetch_together(self, epoch_iterator: Iterator, wanted: int) -> list[Any]:
         """Take up to `wanted` micro-batches, as many as the rank that has the fewest left; all ranks call it.
 
@@ -330,7 +347,7 @@ class EfficientTrainerMixin(
         one takes the epoch for finished. The epoch ends on all of them with the first that is dry.
         """
         micro_batches = list(itertools.islice(epoch_iterator, wanted))
-        over = len(micro_batches) < wanted or self.accelerator.gradient_state.end_of_dataloader
+        over = len(micro_batches) < wanted or self._loader_is_dry()
         own = torch.tensor([[len(micro_batches), over]], dtype=torch.int64, device=self.args.device)
         counts, overs = self.accelerator.gather(own).T.tolist()
         self._epoch_is_over |= any(overs)
@@ -490,6 +507,8 @@ class EfficientTrainerMixin(
                 f"'{self.args.lr_scheduler_type.value}' ({error}); leave out what it does not take."
             ) from error
         if self._cursor is None:
+            if isinstance(scheduler, DataIndexedLR):  # the user's, of an earlier run in which k varied
+                self.lr_scheduler = scheduler = scheduler.unwrapped()
             return scheduler
         if isinstance(scheduler, METRIC_DRIVEN):
             if self.args.lr_batch_scaling != "none":

@@ -13,6 +13,7 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    get_linear_schedule_with_warmup,
 )
 from transformers.trainer_callback import ProgressCallback
 
@@ -287,6 +288,35 @@ def test_a_problem_type_that_only_labels_tell_is_refused_at_once(tmp_path):
 def test_optimizers_that_step_inside_backward_are_refused(tmp_path):
     with pytest.raises(ValueError, match="inside the backward pass"):
         EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, optim="lomo"), train_dataset=Rows())
+
+
+def test_a_loader_that_is_not_of_accelerate_after_one_that_is(tmp_path):
+    """The loader of the first run is left at its end, in a state of the process that said "the data are over"."""
+
+    class Plain(EfficientTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(self.train_dataset, batch_size=3, collate_fn=self.data_collator)
+
+    args = {"accumulation_policy": "ramp", "accumulation_ramp": "0:2", "num_train_epochs": 1}
+    first = quiet(EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, **args), train_dataset=Rows(48)))
+    first.train()
+    second = quiet(Plain(model=tiny_gpt2(), args=arguments(tmp_path, **args), train_dataset=Rows(48)))
+    second.train()
+    assert [trainer.state.global_step for trainer in (first, second)] == [8, 8]
+
+
+def test_a_schedule_of_the_users_goes_on_with_fixed_accumulation(tmp_path):
+    model = tiny_gpt2()
+    optimizer, recorder = torch.optim.AdamW(model.parameters(), lr=1e-2), Recorder()
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, 10)
+    trainer = make(
+        tmp_path, model=model, max_steps=3, gradient_accumulation_steps=1,
+        trainer={"optimizers": (optimizer, schedule), "callbacks": [recorder]},
+    )  # fmt: skip
+    trainer.train()
+    trainer.args.accumulation_policy, trainer.args.accumulation_ramp = "fixed", None
+    trainer.train()
+    assert recorder.learning_rates == pytest.approx([1e-2 * (1 - step / 10) for step in range(6)])
 
 
 def test_resuming_a_finished_run_leaves_its_place(tmp_path):
