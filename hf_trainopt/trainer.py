@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.trainer_utils import has_length
 
+from ._compat import rank_batch_size
 from .accumulation.checkpoint import place_after_stock_steps, read_state, restore, run_state, write_state
 from .accumulation.controller import AccumulationController
 from .accumulation.cursor import DataCursor
@@ -118,6 +119,7 @@ class EfficientTrainerMixin(
         self._other_loader: Any = None
         self._fetches_together = False
         self._warned_of_uneven_ranks = False
+        self._warned_of_other_steps = False
         self._committed_state: dict[str, Any] | None = None
         self._read_arguments()
         if self._adapts:
@@ -183,6 +185,13 @@ class EfficientTrainerMixin(
         try:
             yield
         finally:
+            if self.args.gradient_accumulation_steps != value and not self._warned_of_other_steps:
+                self._warned_of_other_steps = True
+                logger.warning(
+                    "gradient_accumulation_steps=%s, set in the middle of training, is ignored: k is chosen by "
+                    "accumulation_policy; for a rule of your own pass EfficientTrainer(accumulation_policy=...).",
+                    self.args.gradient_accumulation_steps,
+                )
             self.args.gradient_accumulation_steps = before
 
     def _reference_steps_shown(self):
@@ -229,7 +238,7 @@ class EfficientTrainerMixin(
         minimum, maximum = args.accumulation_bounds
         half_life = args.noise_scale_half_life
         if half_life < 1:
-            half_life *= max_steps * self._reference_steps * self._train_batch_size * args.world_size
+            half_life *= max_steps * self._reference_steps * rank_batch_size(self) * args.world_size
         device = args.device
         self._controller = AccumulationController(
             policy=self.accumulation_policy,
@@ -237,7 +246,7 @@ class EfficientTrainerMixin(
             minimum=minimum,
             maximum=maximum,
             world_size=args.world_size,
-            micro_batch_size=self._train_batch_size,
+            micro_batch_size=rank_batch_size(self),
             tracker=NoiseScaleTracker(half_life) if self._measures else None,
             measure_interval=args.noise_scale_interval,
             timer=StepTimer(
@@ -257,6 +266,10 @@ class EfficientTrainerMixin(
         )
         # k >= 1, so an epoch has at most as many windows as micro-batches; an iterator that is dry ends it earlier.
         return epochs, steps_in_epoch, examples, samples, total_batch, steps_in_epoch, max_steps
+
+    def _check_start(self, *args, **kwargs):
+        self._reference_steps = self.args.gradient_accumulation_steps  # it may have changed since the last run
+        return super()._check_start(*args, **kwargs)
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial, *args, **kwargs
@@ -601,7 +614,7 @@ class EfficientTrainerMixin(
         logs = {"accumulation_steps": k, "effective_batch_size": samples, "samples_seen": self._cursor.samples_seen}
         if self._is_split:
             size = self.micro_batch_size
-            logs |= {"accumulation_steps": k * -(-self._train_batch_size // size), "micro_batch_size": size}
+            logs |= {"accumulation_steps": k * -(-rank_batch_size(self) // size), "micro_batch_size": size}
         return logs | noise_logs(self._controller.noise)
 
     @property

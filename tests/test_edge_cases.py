@@ -319,6 +319,35 @@ def test_a_schedule_of_the_users_goes_on_with_fixed_accumulation(tmp_path):
     assert recorder.learning_rates == pytest.approx([1e-2 * (1 - step / 10) for step in range(6)])
 
 
+def test_steps_that_a_callback_sets_are_not_ignored_without_a_word(tmp_path, caplog):
+    class Sets(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.gradient_accumulation_steps = 8
+
+    trainer = make(tmp_path, trainer={"callbacks": [Sets()]})
+    trainer.train()
+    assert caplog.text.count("gradient_accumulation_steps=8, set in the middle of training, is ignored") == 1
+    assert trainer.args.gradient_accumulation_steps == 2
+
+
+@pytest.mark.parametrize("policy", ["fixed", "goodput"])
+def test_arguments_that_have_changed_count_when_a_run_is_resumed(tmp_path, policy):
+    def trainer(k):
+        settings = {"accumulation_policy": policy, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        return make(tmp_path, gradient_accumulation_steps=k, **settings)
+
+    first = trainer(2)
+    first.train()
+    resumed = trainer(4)
+    resumed.args.gradient_accumulation_steps = 2
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == first.state.global_step
+    refused = trainer(2)
+    refused.args.gradient_accumulation_steps = 4
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 4 but .* was written with 2"):
+        refused.train(resume_from_checkpoint=True)
+
+
 def test_resuming_a_finished_run_leaves_its_place(tmp_path):
     make(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
     checkpoint = last_checkpoint(tmp_path)
