@@ -1,6 +1,7 @@
 """Refusals: what cannot work with varying k is said before training starts, with the remedy."""
 
 import logging
+from dataclasses import fields
 
 import torch
 from accelerate import Accelerator
@@ -76,11 +77,14 @@ def loss_ignores_num_items(trainer: Trainer) -> bool:
     return _takes_loss_kwargs_unasked(trainer) and model_ignores_num_items(trainer.model)
 
 
-def check_first_loss(trainer: Trainer) -> None:
+def check_first_loss(trainer: Trainer, num_items_in_batch: torch.Tensor | int | None) -> None:
     """Refuse a model that has told in its first forward pass that its loss ignores `num_items_in_batch`.
+
+    A `compute_loss_func` that is not given them is warned of.
 
     Args:
         trainer: As for `check_adaptive_setup`.
+        num_items_in_batch: Of the first window.
 
     Raises:
         ValueError: What its labels are has set the model's `problem_type`, and gradients would grow with k.
@@ -90,6 +94,13 @@ def check_first_loss(trainer: Trainer) -> None:
         raise ValueError(
             f"the loss of {type(model).__name__} for {model.config.problem_type} ignores num_items_in_batch, so that "
             "gradients would grow with k; set `model.config.problem_type` before you make the Trainer."
+        )
+    unset = trainer.loss_is_scaled_for_ga is None
+    if unset and trainer.compute_loss_func is not None and num_items_in_batch is None:
+        logger.warning(
+            "compute_loss_func is to divide the loss by num_items_in_batch, but is not told it, since the batches "
+            "have no `labels`: gradients grow with k. Name the targets `labels`, or, if the loss is a mean, set "
+            "`loss_is_scaled_for_ga = False` on the Trainer."
         )
 
 
@@ -211,6 +222,27 @@ def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
             "k. Divide a sum by it, or set `loss_is_scaled_for_ga = False` on the Trainer if the loss is a mean.",
             own_loss,
         )
+
+
+def warn_of_ignored_settings(trainer: Trainer, measures: bool, has_own_policy: bool) -> None:
+    """Warn of settings that have no effect in this run; those that depend on the policy alone are the arguments' own.
+
+    Args:
+        trainer: As for `check_adaptive_setup`.
+        measures: Whether gradient statistics are taken.
+        has_own_policy: Whether the policy is the user's own.
+    """
+    args = trainer.args
+    defaults = {field.name: field.default for field in fields(args)}
+    ignored = []
+    if not measures:
+        ignored += [("noise_scale_interval", "nothing is measured"), ("noise_scale_half_life", "nothing is measured")]
+    if has_own_policy:
+        names = ("noise_scale_ratio", "optimizer_step_cost", "annealing_noise_ratio", "accumulation_ramp")
+        ignored += [(name, "the Trainer is given a policy of your own") for name in names]
+    for name, reason in ignored:
+        if getattr(args, name) != defaults[name]:
+            logger.warning("%s is ignored: %s.", name, reason)
 
 
 def _takes_loss_kwargs_unasked(trainer: Trainer) -> bool:

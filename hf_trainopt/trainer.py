@@ -41,6 +41,7 @@ from .checks import (
     loss_ignores_num_items,
     may_end_unevenly,
     warn_of_adaptive_setup,
+    warn_of_ignored_settings,
 )
 from .evidence.gradients import GradientStatisticsCallback, noise_logs
 from .evidence.keys import is_evidence_key
@@ -122,6 +123,7 @@ class EfficientTrainerMixin(
         self._warned_of_other_steps = False
         self._committed_state: dict[str, Any] | None = None
         self._read_arguments()
+        warn_of_ignored_settings(self, self._measures, self._has_own_policy)
         if self._adapts:
             warn_of_adaptive_setup(self, self._measures)
             if self.model_accepts_loss_kwargs != self._takes_num_items:
@@ -452,7 +454,7 @@ class EfficientTrainerMixin(
         """Count the window, take in its statistics, choose k and place the learning rate for the next one."""
         cursor, controller = self._cursor, self._controller
         if controller.num_windows == 0:
-            check_first_loss(self)
+            check_first_loss(self, num_items_in_batch)
         samples = sum(count_samples(micro_batch) for micro_batch in window.micro_batches)
         cursor.advance(len(window), end_of_epoch=self._epoch_is_over)
         self._epoch_is_over |= cursor.micro_batch == 0
