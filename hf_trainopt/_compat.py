@@ -1,6 +1,7 @@
 """What of transformers' and PyTorch's inside we touch, and why. `tests/test_compat.py` checks every entry."""
 
 import warnings
+from typing import Any
 
 import transformers
 from packaging.version import Version
@@ -32,7 +33,7 @@ PRIVATE_API: dict[str, tuple[tuple[str, ...], str]] = {
         (),
         "`no_sync` of a model sharded at load time: windows leave out the reduction as the upstream loop does.",
     ),
-    "_train_batch_size": (None, "Samples in a micro-batch of one rank, as the data loader makes them."),
+    "_train_batch_size": (None, "Samples in a micro-batch, for `rank_batch_size`."),
     "_clip_grad_norm": (("model",), "Its result says whether the gradients of a window are finite."),
     "_get_grad_norm": (("model", "grad_norm"), "As above, where nothing is clipped."),
     "_finalize_training": (("trial",), "A save that failed is tried once more before the run is over."),
@@ -124,6 +125,15 @@ PRIVATE_PRECISION: dict[str, dict[str, str]] = {
 PRIVATE_DDP: dict[str, str] = {
     "_sync_buffers": "The broadcast of buffers, which else is part of the first forward pass of a window.",
 }
+
+
+def rank_batch_size(trainer: Any) -> int:
+    """Return the samples in a micro-batch of one rank, as the data loader makes them.
+
+    Args:
+        trainer: A `transformers.Trainer`. With `split_batches` in `accelerator_config` the ranks share each batch.
+    """
+    return trainer._train_batch_size // (trainer.args.world_size if trainer.accelerator.split_batches else 1)
 
 
 def check_transformers_version() -> None:

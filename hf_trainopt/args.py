@@ -173,6 +173,13 @@ class EfficientTrainingArgumentsMixin(
             logger.warning("noise_scale_ratio is ignored: accumulation_policy is '%s'.", self.accumulation_policy)
         if self.optimizer_step_cost is not None and self.accumulation_policy != "goodput":
             logger.warning("optimizer_step_cost is ignored: accumulation_policy is '%s'.", self.accumulation_policy)
+        if self.annealing_noise_ratio not in (0, type(self).annealing_noise_ratio):
+            if self.accumulation_policy != "goodput":
+                logger.warning(
+                    "annealing_noise_ratio is ignored: accumulation_policy is '%s'.", self.accumulation_policy
+                )
+            elif self.lr_batch_scaling == "none":
+                logger.warning("annealing_noise_ratio is ignored: lr_batch_scaling is 'none'.")
 
     def validate_accumulation(self) -> None:
         """Check the settings of adaptive accumulation against each other.

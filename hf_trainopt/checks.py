@@ -1,6 +1,7 @@
 """Refusals: what cannot work with varying k is said before training starts, with the remedy."""
 
 import logging
+from dataclasses import fields
 
 import torch
 from accelerate import Accelerator
@@ -9,6 +10,8 @@ from accelerate.utils import is_compiled_module
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
+
+from .loss_scaling import calls_super, model_ignores_num_items, own_compute_loss, own_loss_ignoring_num_items
 
 
 logger = logging.getLogger(__name__)
@@ -61,18 +64,43 @@ def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool)
             f"optim='{optim}' takes its steps inside the backward pass, so that gradients cannot be accumulated; "
             f"choose another optimizer, or {remedy}."
         )
-    model = trainer.model
-    if _takes_loss_kwargs_unasked(trainer) and _loss_ignores_num_items(model):
-        raise ValueError(
-            f"the loss of {type(model).__name__} for regression or multi-label classification ignores "
-            "num_items_in_batch, so that gradients would grow with k; set `model.accepts_loss_kwargs = False` before "
-            f"you make the Trainer (a mean of micro-batch means), or {remedy}."
-        )
     reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant")
     if measures and args.activation_checkpointing and reentrant:
         raise ValueError(
             "activation_checkpointing_kwargs: use_reentrant=True hands out gradients in pieces, so that their norms "
             f"cannot be measured; set it to False, or {remedy}."
+        )
+
+
+def loss_ignores_num_items(trainer: Trainer) -> bool:
+    """Return whether a model is known not to divide its loss by `num_items_in_batch`, as Trainer expects it to."""
+    return _takes_loss_kwargs_unasked(trainer) and model_ignores_num_items(trainer.model)
+
+
+def check_first_loss(trainer: Trainer, num_items_in_batch: torch.Tensor | int | None) -> None:
+    """Refuse a model that has told in its first forward pass that its loss ignores `num_items_in_batch`.
+
+    A `compute_loss_func` that is not given them is warned of.
+
+    Args:
+        trainer: As for `check_adaptive_setup`.
+        num_items_in_batch: Of the first window.
+
+    Raises:
+        ValueError: What its labels are has set the model's `problem_type`, and gradients would grow with k.
+    """
+    if loss_ignores_num_items(trainer):
+        model = trainer.model
+        raise ValueError(
+            f"the loss of {type(model).__name__} for {model.config.problem_type} ignores num_items_in_batch, so that "
+            "gradients would grow with k; set `model.config.problem_type` before you make the Trainer."
+        )
+    unset = trainer.loss_is_scaled_for_ga is None
+    if unset and trainer.compute_loss_func is not None and num_items_in_batch is None:
+        logger.warning(
+            "compute_loss_func is to divide the loss by num_items_in_batch, but is not told it, since the batches "
+            "have no `labels`: gradients grow with k. Name the targets `labels`, or, if the loss is a mean, set "
+            "`loss_is_scaled_for_ga = False` on the Trainer."
         )
 
 
@@ -162,7 +190,7 @@ def may_end_unevenly(dataloader: torch.utils.data.DataLoader) -> bool:
 
 
 def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
-    """Warn of probes under a fixed policy, and of a model whose loss may be scaled twice.
+    """Warn of probes under a fixed policy, and of a loss that may be scaled twice.
 
     Args:
         trainer: As for `check_adaptive_setup`, which is called again for each run; this is not.
@@ -187,20 +215,40 @@ def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
             "plain mean, set `accepts_loss_kwargs = False` on the model: gradients would grow with k otherwise.",
             type(inner).__name__,
         )
+    own_loss = own_loss_ignoring_num_items(trainer)
+    if own_loss is not None:
+        logger.warning(
+            "%s does not read num_items_in_batch, by which Trainer expects it to divide the loss: gradients grow with "
+            "k. Divide a sum by it, or set `loss_is_scaled_for_ga = False` on the Trainer if the loss is a mean.",
+            own_loss,
+        )
+
+
+def warn_of_ignored_settings(trainer: Trainer, measures: bool, has_own_policy: bool) -> None:
+    """Warn of settings that have no effect in this run; those that depend on the policy alone are the arguments' own.
+
+    Args:
+        trainer: As for `check_adaptive_setup`.
+        measures: Whether gradient statistics are taken.
+        has_own_policy: Whether the policy is the user's own.
+    """
+    args = trainer.args
+    defaults = {field.name: field.default for field in fields(args)}
+    ignored = []
+    if not measures:
+        ignored += [("noise_scale_interval", "nothing is measured"), ("noise_scale_half_life", "nothing is measured")]
+    if has_own_policy:
+        names = ("noise_scale_ratio", "optimizer_step_cost", "annealing_noise_ratio", "accumulation_ramp")
+        ignored += [(name, "the Trainer is given a policy of your own") for name in names]
+    for name, reason in ignored:
+        if getattr(args, name) != defaults[name]:
+            logger.warning("%s is ignored: %s.", name, reason)
 
 
 def _takes_loss_kwargs_unasked(trainer: Trainer) -> bool:
     """Whether Trainer concludes from the signature of `forward` that the loss is divided by `num_items_in_batch`."""
-    unset = not hasattr(trainer.model, "accepts_loss_kwargs") and trainer.compute_loss_func is None
-    return trainer.model_accepts_loss_kwargs and unset
-
-
-def _loss_ignores_num_items(model: torch.nn.Module) -> bool:
-    """Whether the loss of transformers is a mean of its own here: sequence classification but single-label."""
-    config = getattr(model, "config", None)
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        return False
-    return (
-        getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
-        or getattr(config, "num_labels", None) == 1
-    )
+    unset = not hasattr(trainer.model, "accepts_loss_kwargs") and trainer.loss_is_scaled_for_ga is None
+    own = own_compute_loss(trainer)
+    # Label smoothing and a loss function of the user's take the place of the model's loss.
+    is_the_models = trainer.compute_loss_func is None and trainer.label_smoother is None
+    return trainer.model_accepts_loss_kwargs and unset and is_the_models and (own is None or calls_super(own))

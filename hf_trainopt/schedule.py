@@ -155,6 +155,12 @@ class DataIndexedLR(LRScheduler):
             else:
                 group["lr"] = rate
 
+    def unwrapped(self) -> LRScheduler:
+        """Return the schedule inside, to go on from here with stock accumulation: its rates are not scaled."""
+        self.scale = 1.0
+        self.step()
+        return self.inner
+
     def get_last_lr(self) -> list[float]:
         return self._last_lr
 
@@ -167,6 +173,7 @@ class DataIndexedLR(LRScheduler):
             "position": self.position,
             "scale": self.scale,
             "whole_steps": self._whole_steps,
+            "offset": self._offset,
             "last_lr": [float(rate) for rate in self._last_lr],
         }
         return {**self.inner.state_dict(), STATE_KEY: ours}
@@ -180,7 +187,9 @@ class DataIndexedLR(LRScheduler):
             # A position is known already: the Trainer's, taken from the number of steps.
             self._whole_steps = math.floor(self.position)
             self._last_lr = list(self.inner.get_last_lr())
+            # Not where the schedule was when this run began: it may be one that an earlier `train` has stepped.
+            self._offset = self.inner.last_epoch - self._whole_steps if isinstance(self.inner, LambdaLR) else 0
             return
         self.position, self.scale = ours["position"], ours["scale"]
-        self._whole_steps = ours["whole_steps"]
+        self._whole_steps, self._offset = ours["whole_steps"], ours.get("offset", 0)
         self._last_lr = list(ours["last_lr"])

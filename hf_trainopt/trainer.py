@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.trainer_utils import has_length
 
+from ._compat import rank_batch_size
 from .accumulation.checkpoint import place_after_stock_steps, read_state, restore, run_state, write_state
 from .accumulation.controller import AccumulationController
 from .accumulation.cursor import DataCursor
@@ -36,8 +37,11 @@ from .checks import (
     check_adaptive_setup,
     check_amount_of_data,
     check_equal_lengths,
+    check_first_loss,
+    loss_ignores_num_items,
     may_end_unevenly,
     warn_of_adaptive_setup,
+    warn_of_ignored_settings,
 )
 from .evidence.gradients import GradientStatisticsCallback, noise_logs
 from .evidence.keys import is_evidence_key
@@ -102,6 +106,7 @@ class EfficientTrainerMixin(
                 f"args is a {type(self.args).__name__}; pass EfficientTrainingArguments (or a subclass of "
                 "EfficientTrainingArgumentsMixin and your TrainingArguments)."
             )
+        self._takes_num_items = self.model_accepts_loss_kwargs
         self._has_own_policy = accumulation_policy is not None
         self.accumulation_policy = accumulation_policy
         self._cursor: DataCursor | None = None
@@ -111,12 +116,23 @@ class EfficientTrainerMixin(
         self._epoch_examples = 0
         self._last_window: tuple[int, int] | None = None
         self._epoch_is_over = False
+        self._train_loader: Any = None
+        self._other_loader: Any = None
         self._fetches_together = False
         self._warned_of_uneven_ranks = False
+        self._warned_of_other_steps = False
         self._committed_state: dict[str, Any] | None = None
         self._read_arguments()
+        warn_of_ignored_settings(self, self._measures, self._has_own_policy)
         if self._adapts:
             warn_of_adaptive_setup(self, self._measures)
+            if self.model_accepts_loss_kwargs != self._takes_num_items:
+                logger.warning(
+                    "The loss of %s ignores num_items_in_batch, so that in stock Trainer gradients and losses are k "
+                    "times too large: here they are means over the micro-batches. Set `accepts_loss_kwargs = False` "
+                    "on the model to have that in both, without this warning.",
+                    type(self.model).__name__,
+                )
         self.callback_handler = WindowCallbackHandler(
             self.callback_handler,
             self._reference_steps_shown,
@@ -151,8 +167,12 @@ class EfficientTrainerMixin(
         self.args.validate_accumulation()
         if not self._has_own_policy:
             self.accumulation_policy = self.args.make_accumulation_policy()
+        self.model_accepts_loss_kwargs = self._takes_num_items
         if self._adapts:
             check_adaptive_setup(self, self._measures, self._has_own_policy)
+            if loss_ignores_num_items(self):
+                # In stock gradients grow with k, which is a constant there. A mean of micro-batch means does not.
+                self.model_accepts_loss_kwargs = False
 
     @property
     def _most_accumulation_steps(self) -> int:
@@ -167,6 +187,13 @@ class EfficientTrainerMixin(
         try:
             yield
         finally:
+            if self.args.gradient_accumulation_steps != value and not self._warned_of_other_steps:
+                self._warned_of_other_steps = True
+                logger.warning(
+                    "gradient_accumulation_steps=%s, set in the middle of training, is ignored: k is chosen by "
+                    "accumulation_policy; for a rule of your own pass EfficientTrainer(accumulation_policy=...).",
+                    self.args.gradient_accumulation_steps,
+                )
             self.args.gradient_accumulation_steps = before
 
     def _reference_steps_shown(self):
@@ -213,7 +240,7 @@ class EfficientTrainerMixin(
         minimum, maximum = args.accumulation_bounds
         half_life = args.noise_scale_half_life
         if half_life < 1:
-            half_life *= max_steps * self._reference_steps * self._train_batch_size * args.world_size
+            half_life *= max_steps * self._reference_steps * rank_batch_size(self) * args.world_size
         device = args.device
         self._controller = AccumulationController(
             policy=self.accumulation_policy,
@@ -221,7 +248,7 @@ class EfficientTrainerMixin(
             minimum=minimum,
             maximum=maximum,
             world_size=args.world_size,
-            micro_batch_size=self._train_batch_size,
+            micro_batch_size=rank_batch_size(self),
             tracker=NoiseScaleTracker(half_life) if self._measures else None,
             measure_interval=args.noise_scale_interval,
             timer=StepTimer(
@@ -241,6 +268,10 @@ class EfficientTrainerMixin(
         )
         # k >= 1, so an epoch has at most as many windows as micro-batches; an iterator that is dry ends it earlier.
         return epochs, steps_in_epoch, examples, samples, total_batch, steps_in_epoch, max_steps
+
+    def _check_start(self, *args, **kwargs):
+        self._reference_steps = self.args.gradient_accumulation_steps  # it may have changed since the last run
+        return super()._check_start(*args, **kwargs)
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial, *args, **kwargs
@@ -278,8 +309,13 @@ class EfficientTrainerMixin(
         if epoch > self._cursor.epoch:  # a callback has stopped the last one early
             self._cursor.close_epoch()
         self._epoch_is_over = False
-        with self._accumulation_steps_shown(1):
-            return super()._run_epoch(*args, **kwargs)
+        active = self.accelerator.gradient_state.active_dataloader
+        self._train_loader, self._other_loader = None, active if active is not kwargs.get("train_dataloader") else None
+        try:
+            with self._accumulation_steps_shown(1):
+                return super()._run_epoch(*args, **kwargs)
+        finally:
+            self._train_loader = self._other_loader = None
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args, **kwargs):
         """Take the micro-batches of one window and hand them to the loop as one batch."""
@@ -296,8 +332,7 @@ class EfficientTrainerMixin(
             count = len(source)
         with self._accumulation_steps_shown(max(1, count)):
             micro_batches, num_items = super().get_batch_samples(iter(source), count, *args, **kwargs)
-        # Accelerate's loaders look one batch ahead, so that a stream says with its last batch that it is dry.
-        self._epoch_is_over |= len(micro_batches) < wanted or self.accelerator.gradient_state.end_of_dataloader
+        self._epoch_is_over |= len(micro_batches) < wanted or self._loader_is_dry()
         if not micro_batches:
             if wanted and self._cursor.micro_batch:
                 self._cursor.close_epoch()
@@ -309,6 +344,17 @@ class EfficientTrainerMixin(
         measured = measures and len(micro_batches) * self.args.world_size >= 2
         return [Window(micro_batches, planned, measured)], num_items
 
+    def _loader_is_dry(self) -> bool:
+        """Whether the batch that was fetched last is known to be the last of the epoch; call after each fetch.
+
+        Accelerate's loaders look one batch ahead. Which of them is active is a state of the process: it may be one
+        that an earlier run, or a callback, has left in the middle, and the loader of this run none of Accelerate's.
+        """
+        if self._train_loader is None:
+            active = self.accelerator.gradient_state.active_dataloader
+            self._train_loader = active if active is not self._other_loader else False
+        return self._train_loader not in (None, False) and self._train_loader.end_of_dataloader
+
     def _fetch_together(self, epoch_iterator: Iterator, wanted: int) -> list[Any]:
         """Take up to `wanted` micro-batches, as many as the rank that has the fewest left; all ranks call it.
 
@@ -316,7 +362,7 @@ class EfficientTrainerMixin(
         one takes the epoch for finished. The epoch ends on all of them with the first that is dry.
         """
         micro_batches = list(itertools.islice(epoch_iterator, wanted))
-        over = len(micro_batches) < wanted or self.accelerator.gradient_state.end_of_dataloader
+        over = len(micro_batches) < wanted or self._loader_is_dry()
         own = torch.tensor([[len(micro_batches), over]], dtype=torch.int64, device=self.args.device)
         counts, overs = self.accelerator.gather(own).T.tolist()
         self._epoch_is_over |= any(overs)
@@ -407,6 +453,8 @@ class EfficientTrainerMixin(
     def _finish_window(self, window: Window, num_items_in_batch: Any) -> None:
         """Count the window, take in its statistics, choose k and place the learning rate for the next one."""
         cursor, controller = self._cursor, self._controller
+        if controller.num_windows == 0:
+            check_first_loss(self, num_items_in_batch)
         samples = sum(count_samples(micro_batch) for micro_batch in window.micro_batches)
         cursor.advance(len(window), end_of_epoch=self._epoch_is_over)
         self._epoch_is_over |= cursor.micro_batch == 0
@@ -474,6 +522,8 @@ class EfficientTrainerMixin(
                 f"'{self.args.lr_scheduler_type.value}' ({error}); leave out what it does not take."
             ) from error
         if self._cursor is None:
+            if isinstance(scheduler, DataIndexedLR):  # the user's, of an earlier run in which k varied
+                self.lr_scheduler = scheduler = scheduler.unwrapped()
             return scheduler
         if isinstance(scheduler, METRIC_DRIVEN):
             if self.args.lr_batch_scaling != "none":
@@ -566,7 +616,7 @@ class EfficientTrainerMixin(
         logs = {"accumulation_steps": k, "effective_batch_size": samples, "samples_seen": self._cursor.samples_seen}
         if self._is_split:
             size = self.micro_batch_size
-            logs |= {"accumulation_steps": k * -(-self._train_batch_size // size), "micro_batch_size": size}
+            logs |= {"accumulation_steps": k * -(-rank_batch_size(self) // size), "micro_batch_size": size}
         return logs | noise_logs(self._controller.noise)
 
     @property

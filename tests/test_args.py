@@ -93,6 +93,77 @@ def test_a_model_whose_loss_may_be_scaled_twice_is_warned_of(tmp_path, caplog):
     assert "accepts_loss_kwargs = False" in caplog.text
 
 
+def test_a_loss_of_ones_own_that_does_not_read_the_items_is_warned_of(tmp_path, caplog):
+    def mean(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+
+    def scaled(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.sum() / num_items_in_batch
+
+    class Mean(EfficientTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    class Scaled(EfficientTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class Told(Mean):
+        loss_is_scaled_for_ga = False
+
+    def warnings(cls=EfficientTrainer, **kwargs):
+        caplog.clear()
+        cls(model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=Rows(), **kwargs)
+        return [record.getMessage() for record in caplog.records if "does not read num_items" in record.getMessage()]
+
+    assert "compute_loss_func=mean" in warnings(compute_loss_func=mean)[0]
+    assert "Mean.compute_loss" in warnings(Mean)[0]
+    assert not (warnings() + warnings(compute_loss_func=scaled) + warnings(Scaled) + warnings(Told))
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "ignored"),
+    [
+        (
+            {"accumulation_policy": "fixed", "noise_scale_interval": 4},
+            False,
+            "noise_scale_interval is ignored: nothing",
+        ),
+        ({"accumulation_policy": "fixed", "noise_scale_interval": 4}, True, None),
+        ({"noise_scale_half_life": 1e3}, False, None),
+        ({"optimizer_step_cost": 1.0}, True, "optimizer_step_cost is ignored: the Trainer is given a policy"),
+        ({"annealing_noise_ratio": 0.5}, False, None),
+        ({"annealing_noise_ratio": 0.5, "lr_batch_scaling": "none"}, False, "is ignored: lr_batch_scaling is 'none'"),
+        (
+            {"annealing_noise_ratio": 0.5, "accumulation_policy": "noise_scale"},
+            False,
+            "annealing_noise_ratio is ignored",
+        ),
+    ],
+)
+def test_settings_without_effect_are_warned_of(tmp_path, caplog, settings, own, ignored):
+    policy = {"accumulation_policy": lambda observation: 2.0} if own else {}
+    EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, **settings), train_dataset=Rows(), **policy)
+    warnings = [record.getMessage() for record in caplog.records if "is ignored" in record.getMessage()]
+    assert len(warnings) == (ignored is not None)
+    assert ignored is None or ignored in warnings[0]
+
+
+def test_a_loss_function_that_is_not_told_the_items_is_warned_of(tmp_path, caplog):
+    class Targets(Rows):
+        def __getitem__(self, index):
+            return {"input_ids": self.rows[index], "position_ids": torch.arange(12)}
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.square().mean() / (num_items_in_batch or 1)
+
+    args = arguments(tmp_path, max_steps=3)
+    trainer = EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Targets(), compute_loss_func=loss)
+    trainer.train()
+    assert caplog.text.count("is not told it, since the batches have no `labels`") == 1
+
+
 def test_stock_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pass EfficientTrainingArguments"):
         EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, TrainingArguments), train_dataset=Rows())

@@ -4,8 +4,17 @@ import json
 
 import pytest
 import torch
-from helpers import AnyK, Recorder, Rows, Stream, arguments, quiet, tiny_gpt2, weights_equal
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from helpers import AnyK, Pictures, Recorder, Rows, Stream, arguments, quiet, tiny_gpt2, weights_equal
+from transformers import (
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    get_linear_schedule_with_warmup,
+)
 from transformers.trainer_callback import ProgressCallback
 
 from hf_trainopt import EfficientTrainer
@@ -200,23 +209,143 @@ def test_stock_goes_on_from_a_measured_run_at_constant_k(tmp_path):
     assert weights_equal(measured.model, resumed.model)
 
 
-@pytest.mark.parametrize(
-    "change", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}]
-)
-def test_losses_that_would_grow_with_k_are_refused(tmp_path, change):
-    sizes = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = BertForSequenceClassification(BertConfig(**sizes, **change))
-    with pytest.raises(ValueError, match="accepts_loss_kwargs = False"):
-        EfficientTrainer(model=model, args=arguments(tmp_path), train_dataset=Rows())
-    model.accepts_loss_kwargs = False
-    EfficientTrainer(model=model, args=arguments(tmp_path), train_dataset=Rows())
-    single_label = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
-    EfficientTrainer(model=single_label, args=arguments(tmp_path), train_dataset=Rows())
+class Classes(torch.utils.data.Dataset):
+    """Token rows with a class each, or what `label` makes of their number."""
+
+    def __init__(self, label=lambda index: torch.tensor(index % 3)):
+        self.rows, self.label = Rows(48).rows, label
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.rows[index] % 32, "labels": self.label(index)}
+
+
+LOSSES_OF_THEIR_OWN = {
+    "own cross-entropy": (BertForSequenceClassification, {"num_labels": 3}, Classes()),
+    "arguments not handed on": (LlamaForSequenceClassification, {"num_labels": 3, "pad_token_id": 0}, Classes()),
+    "regression": (
+        BertForSequenceClassification,
+        {"num_labels": 1},
+        Classes(lambda index: torch.tensor(float(index % 3))),
+    ),
+    "several labels": (
+        LlamaForSequenceClassification,
+        {"num_labels": 3, "pad_token_id": 0, "problem_type": "multi_label_classification"},
+        Classes(lambda index: torch.arange(3) % (1.0 + index % 3)),
+    ),
+}
+
+
+def classifier(cls, **config):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    still = (
+        {} if cls is LlamaForSequenceClassification else {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    )
+    return cls(cls.config_class(**sizes, intermediate_size=8, **still, **config))
+
+
+@pytest.mark.parametrize("case", LOSSES_OF_THEIR_OWN)
+def test_losses_that_ignore_the_items_do_not_grow_with_k(tmp_path, caplog, case):
+    cls, config, data = LOSSES_OF_THEIR_OWN[case]
+    args = {"max_grad_norm": 0.0, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 4}
+
+    def first_window(k):
+        recorder = Recorder()
+        args_of_run = arguments(tmp_path, **args, max_steps=2, learning_rate=0.0)
+        trainer = AnyK(
+            model=classifier(cls, **config), args=args_of_run, train_dataset=data, callbacks=[recorder], sequence=[k]
+        )
+        quiet(trainer).train()
+        norm = torch.cat([gradient.flatten() for gradient in recorder.gradients[0]]).norm()
+        return trainer.state.log_history[0]["loss"], norm.item()
+
+    (loss, norm), (loss_of_8, norm_of_8) = first_window(2), first_window(8)
+    assert "ignores num_items_in_batch" in caplog.text
+    assert loss_of_8 == pytest.approx(loss, rel=0.3)
+    assert norm_of_8 < 1.5 * norm
+    stock = arguments(tmp_path, accumulation_policy="fixed")
+    assert EfficientTrainer(model=classifier(cls, **config), args=stock, train_dataset=data).model_accepts_loss_kwargs
+
+
+def test_a_problem_type_that_only_labels_tell_is_refused_at_once(tmp_path):
+    class SeveralLabels(Pictures):
+        def __getitem__(self, index):
+            return {"pixel_values": self.pixels[index], "labels": torch.tensor([1.0, 0.0, 1.0])}
+
+    def trainer(**problem):
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=16, num_labels=3, **problem))
+        return quiet(EfficientTrainer(model=model, args=arguments(tmp_path), train_dataset=SeveralLabels()))
+
+    with pytest.raises(ValueError, match=r"for multi_label_classification .* set `model.config.problem_type`"):
+        trainer().train()
+    trainer(problem_type="multi_label_classification").train()
 
 
 def test_optimizers_that_step_inside_backward_are_refused(tmp_path):
     with pytest.raises(ValueError, match="inside the backward pass"):
         EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, optim="lomo"), train_dataset=Rows())
+
+
+def test_a_loader_that_is_not_of_accelerate_after_one_that_is(tmp_path):
+    """The loader of the first run is left at its end, in a state of the process that said "the data are over"."""
+
+    class Plain(EfficientTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(self.train_dataset, batch_size=3, collate_fn=self.data_collator)
+
+    args = {"accumulation_policy": "ramp", "accumulation_ramp": "0:2", "num_train_epochs": 1}
+    first = quiet(EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, **args), train_dataset=Rows(48)))
+    first.train()
+    second = quiet(Plain(model=tiny_gpt2(), args=arguments(tmp_path, **args), train_dataset=Rows(48)))
+    second.train()
+    assert [trainer.state.global_step for trainer in (first, second)] == [8, 8]
+
+
+def test_a_schedule_of_the_users_goes_on_with_fixed_accumulation(tmp_path):
+    model = tiny_gpt2()
+    optimizer, recorder = torch.optim.AdamW(model.parameters(), lr=1e-2), Recorder()
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, 10)
+    trainer = make(
+        tmp_path, model=model, max_steps=3, gradient_accumulation_steps=1,
+        trainer={"optimizers": (optimizer, schedule), "callbacks": [recorder]},
+    )  # fmt: skip
+    trainer.train()
+    trainer.args.accumulation_policy, trainer.args.accumulation_ramp = "fixed", None
+    trainer.train()
+    assert recorder.learning_rates == pytest.approx([1e-2 * (1 - step / 10) for step in range(6)])
+
+
+def test_steps_that_a_callback_sets_are_not_ignored_without_a_word(tmp_path, caplog):
+    class Sets(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.gradient_accumulation_steps = 8
+
+    trainer = make(tmp_path, trainer={"callbacks": [Sets()]})
+    trainer.train()
+    assert caplog.text.count("gradient_accumulation_steps=8, set in the middle of training, is ignored") == 1
+    assert trainer.args.gradient_accumulation_steps == 2
+
+
+@pytest.mark.parametrize("policy", ["fixed", "goodput"])
+def test_arguments_that_have_changed_count_when_a_run_is_resumed(tmp_path, policy):
+    def trainer(k):
+        settings = {"accumulation_policy": policy, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        return make(tmp_path, gradient_accumulation_steps=k, **settings)
+
+    first = trainer(2)
+    first.train()
+    resumed = trainer(4)
+    resumed.args.gradient_accumulation_steps = 2
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == first.state.global_step
+    refused = trainer(2)
+    refused.args.gradient_accumulation_steps = 4
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 4 but .* was written with 2"):
+        refused.train(resume_from_checkpoint=True)
 
 
 def test_resuming_a_finished_run_leaves_its_place(tmp_path):

@@ -43,6 +43,39 @@ def test_a_trainer_with_its_own_training_step(tmp_path):
     assert calls == {"below": 16, "above": 4}
 
 
+class Subscripts(EfficientTrainer):
+    def training_step(self, model, inputs, *args):
+        return super().training_step(model, {"input_ids": inputs["input_ids"]}, *args)
+
+
+class Unpacks(EfficientTrainer):
+    def training_step(self, model, inputs, *args):
+        return model(**inputs).loss
+
+
+class Searches(EfficientTrainer):
+    def training_step(self, model, inputs, *args):
+        return self.compute_loss(model, inputs, *args)
+
+
+class Counts(EfficientTrainer):
+    def get_batch_samples(self, *args):
+        batches, items = super().get_batch_samples(*args)
+        self.tokens = sum(batch["labels"].numel() for batch in batches)
+        return batches, items
+
+
+@pytest.mark.parametrize("cls", [Subscripts, Unpacks, Searches, Counts])
+def test_a_window_that_is_taken_for_a_micro_batch_says_what_to_do(tmp_path, cls):
+    trainer = quiet(cls(model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=Rows(), compute_loss_func=scaled))
+    with pytest.raises(TypeError, match=r"class Efficient\(EfficientTrainerMixin, YourTrainer\)"):
+        trainer.train()
+
+
+def scaled(outputs, labels, num_items_in_batch):
+    return outputs.loss / num_items_in_batch
+
+
 def test_trl_sft_trainer(tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not a dependency")
     from datasets import Dataset

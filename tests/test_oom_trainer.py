@@ -10,7 +10,7 @@ from helpers import Pictures, Rows, arguments, quiet, tiny_gpt2, tiny_resnet, we
 from oom_helpers import PLACES, Memory, Recording, Seen, SwitchAt, make
 from test_parity import CLOCK_KEYS
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.evidence import GradientStatisticsCallback
@@ -378,6 +378,14 @@ def test_packed_samples_cannot_be_split(tmp_path):
     trainer = make(tmp_path, cls=Packs)
     Memory(trainer.model, most_rows=2, places=["inputs"])
     with pytest.raises(torch.OutOfMemoryError, match="cannot be split: its samples are packed"):
+        train(trainer)
+
+
+def test_a_loader_that_makes_more_rows_than_it_was_told_to(tmp_path):
+    trainer = make(tmp_path, batch=2)
+    trainer.data_collator = lambda samples: default_data_collator(samples * 4)
+    Memory(trainer.model, most_rows=4)
+    with pytest.raises(torch.OutOfMemoryError, match="makes 8 rows where per_device_train_batch_size says 2"):
         train(trainer)
 
 

@@ -4,15 +4,17 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import Rows, weights_equal
-from reliability_helpers import GOODPUT, checkpoints, make
+from reliability_helpers import GOODPUT, SavesAlways, checkpoints, make
 from scripts_helpers import REPOSITORY
 from test_distributed import launch
 from transformers import TrainerCallback
+from transformers.trainer_utils import HPSearchBackend
 
-from hf_trainopt.reliability import TrainingInterrupted, TrainingTerminated, find_last_complete
+from hf_trainopt.reliability import TrainingInterrupted, TrainingTerminated, find_last_complete, inspect_checkpoint
 from hf_trainopt.reliability.interrupts import SIGNALS, SignalWatch, signal_of
 
 
@@ -27,6 +29,46 @@ class Sends(TrainerCallback):
         self.left -= 1
         if self.left == 0:
             os.kill(os.getpid(), self.number)
+
+
+def test_a_signal_in_an_evaluation_saves_though_only_the_best_is_kept(tmp_path):
+    trainer = make(
+        tmp_path, save_strategy="best", metric_for_best_model="eval_loss", greater_is_better=True, num_train_epochs=3,
+        eval_strategy="epoch", eval_dataset=Rows(6), callbacks=[Sends(signal.SIGINT, "on_prediction_step", 2)],
+    )  # fmt: skip
+    trainer.remove_callback(SavesAlways)
+    with pytest.raises(TrainingInterrupted, match=r"at step 12, after a save; resume from .*checkpoint-12"):
+        trainer.train()
+    assert inspect_checkpoint(str(tmp_path / "checkpoint-12")).fault is None
+
+
+def test_noise_in_embeddings_is_not_left_behind(tmp_path):
+    settings = {"neftune_noise_alpha": 5.0}
+    whole = make(tmp_path / "whole", **settings)
+    whole.train()
+    trainer = make(tmp_path / "ended", callbacks=[Sends(signal.SIGINT, "on_step_end", 4)], **settings)
+    with pytest.raises(TrainingInterrupted):
+        trainer.train()
+    embedding = trainer.model.get_input_embeddings()
+    assert not embedding._forward_hooks
+    trainer.train(resume_from_checkpoint=True)
+    assert weights_equal(whole.model, trainer.model)
+
+
+def test_a_trial_is_told_of_its_own_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.hp_params", vars)  # that of Optuna, which is not installed
+    make(tmp_path, max_steps=6).train()  # later checkpoints, of another run
+    trainer = make(tmp_path, callbacks=[Sends(signal.SIGINT, "on_step_end", 4)])
+    trainer.hp_search_backend, trainer._hp_search_setup = HPSearchBackend.OPTUNA, lambda trial: None
+    with pytest.raises(TrainingInterrupted, match="run-3/checkpoint-4"):
+        trainer.train(trial=SimpleNamespace(number=3))
+
+
+def test_later_checkpoints_of_an_earlier_run_are_not_recommended(tmp_path):
+    make(tmp_path, max_steps=6).train()
+    with pytest.raises(TrainingInterrupted, match=r"resume from .*checkpoint-4") as raised:
+        make(tmp_path, callbacks=[Sends(signal.SIGINT, "on_step_end", 4)]).train()
+    assert raised.value.checkpoint == str(tmp_path / "checkpoint-4")
 
 
 @pytest.fixture(scope="module")

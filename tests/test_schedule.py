@@ -116,6 +116,28 @@ def test_a_schedule_that_was_stepped_before_goes_on_from_there():
         stock.step()
 
 
+def test_a_stepped_schedule_that_is_loaded_goes_on_from_what_was_saved():
+    """As where `train` is called a second time, to resume, with a schedule of the user's."""
+
+    def stepped(times):
+        scheduler = get_scheduler("linear", optimizer(), num_warmup_steps=0, num_training_steps=10)
+        for _ in range(times):
+            scheduler.optimizer.step()
+            scheduler.step()
+        return scheduler
+
+    saved = DataIndexedLR(stepped(2))
+    saved.set_position(3, 1.0)
+    saved.step()
+    for state in (saved.state_dict(), stepped(5).state_dict()):
+        ours = DataIndexedLR(stepped(4))
+        ours.set_position(3, 1.0)
+        ours.load_state_dict(state)
+        ours.set_position(4, 1.0)
+        ours.step()
+        assert ours.get_last_lr() == stepped(6).get_last_lr()
+
+
 def test_schedules_without_base_rates():
     inner_optimizer = optimizer()
     first = StepLR(inner_optimizer, step_size=2)

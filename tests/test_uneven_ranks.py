@@ -1,6 +1,7 @@
 """Ranks that do not have the same data or speed: nobody waits for ever; and how often ranks speak to each other."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 from test_distributed import launch, launch_all
@@ -70,3 +71,10 @@ def test_gradients_are_reduced_once_per_window(case, name, runs):
     assert min(gradients) > 0
     # The hook that counts DDP's buckets reduces each with `all_reduce`.
     assert others == {min(gradients) + 1 if case == "count ddp" else 1}
+
+
+def test_micro_batches_that_ranks_share_have_as_many_samples_as_they_have(tmp_path):
+    """`split_batches`: per_device_train_batch_size is of all ranks together."""
+    for record in launch("", tmp_path, worker=Path(__file__).with_name("split_worker.py")):
+        assert record["samples"] == 3 * 2 * 4
+        assert (record["samples_of_a_micro_batch"], record["micro_batch_size"]) == (4, 2)

@@ -57,6 +57,25 @@ class Window:
     def __len__(self) -> int:
         return len(self.micro_batches)
 
+    def __getitem__(self, name: Any) -> Any:
+        """Refuse to be taken for a micro-batch, by an override of `training_step` or `get_batch_samples`.
+
+        Raises:
+            TypeError: Always; the message has the remedy.
+        """
+        raise TypeError(
+            "this is a window of several micro-batches, of which EfficientTrainer makes one step; for a training_step "
+            "or get_batch_samples of your own that takes micro-batches, put it into a Trainer class and the mixin "
+            "before it: `class Efficient(EfficientTrainerMixin, YourTrainer)`."
+        )
+
+    def keys(self) -> Any:
+        """Refuse to be unpacked as the inputs of a model; see `__getitem__`."""
+        return self[None]
+
+    def __contains__(self, name: Any) -> Any:
+        return self[name]
+
     def divisor(self, part: Part) -> int | float:
         """Return what a mean loss over a part is divided by: the mean over the micro-batches is what counts."""
         whole, rest = divmod(len(self) * part.of, part.rows)

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from .._compat import rank_batch_size
 from ..accumulation.window import Part, Window
 from .checks import check_auto_micro_batch, find_ddp
 from .detection import first_line, is_out_of_memory, release_memory
@@ -52,12 +53,12 @@ class OutOfMemoryTrainerMixin:
     @property
     def _is_split(self) -> bool:
         """Whether micro-batches are smaller than the data loader makes them."""
-        return self._part_size is not None and self._part_size < self._train_batch_size
+        return self._part_size is not None and self._part_size < rank_batch_size(self)
 
     @property
     def micro_batch_size(self) -> int:
         """Most samples that go through the model of one rank at once in training."""
-        return self._part_size if self._is_split else self._train_batch_size
+        return self._part_size if self._is_split else rank_batch_size(self)
 
     # ---- A run -----------------------------------------------------------------------------------------------------
 
@@ -79,10 +80,10 @@ class OutOfMemoryTrainerMixin:
                     "The run that is resumed had come down to micro-batches of %d for want of memory; without "
                     "auto_micro_batch=True it goes on with %d.",
                     saved,
-                    self._train_batch_size,
+                    rank_batch_size(self),
                 )
             return
-        self._part_size = saved or self._train_batch_size
+        self._part_size = saved or rank_batch_size(self)
         self._window_start = WindowStart(self.model, self.args.device)
         if self.args.world_size > 1:
             self._ranks = Ranks(find_ddp(self.model_wrapped), self.args.device)
@@ -177,7 +178,7 @@ class OutOfMemoryTrainerMixin:
 
     def _split(self, window: Window, size: int) -> Window:
         """Return the window with micro-batches of at most `size` samples."""
-        if size >= self._train_batch_size:
+        if size >= rank_batch_size(self):
             return window
         parts = []
         for micro_batch in window.micro_batches:
@@ -200,6 +201,11 @@ class OutOfMemoryTrainerMixin:
             largest = max(count_rows(part.inputs) for part in window.parts)
         except ValueError as error:
             return 0, f"the micro-batch cannot be split: {error}"
+        if largest > self._part_size:
+            return 0, (
+                f"the data loader makes {largest} rows where per_device_train_batch_size says "
+                f"{rank_batch_size(self)}, which is to be set to {largest} if they are samples"
+            )
         if largest == 1:
             return 0, "not even a single sample fits"
         return -(-largest // 2), None
@@ -228,7 +234,7 @@ class OutOfMemoryTrainerMixin:
         self._part_size = size
         self.state.stateful_callbacks[STATE_KEY] = {"args": {}, "attributes": {"micro_batch_size": size}}
         if self.args.should_log:
-            samples = -(-self._train_batch_size // size)
+            samples = -(-rank_batch_size(self) // size)
             logger.warning(
                 "Step %d ran out of memory%s (%s). It is repeated from its start with micro-batches of %d samples "
                 "instead of %d, from here on %d for each that the data loader makes: the batch stays as it is.",

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils._pytree import tree_leaves
 
+from .._compat import rank_batch_size
 from .apply import AppliedPlacement, apply_placement
 from .arguments import is_plan_file
 from .budget import gib, parse_budget
@@ -152,7 +153,7 @@ class PlacementTrainerMixin:
         if is_plan_file(policy):
             return self._plan_of_file(policy, dataloader)
         try:
-            batch = largest_batch(dataloader, self._train_batch_size)
+            batch = largest_batch(dataloader, rank_batch_size(self))
         except ValueError as error:
             if policy == "budget" or check_rewrites(args.memory_rewrites):
                 raise
@@ -186,7 +187,7 @@ class PlacementTrainerMixin:
         asked = dict.fromkeys(check_rewrites(self.args.memory_rewrites), True)
         plan = dataclasses.replace(plan, rewrites=dataclasses.replace(plan.rewrites, **asked))
         try:
-            batch = largest_batch(dataloader, self._train_batch_size)
+            batch = largest_batch(dataloader, rank_batch_size(self))
         except ValueError as error:
             if plan.rewrites.chunked_loss:
                 raise PlacementError(

@@ -32,6 +32,7 @@ class CheckpointsTrainerMixin:
         self._save_attempt: SaveAttempt | None = None
         self._user_limit: int | None = None
         self._latest_step = math.inf
+        self._own_trial: Any = None  # of a hyperparameter search, whose checkpoints have a folder of their own
         self._forget_saves()
         super().__init__(*args, **kwargs)
 
@@ -101,7 +102,8 @@ class CheckpointsTrainerMixin:
         return chosen.path
 
     def _last_complete(self, before: float = math.inf) -> Checkpoint | None:
-        return find_last_complete(self._get_output_dir(None), before)[0]
+        # Of later steps there may be some too: an earlier run's in the same folder.
+        return find_last_complete(self._get_output_dir(self._own_trial), min(before, self.state.global_step))[0]
 
     # ---- Saving ----------------------------------------------------------------------------------------------------
 

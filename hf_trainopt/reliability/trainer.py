@@ -5,6 +5,7 @@ import logging
 import torch
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
+from transformers.integrations.neftune import deactivate_neftune
 
 from .checkpoints import CheckpointsTrainerMixin
 from .interrupts import SIGNALS, SignalWatch, ending, signal_of
@@ -47,12 +48,18 @@ class ReliabilityTrainerMixin(CheckpointsTrainerMixin):
         resume_from_checkpoint = self._check_start(resume_from_checkpoint)
         self._interrupt = None
         self._forget_saves()
+        self._own_trial = kwargs.get("trial", args[0] if args else None)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             if self._signals.received is not None:
                 self._interrupt = self._signals.received  # too late for a window to serve it
                 raise self._ending("all steps were done")
             return output
+        except BaseException:
+            if self.neftune_noise_alpha is not None and getattr(self, "neftune_hook_handle", None) is not None:
+                # Or the next `train` adds its noise to this one's.
+                deactivate_neftune(self.model, self.neftune_hook_handle, self.accelerator)
+            raise
         finally:
             self._finite = None
             self._signals.restore()
@@ -73,6 +80,10 @@ class ReliabilityTrainerMixin(CheckpointsTrainerMixin):
     def _run_epoch(self, *args, **kwargs):
         super()._run_epoch(*args, **kwargs)
         if self._interrupt is not None:
+            if self._saved_step != self.state.global_step and self._failed_save is None:
+                # The signal came in an evaluation, after which save_strategy="best" saves the best only.
+                self._save_checkpoint(self.model, self._own_trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             raise self._ending("after a save" if self._failed_save is None else "without a save")
 

@@ -1,0 +1,28 @@
+"""Run by `accelerate launch` in `test_uneven_ranks.py`: micro-batches that the ranks share (`split_batches`)."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from helpers import Rows, arguments, quiet, tiny_gpt2
+
+from hf_trainopt import EfficientTrainer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    args = arguments(
+        folder, per_device_train_batch_size=4, max_steps=3, gradient_accumulation_steps=2,
+        accumulation_policy="fixed", measure_noise_scale=True, accelerator_config={"split_batches": True},
+    )  # fmt: skip
+    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(48)))
+    trainer.train()
+    record = {
+        "world_size": args.world_size,
+        "samples_of_a_micro_batch": trainer._controller.micro_batch_samples,
+        "samples": trainer._cursor.samples_seen,
+        "micro_batch_size": trainer.micro_batch_size,
+    }
+    (folder / f"rank{args.process_index}.json").write_text(json.dumps(record))
