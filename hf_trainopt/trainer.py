@@ -18,6 +18,7 @@ from .accumulation.checkpoint import place_after_stock_steps, read_state, restor
 from .accumulation.controller import AccumulationController
 from .accumulation.cursor import DataCursor
 from .accumulation.gradient_norms import MicroBatchNorms
+from .accumulation.logs import AccumulationLogsTrainerMixin
 from .accumulation.noise_scale import NoiseScaleTracker
 from .accumulation.policy import AccumulationPolicy, FixedPolicy
 from .accumulation.timing import StepTimer
@@ -43,34 +44,27 @@ from .checks import (
     warn_of_adaptive_setup,
     warn_of_ignored_settings,
 )
-from .evidence.gradients import GradientStatisticsCallback, noise_logs
-from .evidence.keys import is_evidence_key
+from .evidence.gradients import GradientStatisticsCallback
 from .evidence.trainer import EvidenceTrainerMixin
 from .flow import WindowCallbackHandler
+from .learning_rate import LearningRateTrainerMixin
 from .out_of_memory.trainer import OutOfMemoryTrainerMixin
 from .placement.trainer import PlacementTrainerMixin
 from .precision.trainer import PrecisionTrainerMixin
 from .reliability.trainer import ReliabilityTrainerMixin
 from .report.trainer import ReportTrainerMixin
 from .schedule import (
-    METRIC_DRIVEN,
     NOISE_SCALING_RULES,
     DataIndexedLR,
-    batch_scaling_factor,
-    chosen_rule,
-    is_adaptive_optimizer,
 )
 
 
 logger = logging.getLogger(__name__)
 
 
-# What `log` adds to each line.
-LOGGED_KEYS = ("accumulation_steps", "effective_batch_size", "samples_seen", "micro_batch_size", "noise_scale",
-               "noise_scale_low", "noise_scale_high")  # fmt: skip
-
-
 class EfficientTrainerMixin(
+    LearningRateTrainerMixin,
+    AccumulationLogsTrainerMixin,
     OutOfMemoryTrainerMixin,
     ReliabilityTrainerMixin,
     PlacementTrainerMixin,
@@ -508,59 +502,6 @@ class EfficientTrainerMixin(
         weights = micro_batch_weights(items, world_size, by_tokens, total, shares)
         return local_sums(self._norms.finish(), items, weights, self._unscale / world_size)
 
-    # ---- Learning rate ---------------------------------------------------------------------------------------------
-
-    def create_scheduler(self, *args, **kwargs):
-        """As in `Trainer`, in reference windows, evaluated by the data consumed."""
-        try:
-            scheduler = super().create_scheduler(*args, **kwargs)
-        except TypeError as error:
-            if not self.args.lr_scheduler_kwargs:
-                raise
-            raise ValueError(
-                f"lr_scheduler_kwargs {self.args.lr_scheduler_kwargs} do not fit lr_scheduler_type="
-                f"'{self.args.lr_scheduler_type.value}' ({error}); leave out what it does not take."
-            ) from error
-        if self._cursor is None:
-            if isinstance(scheduler, DataIndexedLR):  # the user's, of an earlier run in which k varied
-                self.lr_scheduler = scheduler = scheduler.unwrapped()
-            return scheduler
-        if isinstance(scheduler, METRIC_DRIVEN):
-            if self.args.lr_batch_scaling != "none":
-                logger.warning(
-                    "lr_batch_scaling='%s' is ignored: lr_scheduler_type='%s' sets the rate itself.",
-                    self.args.lr_batch_scaling,
-                    self.args.lr_scheduler_type,
-                )
-            return scheduler
-        inner = scheduler.inner if isinstance(scheduler, DataIndexedLR) else scheduler
-        self.lr_scheduler = DataIndexedLR(inner)
-        self._place_learning_rate()
-        self.lr_scheduler.step()
-        return self.lr_scheduler
-
-    def _learning_rate_factor(self) -> float:
-        return (
-            self.lr_scheduler.factor(self._cursor.reference_position)
-            if isinstance(self.lr_scheduler, DataIndexedLR)
-            else 1.0
-        )
-
-    def _place_learning_rate(self) -> None:
-        """Tell the schedule where the next window begins and how large it will be."""
-        if not isinstance(self.lr_scheduler, DataIndexedLR):
-            return
-        controller, rule = self._controller, chosen_rule(self.args.lr_batch_scaling, self._measures)
-        noise = controller.noise if rule in NOISE_SCALING_RULES else None
-        factor = batch_scaling_factor(
-            rule,
-            controller.next_window_steps,
-            self._reference_steps,
-            noise.resolved_in(controller.micro_batch_samples) if noise is not None else None,
-            is_adaptive_optimizer(self.optimizer),
-        )
-        self.lr_scheduler.set_position(self._cursor.reference_position, factor)
-
     # ---- What callbacks, logs and checkpoints see ------------------------------------------------------------------
 
     def _before_step_end(self, state) -> None:
@@ -575,67 +516,6 @@ class EfficientTrainerMixin(
         # The loop does not step the schedule after a skipped optimizer step (fp16 overflow), but the data were used.
         if self.accelerator.optimizer_step_was_skipped and isinstance(self.lr_scheduler, DataIndexedLR):
             self.lr_scheduler.step()
-
-    def floating_point_ops(self, inputs, *args, **kwargs):
-        """As in `Trainer`; the sum over the micro-batches of a window."""
-        if not isinstance(inputs, Window):
-            return super().floating_point_ops(inputs, *args, **kwargs)
-        # Not a generator: zero-argument `super()` does not reach into one.
-        total = 0
-        for micro_batch in inputs.micro_batches:
-            total += super().floating_point_ops(micro_batch, *args, **kwargs)
-        return total
-
-    def _track_num_input_tokens(self, inputs):
-        for micro_batch in inputs.micro_batches if isinstance(inputs, Window) else [inputs]:
-            super()._track_num_input_tokens(micro_batch)
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in `Trainer`, with k, batch, noise scale and samples on every line (not if everything is stock).
-
-        Logged keys: `accumulation_steps` (k decided for the last window), `effective_batch_size` (samples that it had
-        over all ranks), `samples_seen` (over all ranks), and once measured `noise_scale`, `noise_scale_low`,
-        `noise_scale_high` (B_noise and its 95 % interval, in samples; absent where infinite). Where memory was too
-        short for the micro-batches of the data loader there is `micro_batch_size`, in which k is counted then.
-        """
-        if self._cursor is not None and "train_samples_per_second" in logs and logs.get("train_runtime"):
-            # Upstream takes the share of steps for the share of the data.
-            samples = self._cursor.samples_seen - self._initial_samples_seen
-            logs["train_samples_per_second"] = round(samples / logs["train_runtime"], 3)
-        ours = self._accumulation_logs()
-        line = {**logs, **ours}
-        with self._reference_steps_shown():
-            super().log(line, *args, **kwargs)
-        # What upstream adds in place (`epoch`) goes back to the caller, whose dict may be the result of `evaluate`.
-        logs.update({key: value for key, value in line.items() if key not in ours})
-
-    def _accumulation_logs(self) -> dict[str, float]:
-        if self._cursor is None or self._last_window is None:
-            return {}
-        k, samples = self._last_window
-        logs = {"accumulation_steps": k, "effective_batch_size": samples, "samples_seen": self._cursor.samples_seen}
-        if self._is_split:
-            size = self.micro_batch_size
-            logs |= {"accumulation_steps": k * -(-rank_batch_size(self) // size), "micro_batch_size": size}
-        return logs | noise_logs(self._controller.noise)
-
-    @property
-    def accumulation_range(self) -> tuple[int, int, int] | None:
-        """Least, largest and present k of the last `train`, in the data loader's micro-batches; `None` if stock."""
-        if self._controller is None or not self._controller.used_range:
-            return None
-        return (*self._controller.used_range, self._controller.accumulation_steps)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """As in `Trainer`; what we log beside evaluations is not a result of theirs."""
-        history = self.state.log_history
-        self.state.log_history = [
-            {k: v for k, v in entry.items() if k not in LOGGED_KEYS and not is_evidence_key(k)} for entry in history
-        ]
-        try:
-            super().create_model_card(*args, **kwargs)
-        finally:
-            self.state.log_history = history
 
     def save_model(self, *args, **kwargs):
         """As in `Trainer`."""

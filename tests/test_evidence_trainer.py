@@ -9,10 +9,10 @@ from helpers import AnyK, Rows, arguments, quiet, tiny_gpt2, weights_equal
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
+from hf_trainopt.accumulation.logs import LOGGED_KEYS
 from hf_trainopt.evidence import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
 from hf_trainopt.evidence.base import MeasurementCallback
 from hf_trainopt.evidence.keys import EVIDENCE_KEYS, is_evidence_key
-from hf_trainopt.trainer import LOGGED_KEYS
 
 
 DOCS = (Path(__file__).resolve().parent.parent / "docs" / "evidence.md").read_text(encoding="utf-8")

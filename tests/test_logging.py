@@ -6,7 +6,7 @@ import pytest
 from helpers import Rows, arguments, quiet, tiny_gpt2
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.trainer import LOGGED_KEYS
+from hf_trainopt.accumulation.logs import LOGGED_KEYS
 
 
 @pytest.fixture(scope="module")
