@@ -64,7 +64,7 @@ TAIL = """
 
 - Private names change without notice. transformers and accelerate are held below their next major version,
   torch is not.
-- The tested versions were run in full; of the floors a part of the tests, nothing in between.
+- The whole suite was run on the tested versions and on the floors (`python .ci/floors.py`), nothing in between.
 
 ## Logged keys
 

@@ -10,12 +10,20 @@ import pytest
 from helpers import Rows, weights_equal
 from reliability_helpers import GOODPUT, SavesAlways, checkpoints, make
 from scripts_helpers import REPOSITORY
-from test_distributed import launch
+from test_distributed import launch_all
 from transformers import TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_trainopt.reliability import TrainingInterrupted, TrainingTerminated, find_last_complete, inspect_checkpoint
 from hf_trainopt.reliability.interrupts import SIGNALS, SignalWatch, signal_of
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """What runs in the background of a shell ignores Ctrl-C from its start, and with it the tests here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Sends(TrainerCallback):
@@ -198,18 +206,22 @@ def test_which_signal_counts():
     assert signal_of([1.0, 1.0]) == signal.SIGTERM
 
 
-@pytest.mark.parametrize("case", ["interrupt fixed", "interrupt goodput"])
-def test_a_signal_to_one_rank_ends_both(case, tmp_path):
+def test_a_signal_to_one_rank_ends_both(tmp_path):
     """Only the second rank gets it; the first one saves too, after the same window."""
-    whole = launch(case.replace("interrupt", "uninterrupted"), tmp_path / "whole")
-    stopped = launch(case, tmp_path / "run")
-    assert [record["ended"] for record in stopped] == ["TrainingTerminated"] * 2
-    assert len(stopped[0]["steps"]) == len(stopped[1]["steps"]) < len(whole[0]["steps"])
-    found, skipped = find_last_complete(str(tmp_path / "run" / "run"))
-    assert found.step == len(stopped[0]["steps"])
-    assert not skipped
-    resumed = launch(case.replace("interrupt", "uninterrupted"), tmp_path / "run")
-    assert resumed[0]["weights"] == resumed[1]["weights"] == whole[0]["weights"]
+    interrupted, cases = ["interrupt fixed", "interrupt goodput"], ["uninterrupted fixed", "uninterrupted goodput"]
+    wholes = launch_all(cases, tmp_path / "whole")
+    ended = launch_all(interrupted, tmp_path / "run")
+    for before, case in zip(interrupted, cases, strict=True):
+        whole, stopped = wholes[case], ended[before]
+        assert [record["ended"] for record in stopped] == ["TrainingTerminated"] * 2
+        assert len(stopped[0]["steps"]) == len(stopped[1]["steps"]) < len(whole[0]["steps"])
+        (tmp_path / "run" / before).rename(tmp_path / "run" / case)
+        found, skipped = find_last_complete(str(tmp_path / "run" / case / "run"))
+        assert found.step == len(stopped[0]["steps"])
+        assert not skipped
+    resumed = launch_all(cases, tmp_path / "run")
+    for case in cases:
+        assert resumed[case][0]["weights"] == resumed[case][1]["weights"] == wholes[case][0]["weights"]
 
 
 def test_a_script_that_is_told_to_end(tmp_path):
