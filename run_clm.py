@@ -239,7 +239,7 @@ def load_model(
                 f"A {config.model_type} with this config cannot be built ({error}); check --config_overrides "
                 f"{model_args.config_overrides} and --config_name."
             ) from error
-        logger.info(f"Training new model from scratch - Total size={model.num_parameters() / 2**20:.2f}M params")
+        logger.info(f"Training new model from scratch - Total size={model.num_parameters() / 1e6:.2f}M params")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         logger.warning(
             "The model has fewer embeddings than the tokenizer has %d tokens: more are added.", len(tokenizer)

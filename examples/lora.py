@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Fine-tune a causal language model with LoRA (PEFT) and adaptive gradient accumulation; a memory budget is a flag.
 
-    pip install 'hf-trainopt[examples]'
+    pip install '.[examples]'
     python examples/lora.py  # a small model, under a minute, nothing is downloaded
     python examples/lora.py --model_name_or_path gpt2 --train_file my.txt --block_size 512 --memory_budget 75%
 

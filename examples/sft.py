@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Supervised fine-tuning with TRL's `SFTTrainer`, made efficient with the two mixins.
 
-    pip install 'hf-trainopt[examples]'
+    pip install '.[examples]'
     python examples/sft.py   # a small model, under a minute, nothing is downloaded
     python examples/sft.py --model_name_or_path gpt2 --num_train_epochs 3
 

@@ -511,6 +511,7 @@ def test_budgets():
         ("", "give '12GiB'"), ("lots", "give '12GiB'"), ("0GiB", "positive"), ("-1GiB", "give '12GiB'"),
         ("nan", "give '12GiB'"), ("120%", "at most 100%"), ("12", "give a unit"), ("12 GiBs", "unit must be"),
         ("1e400GiB", "finite"), (True, "give '12GiB'"), ("0%", "positive"),
+        (0.75, r"'0.75GiB' or '75%'\."), ("75", r"'75GiB' or '75%'\."), (4096, r"such as '4096GiB'\."),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             parse_budget(wrong, 1000)

@@ -327,12 +327,19 @@ def test_pictures_of_hostile_names(tmp_path):
     assert len(report.save(tmp_path / "out", ["png"])) >= 5
 
 
-def test_without_matplotlib_the_remedy_is_said(report, tmp_path, monkeypatch):
+def test_without_matplotlib_the_remedy_is_said(report, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"pip install 'hf-trainopt\[plot\]'"):
-        report.save(tmp_path / "out")
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        report.save(tmp_path / "out", ["html", "png"])
     assert not (tmp_path / "out").exists()
     assert [path.name for path in report.save(tmp_path / "out", ["html", "md"])] == ["report.html", "report.md"]
+    assert not caplog.records
+
+
+def test_without_matplotlib_and_a_choice_of_formats_the_page_is_written(report, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert [path.name for path in report.save(tmp_path / "out")] == ["report.html", "report.md"]
+    assert "pip install matplotlib" in caplog.text
 
 
 @pytest.mark.parametrize("formats", [["pdf"], []])

@@ -187,6 +187,17 @@ def test_help_begins_with_our_arguments_each_part_in_a_group(capsys):
     assert text.index("--learning_rate") > stock
 
 
+def test_help_says_what_is_counted_otherwise_than_in_stock_and_what_a_switch_turns_off(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for name in ("max_steps", "warmup_steps", "logging_steps", "eval_steps", "save_steps"):
+        assert "With varying k" in text.split(f" --{name} ")[1].split(" --")[0], name
+    assert "is the reference" in text.split(" --gradient_accumulation_steps ")[1].split(" --")[0]
+    switch = "average_tokens_across_devices"
+    assert f"--no_{switch} Turn --{switch} off. " in text
+
+
 def test_no_argument_of_ours_is_left_out_of_the_groups():
     ours, stock = ({field.name for field in fields(cls)} for cls in (EfficientTrainingArguments, TrainingArguments))
     ours -= stock

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from scripts_helpers import RESULT_FILES, SHORT_RUN, assert_same_weights, flag_m
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm
-from hf_trainopt import EfficientTrainer
+from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.placement import PlacementError, PlacementPlan, Rewrites
 from hf_trainopt.placement.plan import FULL
 from hf_trainopt.scripting import session
@@ -254,6 +255,20 @@ def test_a_budget_that_cannot_be_met_is_one_line(flags):
     assert last.startswith("run_clm.py: error: memory_budget is 5% (")
     assert "no placement needs less than" in last
     assert "Planning checkpoint placement for a budget of 5%" in done.stdout
+
+
+def test_lines_of_datasets_are_logged_once(tmp_path, capfd, monkeypatch):
+    loggers = ("", "datasets", "transformers", "__main__", "hf_trainopt")
+    before = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).level) for name in loggers}
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    try:
+        session.set_up_logging(EfficientTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+        logging.getLogger("datasets.builder").info("a line of datasets")
+    finally:
+        for name, (handlers, level) in before.items():
+            logging.getLogger(name).handlers[:] = handlers
+            logging.getLogger(name).setLevel(level)
+    assert sum(text.count("a line of datasets") for text in capfd.readouterr()) == 1
 
 
 def test_two_processes_say_it_once(flags):

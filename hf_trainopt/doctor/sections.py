@@ -14,6 +14,7 @@ from transformers.trainer_utils import has_length
 from ..accumulation.controller import STARTUP_WINDOWS
 from ..accumulation.policy import FixedPolicy
 from ..placement.budget import gib
+from ..placement.render import time_words
 from ..reliability.losses import obstacle_to_skipping
 from ..schedule import METRIC_DRIVEN, NOISE_SCALING_RULES, DataIndexedLR, chosen_rule
 from .memory import MemoryForecast, device_memory
@@ -200,7 +201,7 @@ def memory_of_a_step(trainer: Trainer, memory: MemoryForecast) -> Lines:
         lines.append(("peak of a step", f"{gib(baseline)} without recomputation"))
         if plan is not None and plan.predicted_peak_bytes is not None:
             peak = plan.predicted_peak_bytes
-            lines.append(("with the plan", f"{gib(peak)}, at {plan.extra_time_ratio:.1%} more time"))
+            lines.append(("with the plan", f"{gib(peak)}, time {time_words(plan)}"))
         if args.memory_budget is not None:
             lines.append(("budget", args.memory_budget))
         lines.append(

@@ -38,7 +38,9 @@ def parse_budget(text: str | int | float, baseline_bytes: int | None = None) -> 
         return 0 if baseline_bytes is None else int(baseline_bytes * number / 100)
     if not unit:
         if number < 2**20:
-            raise ValueError(f"memory_budget is '{text}', {number:g} bytes; give a unit, such as '{text}GiB'.")
+            # 0.75 and 75 are mostly meant as shares, as in other libraries.
+            share = f" or '{100 * number if number <= 1 else number:g}%'" if number <= 100 else ""
+            raise ValueError(f"memory_budget is '{text}', {number:g} bytes; give a unit, such as '{text}GiB'{share}.")
         return int(number)
     if unit.upper() not in _UNITS:
         raise ValueError(f"memory_budget is '{text}'; its unit must be GiB, MiB, GB, MB or %.")

@@ -33,9 +33,7 @@ def _figure():
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(
-            "--plot needs matplotlib: pip install matplotlib, or pip install 'hf-trainopt[plot]'."
-        ) from error
+        raise ValueError("--plot needs matplotlib: pip install matplotlib.") from error
     return Figure
 
 

@@ -189,6 +189,15 @@ def changed_time(plan: PlacementPlan) -> float:
     return plan.extra_time_ratio + (plan.details.get("rewritten_time_ratio", 0.0) if plan.rewrites.names() else 0.0)
 
 
+def time_words(plan: PlacementPlan) -> str:
+    """Return what a plan does to the time of a step: recomputation, and rewrites apart from it."""
+    words = f"{percent(plan.extra_time_ratio, signed=True)} to recompute"
+    ratio = plan.details.get("rewritten_time_ratio")
+    return (
+        words if ratio is None or not plan.rewrites.names() else f"{words}, {percent(ratio, signed=True)} by rewrites"
+    )
+
+
 def same_choices(plan: PlacementPlan, other: PlacementPlan | None) -> bool:
     """Whether two plans do the same."""
     return other is not None and plan.stages == other.stages and plan.rewrites == other.rewrites
@@ -258,17 +267,13 @@ def render_choice(
         what = f"for a budget of {stated_budget(given, plan.budget_bytes)}"
     sentences = [
         f"Chosen {what}: peak {gib(plan.predicted_peak_bytes)}, {percent(cut_of(plan))} less than the "
-        f"{gib(plan.baseline_peak_bytes)} without placement, for {percent(plan.extra_time_ratio, signed=True)} time.",
+        f"{gib(plan.baseline_peak_bytes)} without placement; time {time_words(plan)}.",
         f"It does: {words(plan)}.",
     ]
     if plan.is_stock:
         sentences[1] = "The step fits as it is: nothing is recomputed."
     if plan.rewrites.names():
-        ratio = plan.details.get("rewritten_time_ratio")
-        time = "" if ratio is None else f" (by themselves they change the time by {percent(ratio, signed=True)})"
-        sentences.append(
-            f"The rewrites change results by rounding only{time}; --memory_rewrites none leaves them out."
-        )
+        sentences.append("The rewrites change results by rounding only; --memory_rewrites none leaves them out.")
     if plan.optimality_gap is not None:
         sentences.append(
             f"A better plan for this budget could save {percent(plan.optimality_gap)} of a step's time at most."

@@ -27,6 +27,7 @@ from .measure import PeakMeasurement
 from .plan import NO_REWRITES, PlacementPlan, Rewrites
 from .planner import PlacementPlanner, allowed_rewrites, check_rewrites
 from .policies import named_choices
+from .render import time_words
 from .replay import StepSetup, model_loss
 from .rewrites import available_rewrites
 from .shadow import shadow_of
@@ -357,12 +358,12 @@ class PlacementTrainerMixin:
             logger.info("Checkpoint placement: %s.", plan.summary())
         else:
             logger.info(
-                "Checkpoint placement: %s; predicted peak %s instead of %s (%.1f %% less), extra time %.1f %%.",
+                "Checkpoint placement: %s; predicted peak %s instead of %s (%.1f %% less), time %s.",
                 plan.summary(),
                 gib(plan.predicted_peak_bytes),
                 gib(plan.baseline_peak_bytes),
                 100 * (1 - plan.predicted_peak_bytes / plan.baseline_peak_bytes),
-                100 * plan.extra_time_ratio,
+                time_words(plan),
             )
         if plan.rewrites.names() and self.args.memory_rewrites == "auto":
             from_file = is_plan_file(self.args.placement_policy)

@@ -44,8 +44,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--title", help="heading; default: what is compared")
     parser.add_argument(
         "--formats",
-        default=",".join(FORMATS),
-        help=f"out of {', '.join(FORMATS)}, with commas; png needs matplotlib; default: all",
+        help=f"out of {', '.join(FORMATS)}, with commas; default: all, png only where matplotlib is installed",
     )
     parser.set_defaults(run=run)
 
@@ -56,8 +55,10 @@ def run(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError: A folder has no run in it, or what is asked for is not there.
     """
-    formats = [name.strip() for name in arguments.formats.split(",") if name.strip()]
-    check_formats(formats)
+    formats = None
+    if arguments.formats is not None:
+        formats = [name.strip() for name in arguments.formats.split(",") if name.strip()]
+        check_formats(formats)
     report = make_report(
         *arguments.runs,
         baseline=arguments.baseline,

@@ -34,7 +34,7 @@ def _figure_class() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
-            "PNG pictures need matplotlib: pip install matplotlib, or pip install 'hf-trainopt[plot]'; or leave png "
+            "PNG pictures need matplotlib: pip install matplotlib; or leave png "
             "out of the formats (the page draws its charts without it)."
         ) from error
     return Figure

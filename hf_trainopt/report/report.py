@@ -1,5 +1,6 @@
 """Reports: from folders or runs in memory to a page, pictures and a table."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from .runs import RunRecord, is_run, read_run
 from .sections import contents
 from .summary import NOT_RECORDED
 
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("html", "md", "png")
 
@@ -54,19 +57,23 @@ class Report:
         """
         return markdown.markdown(self.contents, only=BRIEF if brief else None)
 
-    def save(self, folder: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    def save(self, folder: str | Path, formats: Sequence[str] | None = None) -> list[Path]:
         """Write the report; what a former one has left under the same names is replaced.
 
         Args:
             folder: Made if it is not there.
-            formats: Out of `html` (report.html), `md` (report.md) and `png` (a picture for each section).
+            formats: Out of `html` (report.html), `md` (report.md) and `png` (a picture for each section); all of them
+                unless given, but for pictures where matplotlib is missing.
 
         Returns:
             The files, the page first.
 
         Raises:
-            ValueError: There is no such format, the folder is a file, or matplotlib is missing for pictures.
+            ValueError: There is no such format, the folder is a file, or matplotlib is missing for pictures
+                that are asked for.
         """
+        if formats is None:
+            formats = _formats_here()
         check_formats(formats)
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
@@ -85,6 +92,16 @@ def _write(path: Path, text: str) -> Path:
     # A lone surrogate (a file name that is no UTF-8) cannot be written.
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def _formats_here() -> tuple[str, ...]:
+    """Return all formats; without pictures, and with a warning, where matplotlib is missing."""
+    try:
+        plot.check_matplotlib()
+    except ValueError:
+        logger.warning("matplotlib is not installed: the report has no PNG pictures; pip install matplotlib for them.")
+        return tuple(name for name in FORMATS if name != "png")
+    return FORMATS
 
 
 def check_formats(formats: Sequence[str]) -> None:

@@ -22,6 +22,21 @@ logger = logging.getLogger(__name__)
 
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 
+_IN_WINDOWS = (
+    " With varying k it is counted in windows of gradient_accumulation_steps micro-batches: the same data as in stock"
+    " Trainer, whatever the number of optimizer steps."
+)
+# What the help texts of `TrainingArguments` do not say of our Trainer.
+_COUNTED_OTHERWISE = {
+    "gradient_accumulation_steps": " Unless accumulation_policy is 'fixed' that is the reference: learning_rate is"
+    " meant for its batch, and steps are counted in it; what is in force is chosen by the policy.",
+    "max_steps": _IN_WINDOWS,
+    "warmup_steps": _IN_WINDOWS,
+    "logging_steps": _IN_WINDOWS,
+    "eval_steps": _IN_WINDOWS,
+    "save_steps": _IN_WINDOWS,
+}
+
 
 class ScriptArgumentParser(HfArgumentParser):
     """`HfArgumentParser` that takes no abbreviated flags and reports a wrong value in one line, without the usage.
@@ -50,6 +65,10 @@ class ScriptArgumentParser(HfArgumentParser):
             group._group_actions = [action for action in stock._group_actions if action.dest in names]
             stock._group_actions = [action for action in stock._group_actions if action.dest not in names]
             groups.append(group)
+        if groups:
+            for action in stock._group_actions:
+                if action.dest in _COUNTED_OTHERWISE:
+                    action.help = (action.help or "") + _COUNTED_OTHERWISE[action.dest]
         others = [group for group in self._action_groups if group is not stock and group not in groups]
         self._action_groups = [*groups, *others, stock]
 
@@ -96,14 +115,19 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action):
         # `--like_this` alone: what `HfArgumentParser` adds, `--like-this`, doubles the length.
-        if not action.option_strings or action.nargs == 0:
+        if not action.option_strings or action.dest == "help":
             return super()._format_action_invocation(action)
+        if action.nargs == 0:
+            return action.option_strings[0]
         return (
             f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
         )
 
     def _get_help_string(self, action):
         text = action.help or ""
+        if action.nargs == 0 and action.option_strings[0].startswith("--no_"):
+            # `HfArgumentParser` gives it the text of the flag that it turns off.
+            return f"Turn --{action.dest} off."
         # A default of `None` is no value: what it means is for the text to say.
         return text if action.default is None or "(the default)" in text else super()._get_help_string(action)
 

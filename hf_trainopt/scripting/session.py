@@ -50,6 +50,8 @@ def set_up_logging(training_args: TrainingArguments) -> None:
     for name in ("__main__", "hf_trainopt"):
         logging.getLogger(name).setLevel(level)
     datasets.utils.logging.set_verbosity(level)
+    # Its own handler has no time and level, and would write each line of the root's a second time.
+    logging.getLogger("datasets").handlers.clear()
     transformers.utils.logging.set_verbosity(level)
     transformers.utils.logging.enable_default_handler()
     transformers.utils.logging.enable_explicit_format()

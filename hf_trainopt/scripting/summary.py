@@ -39,7 +39,9 @@ def summary_rows(trainer: Trainer, train_metrics: Mapping[str, Any], eval_metric
         noise = [entry for entry in history if entry.get("noise_scale_low") is not None]
         if noise:
             first, last = _noise_text(noise[0]), _noise_text(noise[-1])
-            rows.append(("gradient noise scale, samples", first if len(noise) == 1 else f"{first}, at the end {last}"))
+            rows.append(
+                ("gradient noise scale, samples", first if len(noise) == 1 else f"{first} at first, {last} at the end")
+            )
         rows.append(("optimizer steps", str(trainer.state.global_step)))
         rows.append(("samples/s", f"{train_metrics['train_samples_per_second']:.4g}"))
         rows.append(("train loss (mean of the run)", f"{train_metrics['train_loss']:.4f}"))

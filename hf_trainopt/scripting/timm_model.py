@@ -85,7 +85,7 @@ def load_timm_model(
                 f"{config.architecture} does not take --model_args {config.model_args} ({error}); leave out what "
                 "it does not know."
             ) from error
-        logger.info(f"Training new model from scratch - Total size={model.num_parameters() / 2**20:.2f}M params")
+        logger.info(f"Training new model from scratch - Total size={model.num_parameters() / 1e6:.2f}M params")
         return model
     if name_or_path is None:
         # timm's default weights are for other classes: their classifier is replaced without being asked.
