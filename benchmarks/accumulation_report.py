@@ -104,7 +104,7 @@ def measure_costs(rounds: int, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     result = json.loads(COSTS.read_text()) if COSTS.exists() else {"tasks": {}}
-    result["command"] = f"python benchmarks/accumulation.py costs --rounds {rounds}"
+    command = f"python benchmarks/accumulation.py costs --rounds {rounds} --tasks {' '.join(names)}"
     for task in (TASKS[name] for name in names):
         parts = build(task, seed=0)
         for key in ("eval_dataset", "compute_metrics"):
@@ -125,8 +125,10 @@ def measure_costs(rounds: int, names: Sequence[str]) -> None:
                 found.append((timer.micro_batch_seconds, timer.step_seconds))
         micro_batch, step = (statistics.median(values) for values in zip(*found, strict=True))
         ratios = sorted(s / m for m, s in found)
-        result["tasks"][task.name] = {"micro_batch_seconds": micro_batch, "step_seconds": step,
-                                 "step_cost_range_in_micro_batches": [ratios[0], ratios[-1]]}  # fmt: skip
+        result["tasks"][task.name] = {
+            "micro_batch_seconds": micro_batch, "step_seconds": step,
+            "step_cost_range_in_micro_batches": [ratios[0], ratios[-1]], "command": command,
+        }  # fmt: skip
         print(task.name, result["tasks"][task.name], flush=True)
     COSTS.write_text(json.dumps(result, indent=1) + "\n")
 

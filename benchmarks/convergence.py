@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
     from tasks import TASKS, build, common_arguments
 
     from hf_trainopt.evidence import ThroughputCallback
+    from hf_trainopt.scripting.session import close_process_group
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -82,7 +83,9 @@ def run(options: argparse.Namespace) -> None:
         load = os.getloadavg()[0]
         trainer.train()
         last = trainer.evaluate(everything if not options.quick else parts["eval_dataset"])
-    if trainer.args.process_index:
+    is_first = trainer.args.process_index == 0
+    close_process_group()
+    if not is_first:
         return
     history = trainer.state.log_history
     record = {

@@ -16,6 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainerCallback
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
+from hf_trainopt.scripting.session import close_process_group
 
 
 class Rows(torch.utils.data.Dataset):
@@ -79,6 +80,7 @@ def main() -> None:
             quartiles = {auto: statistics.quantiles(seconds, n=4) for auto, seconds in found.items()}
             ratio = quartiles[True][1] / quartiles[False][1]
             print(json.dumps({"k": k, "without": quartiles[False], "with": quartiles[True], "ratio": ratio}))
+    close_process_group()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from hf_trainopt import EfficientTrainer
 from hf_trainopt.accumulation import timing
 from hf_trainopt.evidence import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
 from hf_trainopt.reliability import TrainingTerminated
+from hf_trainopt.scripting.session import close_process_group
 
 
 torch.set_num_threads(1)
@@ -366,10 +367,12 @@ def main() -> None:
     """Several cases, parted by `;`, run one after the other: each in a folder of its name."""
     output_dir, cases = sys.argv[1:]
     count_collectives()
-    if ";" not in cases:
-        return run(output_dir, cases)
-    for case in cases.split(";"):
-        run(os.path.join(output_dir, case), case)
+    if ";" in cases:
+        for case in cases.split(";"):
+            run(os.path.join(output_dir, case), case)
+    else:
+        run(output_dir, cases)
+    close_process_group()
 
 
 if __name__ == "__main__":

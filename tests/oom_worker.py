@@ -17,6 +17,7 @@ from helpers import Pictures, Rows, arguments, quiet
 from oom_helpers import Memory, SwitchAt, make
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt.scripting.session import close_process_group
 
 
 class Normed(torch.nn.Module):
@@ -80,6 +81,7 @@ def main() -> None:
     record["world_size"] = trainer.args.world_size
     with open(os.path.join(output_dir, f"rank{os.environ['RANK']}.json"), "w") as file:
         json.dump(record, file)
+    close_process_group()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from helpers import Rows, arguments, quiet, tiny_gpt2
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt.scripting.session import close_process_group
 
 
 if __name__ == "__main__":
@@ -26,3 +27,4 @@ if __name__ == "__main__":
         "micro_batch_size": trainer.micro_batch_size,
     }
     (folder / f"rank{args.process_index}.json").write_text(json.dumps(record))
+    close_process_group()

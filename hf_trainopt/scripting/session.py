@@ -217,6 +217,7 @@ def report_user_errors() -> Iterator[None]:
     """
     try:
         yield
+        close_process_group()
     except (TrainingTerminated, TrainingInterrupted, TrainingDivergedError) as error:
         code = {TrainingTerminated: 143, TrainingInterrupted: 130}.get(type(error), 1)
         _end_in_one_line(getattr(error, "message", error), code, all_are_here=True)
@@ -233,10 +234,18 @@ def _end_in_one_line(message: object, code: int, all_are_here: bool) -> NoReturn
         # At once: when another process ends first, the launcher stops this one.
         sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}\n")
         sys.stderr.flush()
-    if all_are_here and torch.distributed.is_available() and torch.distributed.is_initialized():
-        # All processes are here. With its threads alive, the exit would be an abort.
-        torch.distributed.destroy_process_group()
+    if all_are_here:
+        close_process_group()
     sys.exit(code)
+
+
+def close_process_group() -> None:
+    """Close the process group, if there is one: with gloo's threads alive, the exit may be an abort.
+
+    Call it on all processes: they wait for one another.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def write_model_card(
