@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 TASKS = ("language", "vision")
 PAIRED_TASKS = (*TASKS, "vision_resnet50")
 MICRO_BATCH = {"language": 4, "vision": 16, "vision_resnet50": 16}
+TARGET_LABELS = (("first target", "bottom"), ("second target", "top"))
 # Share of its data at which the loss of a run of seed 0 becomes a target.
 SHARES = {"eight": 0.8, "best": 0.9}
 
@@ -174,7 +175,7 @@ def other_table(records: list[dict], task: str) -> str:
 
 
 def draw_curves(records: list[dict], folder: Path) -> None:
-    """Draw the validation loss of the paired runs against time: the mean over seeds and, shaded, ± one deviation."""
+    """Draw the validation loss of the paired runs against time: the median over seeds and, shaded, their range."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -184,18 +185,20 @@ def draw_curves(records: list[dict], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for task in PAIRED_TASKS:
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        lowest = []
         for (name, runs), style in zip(arms(records, task).items(), ("--", ":", "-", "-."), strict=False):
             curves = [[(e.seconds, e.value) for e in curve(run)] for run in runs]
             grid = np.linspace(max(c[0][0] for c in curves), min(c[-1][0] for c in curves), 60)
             losses = np.array([np.interp(grid, *zip(*c, strict=True)) for c in curves])
-            middle, deviation = losses.mean(0), losses.std(0, ddof=1) if len(losses) > 1 else 0 * grid
-            (line,) = axes.plot(grid, middle, style, label=f"{name}; {len(runs)} seeds")
-            axes.fill_between(grid, middle - deviation, middle + deviation, color=line.get_color(), alpha=0.2, lw=0)
-        for (loss, _), what in zip(targets(records, task).values(), ("first target", "second target"), strict=True):
+            (line,) = axes.plot(grid, np.median(losses, 0), style, label=f"{name}; {len(runs)} seeds")
+            axes.fill_between(grid, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2, lw=0)
+            lowest.append(losses.min())
+        for (loss, _), (what, side) in zip(targets(records, task).values(), TARGET_LABELS, strict=True):
             axes.axhline(loss, color="gray", lw=0.8)
-            axes.annotate(what, (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+            axes.annotate(what, (0.01, loss), xycoords=("axes fraction", "data"), va=side, fontsize=8)
         start = np.median([curve(run)[0].value for runs in arms(records, task).values() for run in runs])
-        axes.set(xlabel="seconds of training (idle machine)", ylabel="validation loss", ylim=(None, start))
+        bottom = min(lowest) - 0.05 * (start - min(lowest))
+        axes.set(xlabel="seconds of training (idle machine)", ylabel="validation loss", ylim=(bottom, start))
         axes.legend(fontsize=8)
         figure.savefig(folder / f"convergence-{task.replace('_', '-')}.png", dpi=120)
         plt.close(figure)
