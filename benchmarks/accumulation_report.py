@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from page_tables import mean_spread
 from tasks import TASKS, build, common_arguments
 
 
@@ -133,12 +134,6 @@ def measure_costs(rounds: int, names: Sequence[str]) -> None:
     COSTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def spread(values: list[float], digits: int) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
 def k_path(record: dict) -> str:
     steps = [entry["accumulation_steps"] for entry in record["history"] if "accumulation_steps" in entry]
     if not steps:
@@ -159,10 +154,10 @@ def row(setting: Setting, costs: dict) -> str | None:
     ]
     name = f"stock, k = {setting.k}" if setting.policy == "fixed" else f"`{setting.policy}`, {setting.rule}"
     cells = [name, f"{setting.learning_rate:g}", k_path(records[0]),
-             spread([record["optimizer_steps"] for record in records], 0), f"{statistics.mean(seconds):.0f}",
-             spread([record["eval_loss"] for record in records], 3)]  # fmt: skip
+             mean_spread([record["optimizer_steps"] for record in records], ".0f"), f"{statistics.mean(seconds):.0f}",
+             mean_spread([record["eval_loss"] for record in records], ".3f")]  # fmt: skip
     if setting.task == "vision":
-        cells.append(spread([100 * record["eval_accuracy"] for record in records], 1))
+        cells.append(mean_spread([100 * record["eval_accuracy"] for record in records], ".1f"))
     return "| " + " | ".join([*cells, str(len(records))]) + " |"
 
 

@@ -2,11 +2,11 @@
 
 import itertools
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from convergence_suite import DEFAULT_RULE, SEEDS, best, load
+from page_tables import mean_spread, table
 
 from hf_trainopt.compare.render import estimate_text
 from hf_trainopt.compare.statistics import Measured, paired_ratio
@@ -107,17 +107,6 @@ def describe(pairs: Sequence[Sequence[Crossing]], axis: str) -> str:
     return text
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def spread(values: Sequence[float], form: str = ".3f") -> str:
-    if len(values) == 1:
-        return f"{values[0]:{form}}"
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
-
-
 def sweep_table(records: list[dict], task: str) -> str:
     runs = [r for r in records if r["task"] == task and r["policy"] == "fixed" and r["seed"] == 0 and r["ranks"] == 1]
     chosen = {k: best(records, task=task, policy="fixed", k=k) for k in {r["k"] for r in runs}}
@@ -137,10 +126,10 @@ def paired_table(records: list[dict], task: str) -> str:
     rows = []
     for name, runs in groups.items():
         losses = [r["eval_loss"] for r in runs]
-        quality = [f"{spread(losses)}"]
+        quality = [f"{mean_spread(losses)}"]
         if runs[0]["eval_accuracy"] is not None:
-            quality.append(spread([100 * r["eval_accuracy"] for r in runs], ".1f"))
-        steps = spread([r["optimizer_steps"] for r in runs], ".0f")
+            quality.append(mean_spread([100 * r["eval_accuracy"] for r in runs], ".1f"))
+        steps = mean_spread([r["optimizer_steps"] for r in runs], ".0f")
         cells = []
         for target, against in (("eight", names[0]), ("best", names[1])):
             cells += [

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from page_tables import table
+
 
 HERE = Path(__file__).resolve().parent
 SHARES = ("compute", "reduction", "statistics", "agreement", "rest")
@@ -53,10 +55,6 @@ def shares(found: dict, arm: str) -> dict[str, float]:
         "rest": record["seconds"] - parts["forward_backward"] - parts["statistics"] - parts["agreement"],
     }
     return {name: value / record["seconds"] for name, value in seconds.items()}
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
 def write_report(record: dict, path: Path) -> None:

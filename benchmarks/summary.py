@@ -8,8 +8,9 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from convergence_report import PAIRED_TASKS, arms, curve, describe, loss_at, ratio, table, targets, wall_curve
+from convergence_report import PAIRED_TASKS, arms, curve, describe, loss_at, ratio, targets, wall_curve
 from convergence_suite import DEFAULT_RULE, best, load
+from page_tables import table
 from scaling_report import efficiencies, spread
 
 from hf_trainopt.evidence.targets import first_crossing

@@ -11,7 +11,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
-from .loss_scaling import calls_super, model_ignores_num_items, own_compute_loss, own_loss_ignoring_num_items
+from .loss_scaling import (
+    base_model,
+    calls_super,
+    model_ignores_num_items,
+    own_compute_loss,
+    own_loss_ignoring_num_items,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -208,7 +214,7 @@ def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
             "own noise, so every %d-th optimizer step (and the first ones) takes two.",
             args.noise_scale_interval,
         )
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT: Trainer looks there too
+    inner = base_model(model)
     if _takes_loss_kwargs_unasked(trainer) and not hasattr(type(inner), "loss_function"):
         logger.warning(
             "%s takes **kwargs, so Trainer expects its loss to be divided by `num_items_in_batch`. If it returns a "

@@ -27,6 +27,11 @@ _BY_PROBLEM_TYPE = ("ForSequenceClassification", "ForImageClassification", "ForV
                     "ForAudioClassification")  # fmt: skip
 
 
+def base_model(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model inside a PEFT model, at which Trainer looks too; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def model_ignores_num_items(model: torch.nn.Module) -> bool:
     """Return whether the loss of a model is known to be a mean of its own, whatever `num_items_in_batch` it is given.
 
@@ -36,7 +41,7 @@ def model_ignores_num_items(model: torch.nn.Module) -> bool:
     Args:
         model: As it is given to the Trainer; of a PEFT model the one inside counts.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     config = getattr(inner, "config", None)
     if type(inner).__name__.endswith(_BY_PROBLEM_TYPE) and (
         getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
