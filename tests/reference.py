@@ -1,5 +1,6 @@
 """Slow, obviously right twins of the estimators and of the data cursor: full history, textbook formulas."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -139,3 +140,34 @@ def t_cdf_by_integration(t: float, degrees: int, cells: int = 20_000) -> float:
     width = t / cells
     density = [scale * (1 + (i * width) ** 2 / degrees) ** (-(degrees + 1) / 2) for i in range(cells + 1)]
     return 0.5 + width * (sum(density) - (density[0] + density[-1]) / 2)
+
+
+def median_at_positions(curves, holds):
+    """Median of curves, point by point, on the stretch that all have: lists of (x, y) in the order of x.
+
+    At the positions of the shortest curve (the first of them) and at the ends; linear between two points, or the value
+    of the point before if `holds`. Not a number where a curve has a gap.
+    """
+    start, end = max(points[0][0] for points in curves), min(points[-1][0] for points in curves)
+    if not start < end:
+        return None
+    shortest = min(curves, key=len)
+    places = [start, *(x for x, _ in shortest if start < x < end), end]
+
+    def value(points, x):
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
+            if x == x0:
+                return y0
+            if x0 < x < x1:
+                return y0 if holds else y0 + (x - x0) / (x1 - x0) * (y1 - y0)
+        return points[-1][1]
+
+    result = []
+    for x in places:
+        values = sorted(value(points, x) for points in curves)
+        if any(math.isnan(value(points, x)) for points in curves):
+            result.append((x, math.nan))
+        else:
+            middle = len(values) // 2
+            result.append((x, values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2))
+    return result

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from reference import median_at_positions
 from report_helpers import our_history, stock_history, write_comparison, write_run
 
 from hf_trainopt.placement import PlacementPlan
@@ -17,6 +18,7 @@ from hf_trainopt.placement.plan import StageChoice
 from hf_trainopt.report import Report, make_report
 from hf_trainopt.report.contents import Band, IntervalPanel, Line, LinePanel
 from hf_trainopt.report.scales import linear_scale, log2_scale, log_scale, ratio_scale, scales_of, tick_text
+from hf_trainopt.report.seeds import median_curve, with_medians
 from hf_trainopt.report.summary import figure, ratio_text, spread
 from hf_trainopt.report.svg import draw
 from hf_trainopt.report.theme import ARM_COLOURS, arm_colour, arm_dashes
@@ -145,6 +147,41 @@ def test_any_values_make_a_drawing(points, scale, style):
     assert values == []
 
 
+def test_seeds_are_thin_and_their_median_is_not():
+    xs, marked = np.arange(3.0), [np.array([3.0, 2.0, 1.0]) + seed for seed in range(3)]
+    lines = [*(Line(0, xs, ys, "marked") for ys in marked), *(Line(0, xs, ys + 9, "faint") for ys in marked)]
+    shown = with_medians([*lines, Line(1, xs, xs)])
+    assert [(line.arm, line.style, line.of_seed) for line in shown] == [
+        *[(0, "marked", True)] * 3, (0, "marked", False), (0, "faint", False), (1, "line", False),
+    ]  # fmt: skip
+    assert shown[3].ys.tolist() == [4.0, 3.0, 2.0]
+    root = parsed(draw(LinePanel("n", "t", "x", "y", tuple(shown))))
+    assert len([e for e in root.iter("path") if "seed" in e.get("class").split()]) == 3
+    assert len(list(root.iter("circle"))) == 3  # marks are the median's
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.integers(0, 30), st.one_of(st.floats(-5, 5), st.just(math.nan))),
+            min_size=1, max_size=8, unique_by=lambda point: point[0],
+        ),
+        min_size=2, max_size=4,
+    ),
+    st.sampled_from(["line", "step"]),
+)  # fmt: skip
+def test_the_median_over_seeds_is_that_of_its_slow_twin(curves, style):
+    curves = [sorted(points) for points in curves]
+    lines = [Line(0, *(np.array(column, dtype=float) for column in zip(*points, strict=True)), style)
+             for points in curves]  # fmt: skip
+    found = median_curve(lines)
+    expected = median_at_positions(curves, holds=style == "step")
+    assert (found is None) == (expected is None)
+    if found is not None:
+        assert found.xs.tolist() == [x for x, _ in expected]
+        assert found.ys.tolist() == pytest.approx([y for _, y in expected], nan_ok=True)
+
+
 def test_intervals_that_are_open_or_missing():
     bounds = (("b", 1, 1.2, 1.2, math.inf), ("c", 2, 0.8, 0.0, 0.8))
     points = (("a", 0, 0.5, 0.4, 0.6), *bounds, ("d", 3, 2.0, math.nan, math.nan))
@@ -232,6 +269,16 @@ def test_the_page_needs_nothing_from_elsewhere(report):
         assert not {name for name in names if name.startswith("on")} | names & {"src", "srcset", "xlink:href"}
         assert all(attrs["href"].startswith("#") for _, attrs in reader.tags if "href" in attrs)
         assert not re.search(r"https?:|//|url\(|@import", text.replace("</", ""))
+
+
+def test_several_seeds_have_a_median(report, folders):
+    assert "their median, as far as all of them go" in Reader(report.to_html()).text
+    (panel,) = (p for s in report.contents.sections for p in s.panels if p.name == "loss_steps")
+    assert sum(line.of_seed and line.style == "marked" for line in panel.lines) == 6
+    assert sum(not line.of_seed and line.style == "marked" for line in panel.lines) == 4
+    alone = make_report(folders / "stock")
+    assert "median" not in Reader(alone.to_html()).text
+    assert "baseline" not in alone.to_markdown()
 
 
 def test_links_lead_somewhere(report):

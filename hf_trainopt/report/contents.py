@@ -25,7 +25,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of one run.
+    """A curve of one run, or the median over the seeds of an arm.
 
     Args:
         arm: Index of its arm, which says colour and dashes.
@@ -33,12 +33,14 @@ class Line:
         ys: Values; NaN is a gap.
         style: `"line"`, `"faint"` (raw training values), `"marked"` (evaluations), `"step"` (holds until the next
             value) or `"guess"` (not resolved).
+        of_seed: Whether it is one of several seeds, whose median is drawn as well.
     """
 
     arm: int
     xs: np.ndarray
     ys: np.ndarray
     style: str = "line"
+    of_seed: bool = False
 
 
 @dataclass(frozen=True)

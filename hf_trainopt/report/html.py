@@ -140,6 +140,7 @@ _KEYS = {
         '<path d="M0 6H26" class="curve marked" stroke="var(--ink)"/>'
         '<circle cx="13" cy="6" r="2.8" fill="var(--ink)"/>'
     ),
+    "seed": _key('<path d="M0 6H26" class="curve seed" stroke="var(--ink)"/>'),
     "guess": _key('<path d="M0 6H26" class="curve guess" stroke="var(--ink)" stroke-dasharray="1.5 3"/>'),
     "band": _key('<rect width="26" height="12" class="band" fill="var(--ink)"/>'),
     "open": _key('<rect width="26" height="12" class="band open" fill="var(--ink)"/>'),

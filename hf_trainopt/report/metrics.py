@@ -75,5 +75,6 @@ def choose_target(
     if not all(map(math.isfinite, finals)):
         return None, "the last evaluation of the baseline is not finite; name one (target_metric and target_value)."
     if finals:
-        return Target(metric, max(finals), False, f"the last evaluation of the baseline, {baseline.name}"), None
+        whose = f"the baseline, {baseline.name}" if len(arms) > 1 else baseline.name
+        return Target(metric, max(finals), False, f"the last evaluation of {whose}"), None
     return None, "no target was set; name one (target_metric and target_value), or evaluate during training."

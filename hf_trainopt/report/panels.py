@@ -10,6 +10,7 @@ from hf_trainopt.evidence.targets import Target
 from .arms import Arm
 from .contents import BarPanel, Line, LinePanel
 from .runs import RunRecord
+from .seeds import with_medians
 from .series import batch_curve, curve, noise_curves, points_per_curve
 from .summary import PHASES, figure, measured_peak, size_unit, time_unit
 
@@ -41,13 +42,13 @@ def axis_scale(arms: Sequence[Arm], axis: str) -> tuple[float, str]:
 
 
 def _rescaled(line: Line, scale: float) -> Line:
-    return Line(line.arm, line.xs / scale, line.ys, line.style)
+    return replace(line, xs=line.xs / scale)
 
 
 def ends_in_words(arms: Sequence[Arm], lines: Sequence[Line], what: str, xlabel: str) -> str:
     """Return a sentence with the last values of the curves."""
     last: dict[int, list[float]] = {}
-    for line in lines:
+    for line in lines:  # of each run; medians are not among them
         known = line.ys[~np.isnan(line.ys)]
         if len(known):
             last.setdefault(line.arm, []).append(float(known[-1]))
@@ -89,7 +90,7 @@ def line_panel(
     if not lines:
         return None
     summary = ends_in_words(arms, lines, title, xlabel)
-    return LinePanel(name, title, xlabel, ylabel, lines, scale=scale, summary=summary)
+    return LinePanel(name, title, xlabel, ylabel, tuple(with_medians(lines)), scale=scale, summary=summary)
 
 
 def rate_curve(key: str) -> Callable[[RunRecord, int, str, int], Line | None]:
@@ -120,7 +121,7 @@ def loss_panel(arms: Sequence[Arm], axis: str, metric: str | None, target: Targe
         f"Loss against {AXIS_TITLES[axis]}",
         xlabel,
         "loss",
-        tuple(lines),
+        tuple(with_medians(lines)),
         level=(target.value, "target") if target is not None and target.metric == metric else None,
         scale="log" if log else "linear",
         summary=ends_in_words(arms, shown, "Evaluated loss" if shown is not lines else "Training loss", xlabel),

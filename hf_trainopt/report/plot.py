@@ -11,7 +11,7 @@ from .contents import BarPanel, Contents, IntervalPanel, LinePanel, Section
 from .html import arms_shown
 from .scales import Scale, bar_scale, ratio_scale, scales_of, tick_text
 from .summary import figure as shown
-from .svg import interval_text
+from .svg import depth, interval_text
 from .theme import arm_colour, arm_dashes, part_colour
 
 
@@ -115,14 +115,15 @@ def _lines(axes: Any, panel: LinePanel) -> None:
         around = is_open | np.roll(is_open, 1) | np.roll(is_open, -1)
         axes.fill_between(band.xs, low, high, where=~is_open, color=colour, alpha=0.22, linewidth=0)
         axes.fill_between(band.xs, low, high, where=around, color=colour, alpha=0.09, linewidth=0)
-    for line in panel.lines:
-        faint = line.style in ("faint", "guess")
+    for line in sorted(panel.lines, key=depth):
+        faint = line.of_seed or line.style in ("faint", "guess")
         axes.plot(
             line.xs, line.ys, color=arm_colour(line.arm),
             linestyle=":" if line.style == "guess" else "-" if line.style == "faint" else _dashes(line.arm),
-            linewidth=1.0 if faint else 1.7, alpha=0.45 if line.style == "faint" else 1.0,
+            linewidth=0.7 if line.of_seed else 1.0 if faint else 1.7,
+            alpha=0.5 if line.of_seed else 0.45 if line.style == "faint" else 1.0,
             drawstyle="steps-post" if line.style == "step" else "default",
-            marker="o" if line.style == "marked" else None, markersize=3.2,
+            marker="o" if line.style == "marked" and not line.of_seed else None, markersize=3.2,
         )  # fmt: skip
     if panel.level is not None:
         axes.axhline(panel.level[0], color="#1c2128", linestyle="--", linewidth=1)
@@ -190,6 +191,7 @@ def _legend(figure: Any, section: Section, arms: Sequence[str]) -> None:
     styles = {
         "faint": lambda text: Line2D([], [], color=ink, linewidth=1, alpha=0.45, label=text),
         "marked": lambda text: Line2D([], [], color=ink, linewidth=1.7, marker="o", markersize=4, label=text),
+        "seed": lambda text: Line2D([], [], color=ink, linewidth=0.7, alpha=0.5, label=text),
         "guess": lambda text: Line2D([], [], color=ink, linewidth=1, linestyle=":", label=text),
         "band": lambda text: Patch(color=ink, alpha=0.22, label=text),
         "open": lambda text: Patch(color=ink, alpha=0.09, label=text),

@@ -66,6 +66,7 @@ margin-top:.8em}
 {root} .curve.faint{stroke-width:1;opacity:.45}
 {root} .curve.guess{opacity:.7}
 {root} .curve.marked{stroke-width:1.8}
+{root} .curve.seed{stroke-width:.9;opacity:.5}
 {root} .band{opacity:.22}
 {root} .band.open{opacity:.09}
 {root} .interval{fill:none;stroke-width:2.2}

@@ -237,7 +237,7 @@ def ratio_of_means(values: Sequence[float], reference: Sequence[float]) -> float
 
 def headings(arms: Sequence[Arm], baseline: Arm | None) -> tuple[str, ...]:
     """Return the headings of columns that are arms."""
-    return ("", *(f"{arm.label}{', baseline' if arm is baseline else ''}" for arm in arms))
+    return ("", *(f"{arm.label}{', baseline' if arm is baseline and len(arms) > 1 else ''}" for arm in arms))
 
 
 def summary_table(arms: Sequence[Arm], baseline: Arm | None) -> Table:

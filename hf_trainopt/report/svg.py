@@ -85,7 +85,7 @@ def _line_chart(panel: LinePanel) -> str:
     # An inner <svg> cuts off what lies outside the axes.
     parts.append(f'<svg x="{_LEFT}" y="{_TOP}" width="{width}" height="{height}">')
     parts += [_band(band, across, up, width, height) for band in panel.bands]
-    parts += [_curve(line, across, up, width, height) for line in sorted(panel.lines, key=_depth)]
+    parts += [_curve(line, across, up, width, height) for line in sorted(panel.lines, key=depth)]
     parts.append("</svg>")
     if panel.level is not None and 0 <= up.place(panel.level[0]) <= 1:
         y = _TOP + height * (1 - up.place(panel.level[0]))
@@ -96,9 +96,9 @@ def _line_chart(panel: LinePanel) -> str:
     return _svg(panel, HEIGHT, parts)
 
 
-def _depth(line: Line) -> int:
-    """Return the order of drawing: raw values lie below the others."""
-    return {"faint": 0, "guess": 1}.get(line.style, 2)
+def depth(line: Line) -> int:
+    """Return the order of drawing: raw values and single seeds lie below the others."""
+    return 1 if line.of_seed else {"faint": 0, "guess": 2}.get(line.style, 3)
 
 
 def _points(
@@ -131,10 +131,12 @@ def _curve(line: Line, across: Scale, up: Scale, width: float, height: float) ->
     dashes = {"faint": "", "guess": "1.5 3"}.get(line.style, arm_dashes(line.arm))
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     path = "".join(_path(points, line.style == "step") for points in stretches if len(points) > 1)
-    parts = [f'<path d="{path}" class="curve {line.style}" stroke="{colour}"{dashed}/>'] if path else []
+    kind = f"{line.style} seed" if line.of_seed else line.style
+    parts = [f'<path d="{path}" class="curve {kind}" stroke="{colour}"{dashed}/>'] if path else []
     # A single value between gaps would not be seen.
-    dots = [p for points in stretches for p in points if line.style == "marked" or len(points) == 1]
-    radius = 1.6 if line.style in ("faint", "guess") else 2.6 if len(dots) <= 60 else 1.6
+    marked = line.style == "marked" and not line.of_seed
+    dots = [p for points in stretches for p in points if marked or len(points) == 1]
+    radius = 1.6 if line.of_seed or line.style in ("faint", "guess") else 2.6 if len(dots) <= 60 else 1.6
     parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"/>' for x, y in dots]
     return "".join(parts)
 
