@@ -15,7 +15,7 @@ from hf_trainopt.placement.chain import build_chain, choices_of
 from hf_trainopt.placement.costs import DEVICES
 from hf_trainopt.placement.fake import as_on, fake_copy, fake_mode
 from hf_trainopt.placement.plan import FULL, PlacementPlan, Rewrites, StageChoice
-from hf_trainopt.placement.planner import PlacementPlanner, allowed_rewrites, plan_placement
+from hf_trainopt.placement.planner import PlacementPlanner, _rank, allowed_rewrites, plan_placement
 from hf_trainopt.placement.policies import named_choices
 from hf_trainopt.placement.replay import StepReplayer, StepSetup, adamw, model_loss
 from hf_trainopt.placement.solver import solve
@@ -313,6 +313,27 @@ def test_rewrites_are_used_only_where_they_save_recomputation():
     forced = PlacementPlanner(gpt2(num_layers=2), batch, CPU, memory_rewrites="fused_activations")
     assert forced.for_budget("100%").rewrites == Rewrites(fused_activations=True)
     assert forced.named("all").rewrites == Rewrites(fused_activations=True)
+
+
+def test_what_one_rewrite_saves_pays_for_another_but_not_for_recomputation():
+    model, batch = gpt2(num_layers=2, vocab_size=4000), tokens(rows=8, length=64)
+    planner = PlacementPlanner(model, batch, StepSetup(device=DEVICES["a100"]))
+    nothing, fused, chunked, all_of_them = (
+        planner.replay({}, rewrites).cost.seconds
+        for rewrites in (Rewrites(), Rewrites(True), Rewrites(False, True), Rewrites(True, True))
+    )
+    saved, slower, both = nothing - fused, chunked - nothing, all_of_them - nothing
+    assert saved > 0
+    assert 0 < both < slower
+    floor, baseline = planner.floor.peak_bytes, planner.baseline.peak_bytes
+    plan = planner.for_budget((floor + baseline) // 2)
+    assert plan.rewrites == Rewrites(True, True)  # not the chunked loss alone
+    assert plan.extra_time_ratio == 0
+    assert plan.details["slowdown_ratio"] == pytest.approx(both / planner.step_seconds, abs=2e-6)
+    assert planner.for_budget(baseline).is_stock  # fused activations alone would be faster
+    ranks = {candidate.rank for candidate in planner._candidates.values() if not candidate.rewrites.names()}
+    assert min(ranks) < _rank(0.0, Rewrites(True), saved) < _rank(0.0, Rewrites(True), saved / 2)
+    assert _rank(0.0, Rewrites(True), 0.0) < _rank(0.0, Rewrites(True, True), 0.0) < _rank(1e-3, Rewrites(), 0.0)
 
 
 def test_allowed_rewrites():

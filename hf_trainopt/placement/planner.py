@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 _CORRECTIONS = 6
 
 
+Rank = tuple[float, bool, float, int]
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """Choices that were replayed.
@@ -40,7 +43,8 @@ class Candidate:
         rewrites: The rewrites that are on.
         peak_bytes: Replayed peak.
         extra_seconds: Time to recompute.
-        slowdown_seconds: What the rewrites cost, where they are slower than what they replace.
+        slowdown_seconds: What the rewrites cost, if together they are slower than what they replace.
+        saved_seconds: What the rewrites save, if they are faster.
     """
 
     stages: Mapping[str, StageChoice]
@@ -48,6 +52,7 @@ class Candidate:
     peak_bytes: int
     extra_seconds: float
     slowdown_seconds: float = 0.0
+    saved_seconds: float = 0.0
 
     @property
     def cost_seconds(self) -> float:
@@ -55,9 +60,23 @@ class Candidate:
         return self.extra_seconds + self.slowdown_seconds
 
     @property
-    def order(self) -> tuple[float, int, int]:
-        """What makes a candidate that fits better than another: time, then fewer rewrites, then fewer bytes."""
-        return round(self.cost_seconds, 9), len(self.rewrites.names()), self.peak_bytes
+    def rank(self) -> Rank:
+        """What makes a candidate that fits better than another, apart from its bytes."""
+        return _rank(self.cost_seconds, self.rewrites, self.saved_seconds)
+
+    @property
+    def order(self) -> tuple[Rank, int]:
+        """The rank, then fewer bytes."""
+        return self.rank, self.peak_bytes
+
+
+def _rank(cost_seconds: float, rewrites: Rewrites, saved_seconds: float) -> Rank:
+    """Return cost, then no rewrites at all, then what they save, then how few they are.
+
+    What rewrites save does not pay for recomputation: a plan without them is left for less cost only. Once there are
+    some, that they save time is welcome.
+    """
+    return round(cost_seconds, 9), bool(rewrites.names()), round(-saved_seconds, 9), len(rewrites.names())
 
 
 class PlacementPlanner:
@@ -160,8 +179,8 @@ class PlacementPlanner:
             replay = self.replay(stages, rewrites)
             stock = self.replay(dict.fromkeys(self.stages, STORE), rewrites)
             extra = max(0.0, replay.cost.seconds - stock.cost.seconds)
-            slowdown = self._slowdown(rewrites)
-            self._candidates[key] = Candidate(dict(stages), rewrites, replay.peak_bytes, extra, slowdown)
+            slowdown, saved = self._slowdown(rewrites), self._saved(rewrites)
+            self._candidates[key] = Candidate(dict(stages), rewrites, replay.peak_bytes, extra, slowdown, saved)
             self.progress(f"replayed a plan: {gib(replay.peak_bytes)}")
         return self._candidates[key]
 
@@ -239,7 +258,7 @@ class PlacementPlanner:
         ordered = sorted(self._candidates.values(), key=lambda candidate: (candidate.peak_bytes, candidate.order))
         front: list[Candidate] = []
         for candidate in ordered:
-            if not front or candidate.order[:2] < front[-1].order[:2]:
+            if not front or candidate.rank < front[-1].rank:
                 front.append(candidate)
         return [self._plan("budget", candidate) for candidate in reversed(front)]
 
@@ -254,14 +273,15 @@ class PlacementPlanner:
             # Where the chain counts too many bytes, its least peak may be above a budget that can be met.
             limit = max(budget, least_peak(chain).peak_bytes)
             if limit <= 1.15 * budget:
-                found.append((self._bound(rewrites, limit), len(rewrites.names()), limit, rewrites))
-        found.sort(key=lambda item: item[:2])
-        for cost, count, limit, rewrites in found:
-            fitting = [candidate.order for candidate in self._candidates.values() if candidate.peak_bytes <= budget]
-            if fitting and min(fitting)[:2] <= (round(cost, 9), count):
+                rank = _rank(self._bound(rewrites, limit), rewrites, self._saved(rewrites))
+                found.append((rank, limit, rewrites))
+        found.sort(key=lambda item: item[0])
+        for rank, limit, rewrites in found:
+            fitting = [candidate.rank for candidate in self._candidates.values() if candidate.peak_bytes <= budget]
+            if fitting and min(fitting) <= rank:
                 break  # replayed already, and no later one is better
             self._correct(budget, limit, rewrites)
-        bounds = [self._bound(rewrites, max(limit, budget + self._overestimate)) for _, _, limit, rewrites in found]
+        bounds = [self._bound(rewrites, max(limit, budget + self._overestimate)) for _, limit, rewrites in found]
         return min(bounds, default=None)
 
     def _bound(self, rewrites: Rewrites, limit: int) -> float:
@@ -288,12 +308,16 @@ class PlacementPlanner:
                 return
 
     def _slowdown(self, rewrites: Rewrites) -> float:
-        """Seconds that rewrites cost, each by itself; what they save is no credit towards recomputation."""
-        nothing = dict.fromkeys(self.stages, STORE)
-        alone = [Rewrites(**{name: True}) for name in rewrites.names()]
-        return sum(
-            max(0.0, self.replay(nothing, rewrite).cost.seconds - self.baseline.cost.seconds) for rewrite in alone
-        )
+        """Seconds that rewrites cost, taken together; what they save is no credit towards recomputation."""
+        return max(0.0, self._rewritten_seconds(rewrites))
+
+    def _saved(self, rewrites: Rewrites) -> float:
+        """Seconds that rewrites save, taken together."""
+        return max(0.0, -self._rewritten_seconds(rewrites))
+
+    def _rewritten_seconds(self, rewrites: Rewrites) -> float:
+        stock = self.replay(dict.fromkeys(self.stages, STORE), rewrites)
+        return stock.cost.seconds - self.baseline.cost.seconds
 
     @staticmethod
     def _faster(chain: Chain, limit: int, than: Solution) -> bool:
