@@ -23,6 +23,7 @@ from .accumulation.noise_scale import NoiseScaleTracker
 from .accumulation.policy import AccumulationPolicy, FixedPolicy
 from .accumulation.timing import StepTimer
 from .accumulation.window import (
+    POLICY_FAILED,
     REDUCED,
     LocalSums,
     Window,
@@ -110,6 +111,7 @@ class EfficientTrainerMixin(
         self._epoch_examples = 0
         self._last_window: tuple[int, int] | None = None
         self._epoch_is_over = False
+        self._was_bounded = False
         self._train_loader: Any = None
         self._other_loader: Any = None
         self._fetches_together = False
@@ -216,6 +218,7 @@ class EfficientTrainerMixin(
         check_amount_of_data(args, len(dataloader) if has_length(dataloader) else None, self._varies)
         values = super().set_initial_training_values(args, dataloader, *other, **kwargs)
         self._cursor = self._controller = None
+        self._was_bounded = False
         if not self._adapts:
             return values
         epochs, _, examples, samples, total_batch, steps_in_epoch, max_steps = values
@@ -281,6 +284,7 @@ class EfficientTrainerMixin(
         cursor = self._cursor
         if resumed is not None:
             restore(resumed, cursor, self._controller)
+            self._was_bounded = resumed["controller"]["accumulation_steps"] != self._controller.accumulation_steps
         elif self.state.global_step:
             place_after_stock_steps(
                 cursor,
@@ -302,6 +306,10 @@ class EfficientTrainerMixin(
             return super()._run_epoch(*args, **kwargs)
         if epoch > self._cursor.epoch:  # a callback has stopped the last one early
             self._cursor.close_epoch()
+        if self._was_bounded:  # the checkpoint's rate is that of a k which the bounds of this run exclude
+            self._was_bounded = False
+            self._place_learning_rate()
+            self.lr_scheduler.step()
         self._epoch_is_over = False
         active = self.accelerator.gradient_state.active_dataloader
         self._train_loader, self._other_loader = None, active if active is not kwargs.get("train_dataloader") else None
@@ -454,8 +462,12 @@ class EfficientTrainerMixin(
         self._epoch_is_over |= cursor.micro_batch == 0
         next_k, square_norm, sums = 0, 0.0, None
         rate = self._learning_rate_factor()
+        failure: Exception | None = None
         if self.args.process_index == 0:
-            next_k = controller.decide(controller.observe(cursor.progress, rate))
+            try:
+                next_k = controller.decide(controller.observe(cursor.progress, rate))
+            except Exception as error:  # the others wait for an answer
+                next_k, failure = POLICY_FAILED, error
         if window.measured:
             sums = self._measured_sums(window, num_items_in_batch)
             share = self._norms.square_norm_share(self.args.process_index, self.args.world_size)
@@ -466,6 +478,8 @@ class EfficientTrainerMixin(
             vector = self.accelerator.reduce(vector.to(self.args.device), reduction="sum").cpu()
             self._agree_on_flags(vector[len(REDUCED) :].tolist())
         next_k, statistics = from_vector(vector[: len(REDUCED)].tolist())
+        if next_k == POLICY_FAILED:
+            raise failure or RuntimeError("accumulation_policy has failed on rank 0, which says how.")
         if window.measured and self._loss_of_window_is_bad():
             # The step will be skipped, though its gradients may be finite: the loss overflows before they do.
             statistics = replace(statistics, gradient_square_norm=math.nan)

@@ -208,6 +208,13 @@ class Listening(AnyK):
         return values
 
 
+class FailsLater:
+    """A policy with a mistake that shows in the middle of training."""
+
+    def __call__(self, observation):
+        return 2 if observation.progress < 0.3 else 1 / 0
+
+
 def make(case: str, output_dir: str, watch: Watch):
     common = {"per_device_train_batch_size": 2 * 2 // int(os.environ.get("WORLD_SIZE", "1"))}
     if case == "sequence":
@@ -215,6 +222,11 @@ def make(case: str, output_dir: str, watch: Watch):
         args = arguments(output_dir, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.1, **common)
         args.lr_batch_scaling = "sqrt"  # the noise that one rank measures is another estimate
         return AnyK(model=tiny_gpt2(), args=args, train_dataset=Rows(48), callbacks=[watch], sequence=K_SEQUENCE)
+    if case == "policy fails":
+        args = arguments(output_dir, gradient_accumulation_steps=2, num_train_epochs=4, **common)
+        return EfficientTrainer(
+            model=tiny_gpt2(), args=args, train_dataset=Rows(48), callbacks=[watch], accumulation_policy=FailsLater()
+        )
     if case == "buckets":
         args = arguments(output_dir, gradient_accumulation_steps=2, average_tokens_across_devices=False, **common)
         return AnyK(model=tiny_gpt2(), args=args, train_dataset=Rows(48), callbacks=[watch], sequence=K_SEQUENCE)
@@ -346,6 +358,10 @@ def run(output_dir: str, case: str) -> None:
         trainer.train(resume_from_checkpoint=case.startswith("uninterrupted") and has_checkpoints(run))
     except TrainingTerminated as error:
         ended = type(error).__name__
+    except (ZeroDivisionError, RuntimeError) as error:
+        if case != "policy fails":
+            raise
+        ended = f"{type(error).__name__}: {error}"
     rank = int(os.environ.get("RANK", "0"))
     record = {
         "steps": watch.steps,

@@ -71,7 +71,7 @@ def runs(tmp_path_factory) -> dict[str, list[dict]]:
         # First: they look at the memory of the process.
         "evidence stock", "evidence efficient",
         "sequence", "buckets", "goodput", "resnet", "statistics", "stock", "constant", "stock corruption",
-        "placement none", "placement 90%",
+        "placement none", "placement 90%", "policy fails",
         # Last: the process goes on as if its CPU were another device.
         "fp16",
     ]  # fmt: skip
@@ -141,6 +141,13 @@ def test_stock_ranks_drift_apart_when_a_callback_changes_k(runs):
     """
     first, second = ([step["checksum"] for step in r["steps"]] for r in runs["stock corruption"])
     assert first != second
+
+
+def test_a_policy_that_fails_ends_all_ranks(runs):
+    """Rank 0 alone asks the policy; the others would wait for its answer until the launcher gives up."""
+    first, second = runs["policy fails"]
+    assert first["ended"] == "ZeroDivisionError: division by zero"
+    assert second["ended"] == "RuntimeError: accumulation_policy has failed on rank 0, which says how."
 
 
 def test_placement_on_two_ranks_is_exact_and_the_same(runs, tmp_path):

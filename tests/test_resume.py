@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Pictures, Rows, arguments, quiet, tiny_gpt2, tiny_resnet, weights_equal
+from helpers import Pictures, Recorder, Rows, arguments, quiet, tiny_gpt2, tiny_resnet, weights_equal
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
@@ -111,6 +111,27 @@ def test_kill_at_any_micro_batch(whole_runs, micro_batch, tmp_path):
     resumed.train(resume_from_checkpoint=True if any(tmp_path.glob("checkpoint-*")) else None)
     assert weights_equal(resumed.model, whole_runs["goodput"].model)
     assert loss_history(resumed) == loss_history(whole_runs["goodput"])
+
+
+def test_the_rate_follows_a_k_that_the_bounds_of_the_resumed_run_exclude(tmp_path):
+    settings = {"gradient_accumulation_steps": 4, "lr_batch_scaling": "sqrt", "lr_scheduler_type": "constant",
+                "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}  # fmt: skip
+
+    def train(policy, resume=None, **kwargs):
+        recorder = Recorder()
+        args = arguments(tmp_path, **(settings | kwargs))
+        trainer = EfficientTrainer(
+            model=tiny_gpt2(), args=args, train_dataset=Rows(), callbacks=[recorder], accumulation_policy=policy
+        )
+        quiet(trainer).train(resume_from_checkpoint=resume)
+        return recorder.learning_rates
+
+    rates = train(lambda observation: 4, max_steps=4)
+    base = rates[-1]
+    bounded = train(lambda observation: 4, str(tmp_path / "checkpoint-2"), max_steps=4, max_accumulation_steps=1)
+    assert bounded[0] == pytest.approx(base * (1 / 4) ** 0.5)
+    unbounded = train(lambda observation: 4, str(tmp_path / "checkpoint-2"), max_steps=4)
+    assert unbounded[0] == base
 
 
 def test_batch_norm_statistics_come_back(tmp_path):

@@ -177,6 +177,9 @@ REDUCED = (
     *(field.name for field in fields(LocalSums)),
 )
 
+# In place of the next k: rank 0 has no answer.
+POLICY_FAILED = -1
+
 
 def to_vector(
     next_accumulation_steps: int, num_samples: int, gradient_square_norm: float, sums: LocalSums | None
