@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 from helpers import Rows, arguments, quiet, tiny_gpt2
+from transformers import Trainer, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt.evidence import GradientStatisticsCallback
 from hf_trainopt.scripting.session import close_process_group
 
 
@@ -26,5 +28,12 @@ if __name__ == "__main__":
         "samples": trainer._cursor.samples_seen,
         "micro_batch_size": trainer.micro_batch_size,
     }
+    callback = GradientStatisticsCallback(half_life=1.0 - 1e-9)
+    stock_args = arguments(
+        folder, TrainingArguments, per_device_train_batch_size=4, max_steps=3, gradient_accumulation_steps=2,
+        accelerator_config={"split_batches": True},
+    )  # fmt: skip
+    quiet(Trainer(model=tiny_gpt2(), args=stock_args, train_dataset=Rows(48), callbacks=[callback])).train()
+    record["half_life_of_callback"] = callback._controller.tracker.half_life
     (folder / f"rank{args.process_index}.json").write_text(json.dumps(record))
     close_process_group()

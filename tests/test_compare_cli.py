@@ -13,7 +13,7 @@ from hf_trainopt.cli import main
 from hf_trainopt.compare import cli
 from hf_trainopt.compare.arms import OFF, Arm, ablations, our_arm, stock_arm, sweep_arms, value_of, without
 from hf_trainopt.compare.comparison import compare, freeze_target, value_at_share
-from hf_trainopt.compare.render import machine_words
+from hf_trainopt.compare.render import machine_words, ratio_words
 from hf_trainopt.evidence.targets import Evaluation
 
 
@@ -147,6 +147,17 @@ def test_a_run_that_never_gets_there_is_a_bound():
     assert ours.ratios["steps_to_target"].value == pytest.approx(4 / 1.5)
     assert ours.values["steps_to_target"] == [None]
     assert ours.ratios["final_metric"].value == pytest.approx(3.9 / 3.0)
+
+
+def test_few_seeds_are_said():
+    def words(seeds):
+        runs = {name: [{"status": "finished", "seed": seed, "arm": {"name": name}, **measured([4.0, 3.0])}
+                       for seed in range(seeds)] for name in ("stock", "ours")}  # fmt: skip
+        return ratio_words(compare("s", "stock", runs, None, "eval_loss"), "stock")
+
+    assert "One seed has no interval" in words(1)
+    assert "stands on how far two numbers are apart: use --seeds 5" in words(2)
+    assert "use --seeds" not in words(3)
 
 
 def test_runs_that_diverge_are_neither_hidden_nor_fatal():

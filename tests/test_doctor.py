@@ -95,6 +95,13 @@ def test_a_fixed_k_is_stock(tmp_path):
     assert lines(found, "Checkpoints and reliability")["checkpoints"] == "never"
 
 
+def test_evaluation_at_the_end_and_logging_never(tmp_path):
+    settings = "accumulation_policy='fixed', max_steps=7, do_eval=True, logging_steps=8"
+    found = examined(tmp_path, settings=settings)
+    assert lines(found, "Data")["evaluation"] == "at the end only (do_eval)"
+    assert any("logging_steps is 8 and the whole run has 7 optimizer steps" in text for text in found["warnings"])
+
+
 def test_a_stream_a_policy_of_ones_own_and_warnings(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_trainopt.doctor.sections.device_memory", lambda device: (1000, "of a toy"))
     settings = "max_steps=5, gradient_accumulation_steps=2, noise_scale_ratio=2.0"

@@ -7,7 +7,7 @@ import pytest
 from helpers import Rows, arguments, quiet, tiny_gpt2
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.evidence import Crossing, TargetCallback, ThroughputCallback, curve_from_log, first_crossing
@@ -141,7 +141,20 @@ def test_a_target_that_is_missed_is_said_on_the_last_line(tmp_path):
 
 def test_an_unknown_metric_is_said_with_those_that_there_are(tmp_path, caplog):
     train(tmp_path, TargetCallback("accuracy", 0.1))
-    assert "No evaluation had the target_metric 'eval_accuracy'; they had eval_loss" in caplog.text
+    said = [record.message for record in caplog.records if "No evaluation had the target_metric" in record.message]
+    assert len(said) == 1  # once, after the first evaluation and not when all is over
+    assert "'eval_accuracy'; they had eval_loss" in said[0]
+
+
+def test_an_unknown_metric_is_said_early(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, TargetCallback("accuracy", 0.1), Stop())
+    assert "No evaluation had the target_metric 'eval_accuracy'" in caplog.text
 
 
 def test_several_data_sets_have_metrics_of_their_own(tmp_path):

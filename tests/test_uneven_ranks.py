@@ -78,3 +78,4 @@ def test_micro_batches_that_ranks_share_have_as_many_samples_as_they_have(tmp_pa
     for record in launch("", tmp_path, worker=Path(__file__).with_name("split_worker.py")):
         assert record["samples"] == 3 * 2 * 4
         assert (record["samples_of_a_micro_batch"], record["micro_batch_size"]) == (4, 2)
+        assert record["half_life_of_callback"] == pytest.approx(record["samples"])  # a share of 1 of the run

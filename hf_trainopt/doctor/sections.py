@@ -80,6 +80,15 @@ def data(trainer: Trainer, dataloader: Any) -> Lines:
         ("logging", args.logging_strategy, state.logging_steps),
     ):
         lines.append((name, _interval(strategy.value, every, unit)))
+    if args.do_eval and args.eval_strategy == "no":
+        lines = [(name, "at the end only (do_eval)" if name == "evaluation" else text) for name, text in lines]
+    if args.logging_strategy == "steps" and state.logging_steps > windows:
+        logger.warning(
+            "logging_steps is %g and the whole run has %s %s: no loss will be logged before its end; lower it.",
+            state.logging_steps,
+            f"{windows:,}",
+            unit,
+        )
     return lines
 
 

@@ -135,7 +135,10 @@ class GradientStatisticsCallback(MeasurementCallback):
         if reason is not None:
             logger.warning("GradientStatisticsCallback measures nothing: %s", reason)
             return
-        k, samples = args.gradient_accumulation_steps, args.train_batch_size * args.world_size
+        # With `split_batches` the ranks share each batch.
+        shared = args.world_size if args.accelerator_config.split_batches else 1
+        k, micro_batch_size = args.gradient_accumulation_steps, args.train_batch_size // shared
+        samples = micro_batch_size * args.world_size
         half_life = self.half_life if self.half_life >= 1 else self.half_life * state.max_steps * k * samples
         self._controller = AccumulationController(
             policy=FixedPolicy(),
@@ -143,7 +146,7 @@ class GradientStatisticsCallback(MeasurementCallback):
             minimum=k,
             maximum=k,
             world_size=args.world_size,
-            micro_batch_size=args.train_batch_size,
+            micro_batch_size=micro_batch_size,
             tracker=NoiseScaleTracker(half_life),
             measure_interval=self.interval,
             timer=StepTimer(enabled=False),

@@ -166,6 +166,7 @@ class TargetCallback(MeteredCallback):
         self.curve: list[Evaluation] = []
         self.crossing: Crossing | None = None
         self._others: set[str] = set()
+        self._warned = False
 
     def arguments(self):
         return {
@@ -185,7 +186,21 @@ class TargetCallback(MeteredCallback):
         else:  # a run resumed with another target, or without one until now
             self.curve = curve_from_log(state.log_history, self.metric)
         self.crossing = first_crossing(self.curve, self.value, self.greater_is_better)
-        self._others = set()
+        self._others, self._warned = set(), False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        super().on_step_begin(args, state, control, **kwargs)
+        if self._others and not self.curve:  # all evaluations of the last step are over, of all datasets
+            self._warn_of_absence()
+
+    def _warn_of_absence(self) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "No evaluation had the target_metric '%s'; they had %s.",
+                self.metric,
+                ", ".join(sorted(self._others)) or "no metric at all: set eval_strategy='steps'",
+            )
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
@@ -198,11 +213,7 @@ class TargetCallback(MeteredCallback):
             if "train_runtime" not in logs:
                 return {}
             if not self.curve:
-                logger.warning(
-                    "No evaluation had the target_metric '%s'; they had %s.",
-                    self.metric,
-                    ", ".join(sorted(self._others)) or "no metric at all: set eval_strategy='steps'",
-                )
+                self._warn_of_absence()
             return self._logged()
         if not (self.meter.is_running or state.global_step):
             return {}  # `evaluate` before `train`
