@@ -5,6 +5,7 @@
     python benchmarks/convergence.py paired                 # five seeds of what is compared
     python benchmarks/convergence.py resnet50               # the paired runs of vision with ResNet-50, five seeds
     python benchmarks/convergence.py ablations              # other policies and rules, replayed and reversed k
+    python benchmarks/convergence.py ranks                  # two ranks, on the idle machine; then ranks_paired
     python benchmarks/convergence.py run --task language --policy fixed -k 8 --learning_rate 2e-3 --seed 0
     python benchmarks/convergence.py table                  # benchmarks/convergence.md from the records
     python benchmarks/convergence.py --quick --results FOLDER all   # everything at toy sizes, into another folder
@@ -24,6 +25,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from convergence_suite import PARTS
 
 
 HERE = Path(__file__).resolve().parent
@@ -165,7 +168,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--source", type=Path, default=None, help="record whose k is replayed or reversed")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--ranks", type=int, default=1)
-    for name in ("sweep", "ours", "paired", "resnet50", "ablations", "ranks", "all"):
+    for name in (*PARTS, "all"):
         commands.add_parser(name, help="the runs of this part that have no record yet")
     commands.add_parser("table", help="write benchmarks/convergence.md from the records")
     return parser
@@ -173,8 +176,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run_suite(options: argparse.Namespace) -> None:
     """Run what a part needs and is not there, each in a process of its own."""
-    from convergence_suite import PARTS
-
     parts = PARTS.values() if options.command == "all" else [PARTS[options.command]]
     for part in parts:  # later parts take their settings from the records of earlier ones
         waiting = []

@@ -87,11 +87,17 @@ def arms(records: list[dict], task: str) -> dict[str, list[dict]]:
     return groups
 
 
-def ratio(ours: Sequence[dict], stock: Sequence[dict], target: float, axis: str) -> str:
+def ratio(
+    ours: Sequence[dict],
+    stock: Sequence[dict],
+    target: float,
+    axis: str,
+    curve_of: Callable[[dict], list[Evaluation]] = curve,
+) -> str:
     """Return the ratio of what two arms spend to a target, with its 95 % interval over the seeds that both have."""
     ours, stock = ({r["seed"]: r for r in arm} for arm in (ours, stock))
     seeds = sorted(ours.keys() & stock.keys())
-    pairs = [[first_crossing(curve(arm[seed]), target, False) for arm in (ours, stock)] for seed in seeds]
+    pairs = [[first_crossing(curve_of(arm[seed]), target, False) for arm in (ours, stock)] for seed in seeds]
     return describe(pairs, axis)
 
 
@@ -193,19 +199,57 @@ def draw_curves(records: list[dict], folder: Path) -> None:
         plt.close(figure)
 
 
-def ranks_table(records: list[dict]) -> str:
-    runs = [r for r in records if r["ranks"] == 2]
-    if not runs:
-        return "Not run yet: `python benchmarks/convergence.py ranks`."
-    fixed = min((r for r in runs if r["policy"] == "fixed"), key=lambda r: r["eval_loss"])
-    target = loss_at(fixed, 0.9)
+def ranks_arms(records: list[dict]) -> dict[str, list[dict]]:
+    """Return the paired runs on two ranks by arm, in the order of the seeds; the best fixed k is the first."""
+    first = best(records, task="language", policy="fixed", ranks=2)
+    own = best(records, task="language", policy="goodput", ranks=2)
+    eight = best(records, task="language", policy="fixed", k=8)["learning_rate"]
+    settings = {
+        f"stock, k = {first['k']}, {first['learning_rate']:g} (best fixed)": first,
+        f"ours, defaults, {eight:g} (the rate of k = 8 on one rank)": own
+        | {"rule": DEFAULT_RULE, "learning_rate": eight},
+        f'ours, "{own["rule"]}", {own["learning_rate"]:g} (rate searched)': own,
+    }
+    same = ("task", "policy", "k", "rule", "learning_rate", "ranks")
+    groups, seen = {}, set()
+    for name, setting in settings.items():
+        key = tuple(setting[field] for field in same)
+        runs = [r for r in records if tuple(r[field] for field in same) == key and r["seed"] in SEEDS]
+        if runs and key not in seen:
+            groups[name] = sorted(runs, key=lambda r: r["seed"])
+            seen.add(key)
+    return groups
+
+
+def ranks_search_table(records: list[dict]) -> str:
+    """Return all runs of seed 0 on two ranks."""
+    runs = [r for r in records if r["ranks"] == 2 and r["seed"] == 0]
+    target = loss_at(best(records, task="language", policy="fixed", ranks=2), 0.9)
     rows = []
-    for r in sorted(runs, key=lambda r: (r["policy"], r["k"])):
-        name = f"stock, k = {r['k']}" if r["policy"] == "fixed" else "ours"
+    for r in sorted(runs, key=lambda r: (r["policy"], r["k"], r["rule"] or "", r["learning_rate"])):
+        name = f"stock, k = {r['k']}" if r["policy"] == "fixed" else f'ours, "{r["rule"]}"'
         crossing = first_crossing(wall_curve(r), target, False)
         spent = f"{crossing.seconds:.0f}" if crossing.reached else "never"
-        rows.append([name, f"{r['learning_rate']:g}", f"{r['eval_loss']:.3f}", r["optimizer_steps"], spent])
-    return table(["arm", "learning rate", "final loss", "steps", f"wall seconds to {target:.3f}"], rows)
+        seconds = f"{wall_curve(r)[-1].seconds:.0f}"
+        rows.append([name, f"{r['learning_rate']:g}", f"{r['eval_loss']:.3f}", r["optimizer_steps"], spent, seconds])
+    header = ["arm", "learning rate", "final loss", "steps", f"wall seconds to {target:.3f}", "of the whole run"]
+    return table(header, rows)
+
+
+def ranks_paired_table(records: list[dict]) -> str:
+    """Return the seeds on two ranks: final losses, and wall time and steps against the best fixed k."""
+    groups = ranks_arms(records)
+    stock = next(iter(groups.values()))
+    target = loss_at(best(records, task="language", policy="fixed", ranks=2), 0.9)
+    rows = []
+    for name, runs in groups.items():
+        cells = ["", ""] if runs is stock else [
+            ratio(runs, stock, target, axis, wall_curve) for axis in ("seconds", "steps")
+        ]  # fmt: skip
+        steps = mean_spread([r["optimizer_steps"] for r in runs], ".0f")
+        rows.append([name, len(runs), mean_spread([r["eval_loss"] for r in runs]), steps, *cells])
+    header = ["arm, learning rate", "seeds", "final loss", "steps", f"wall time to {target:.3f} against it", "steps"]
+    return table(header, rows)
 
 
 def wall_curve(record: dict) -> list[Evaluation]:
@@ -216,7 +260,10 @@ def write_report(results: Path, path: Path | None = None) -> None:
     """Write `convergence.md`, or another file, from its template and the records."""
     path = path or HERE / "convergence.md"
     records = load(results)
-    parts: dict[str, Callable[[], str]] = {"ranks": lambda: ranks_table(records)}
+    parts: dict[str, Callable[[], str]] = {
+        "ranks search": lambda: ranks_search_table(records),
+        "ranks paired": lambda: ranks_paired_table(records),
+    }
     for task in PAIRED_TASKS:
         parts[f"{task} paired"] = lambda task=task: paired_table(records, task)
     for task in TASKS:

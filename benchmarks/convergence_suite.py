@@ -31,6 +31,9 @@ OURS = {"language": (2e-3, 4e-3, 8e-3), "vision": (3.5e-4, 7e-4, 1.4e-3, 2.8e-3)
 DEFAULT_RULE = "surge"  # what lr_batch_scaling="auto" is under goodput
 # Rules and rates at k_ref = 8 of the policies that follow the noise scale itself, whose batches are larger.
 NOISE_SCALE = (("surge", 4e-3), ("sqrt", 4e-3), ("sqrt", 8e-3))
+# Rates of ours at k_ref = 8 that are tried on two ranks under "sqrt", the rule that was best on one.
+RANKS_SEARCH = (4e-3, 8e-3, 1.13e-2)
+RANKS_SEEDS = range(3)
 RULES = (DEFAULT_RULE, "sqrt", "gain")
 SEEDS = range(5)
 QUICK_SWEEP = {"language": {1: (3e-3,), 8: (2e-3,)}, "vision": {1: (3.5e-4,), 8: (1.4e-3,)}}
@@ -42,9 +45,10 @@ def stock(task: str, k: int, rate: float, seed: int = 0) -> list[str]:
     return ["--task", task, "--policy", "fixed", "-k", str(k), "--learning_rate", f"{rate:g}", "--seed", str(seed)]
 
 
-def adaptive(task: str, rate: float, rule: str, seed: int = 0, policy: str = "goodput") -> list[str]:
-    return ["--task", task, "--policy", policy, "--rule", rule, "--learning_rate", f"{rate:g}",
-            "--step_cost", str(STEP_COST[task]), "--seed", str(seed)]  # fmt: skip
+def adaptive(task: str, rate: float, rule: str, seed: int = 0, policy: str = "goodput", on: int = 1) -> list[str]:
+    cost = ["--step_cost", str(STEP_COST[task])] if on == 1 else []
+    return ["--task", task, "--policy", policy, "--rule", rule, "--learning_rate", f"{rate:g}", *cost,
+            "--seed", str(seed)]  # fmt: skip
 
 
 def load(results: Path) -> list[dict]:
@@ -122,17 +126,42 @@ def ablations(results: Path, quick: bool) -> Runs:
 
 
 def ranks(results: Path, quick: bool) -> Runs:
-    """The language task on two ranks, at the rates that were best on one."""
+    """The language task on two ranks: stock over k, ours with its defaults and at other rates, seed 0.
+
+    Rates of stock are those that were best on one rank. An optimizer step has a cost of communication here, which
+    ours measures in the run.
+    """
     records = load(results)
     for k in (8,) if quick else (1, 2, 4, 8):
-        yield [*stock("language", k, best(records, task="language", policy="fixed", k=k)["learning_rate"]),
-               "--ranks", "2"]  # fmt: skip
-    eight = best(records, task="language", policy="fixed", k=8)
-    # Here a step has a cost of communication that is measured in the run.
-    yield ["--task", "language", "--policy", "goodput", "--rule", DEFAULT_RULE, "--seed", "0", "--ranks", "2",
-           "--learning_rate", f"{eight['learning_rate']:g}"]  # fmt: skip
+        yield on_two_ranks(stock("language", k, rate_of_stock(records, k)))
+    yield on_two_ranks(adaptive("language", rate_of_stock(records, 8), DEFAULT_RULE, on=2))
+    for rate in () if quick else RANKS_SEARCH:
+        yield on_two_ranks(adaptive("language", rate, "sqrt", on=2))
+
+
+def ranks_paired(results: Path, quick: bool) -> Runs:
+    """More seeds on two ranks of the best stock run, of ours with its defaults and of ours with its rate searched."""
+    records = load(results)
+    first = best(records, task="language", policy="fixed", ranks=2)
+    own = best(records, task="language", policy="goodput", ranks=2)
+    for seed in () if quick else RANKS_SEEDS:
+        runs = [
+            stock("language", first["k"], first["learning_rate"], seed),
+            adaptive("language", rate_of_stock(records, 8), DEFAULT_RULE, seed, on=2),
+            adaptive("language", own["learning_rate"], own["rule"], seed, on=2),
+        ]
+        yield from map(on_two_ranks, runs[:: 1 if seed % 2 == 0 else -1])
+
+
+def rate_of_stock(records: list[dict], k: int) -> float:
+    return best(records, task="language", policy="fixed", k=k)["learning_rate"]
+
+
+def on_two_ranks(arguments: list[str]) -> list[str]:
+    return [*arguments, "--ranks", "2"]
 
 
 PARTS: dict[str, Callable[[Path, bool], Runs]] = {
     "sweep": sweep, "ours": ours, "paired": paired, "resnet50": resnet50, "ablations": ablations, "ranks": ranks,
+    "ranks_paired": ranks_paired,
 }  # fmt: skip

@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from convergence_report import PAIRED_TASKS, arms, curve, describe, loss_at, ratio, targets, wall_curve
-from convergence_suite import DEFAULT_RULE, best, load
+from convergence_report import PAIRED_TASKS, arms, curve, describe, loss_at, ranks_arms, ratio, targets, wall_curve
+from convergence_suite import best, load
 from page_tables import table
 from scaling_report import efficiencies, spread
 
@@ -37,7 +37,7 @@ def goals_table(records: list[dict]) -> str:
                  _loss_gap(runs, first), len(runs)],
             ]  # fmt: skip
     rows.append(_noise_scale_row(records))
-    rows.append(_ranks_row(records))
+    rows += _ranks_rows(records)
     rows.append(_scaling_row())
     rows += _memory_rows()
     for task, entry in json.loads((RESULTS / "overhead.json").read_text())["tasks"].items():
@@ -79,16 +79,14 @@ def _noise_scale_row(records: list[dict]) -> list:
             result, 1 if runs else 0]  # fmt: skip
 
 
-def _ranks_row(records: list[dict]) -> list:
-    runs = [r for r in records if r["ranks"] == 2]
-    result = "not run"
-    if runs:
-        fixed = min((r for r in runs if r["policy"] == "fixed"), key=lambda r: r["eval_loss"])
-        own = next(r for r in runs if r["policy"] == "goodput" and r["rule"] == DEFAULT_RULE)
-        pair = [first_crossing(wall_curve(r), loss_at(fixed, 0.9), False) for r in (own, fixed)]
-        result = describe([pair], "seconds") + f" (k = {fixed['k']})"
-    what = "language on 2 ranks: wall time to the loss of the best fixed k at 90 % of its data"
-    return [what, "at most 0.90", result, 1 if runs else 0]
+def _ranks_rows(records: list[dict]) -> list[list]:
+    (_, stock), *own = ranks_arms(records).items()
+    target = loss_at(stock[0], 0.9)
+    rows = []
+    for name, runs in own:
+        what = f"language on 2 ranks, {name}: wall time to the loss of the best fixed k at 90 % of its data"
+        rows.append([what, "at most 0.90", ratio(runs, stock, target, "seconds", wall_curve), len(runs)])
+    return rows
 
 
 def _scaling_row() -> list:
