@@ -278,7 +278,7 @@ def test_plans_fit_are_monotone_and_beat_every_n(name):
         assert plan.predicted_peak_bytes <= budget
         assert plan.budget_bytes == budget
         assert plan.optimality_gap < 0.02
-        times[budget] = plan.extra_time_ratio + plan.details["slowdown_ratio"]
+        times[budget] = max(0.0, plan.extra_time_ratio + plan.details["rewritten_time_ratio"])
         assert planner.replay(plan.stages, plan.rewrites).peak_bytes == plan.predicted_peak_bytes
     ordered = [times[budget] for budget in sorted(times)]
     assert ordered == sorted(ordered, reverse=True)
@@ -315,25 +315,29 @@ def test_rewrites_are_used_only_where_they_save_recomputation():
     assert forced.named("all").rewrites == Rewrites(fused_activations=True)
 
 
-def test_what_one_rewrite_saves_pays_for_another_but_not_for_recomputation():
+def test_what_rewrites_save_is_taken_into_account_but_is_no_reason_for_them():
     model, batch = gpt2(num_layers=2, vocab_size=4000), tokens(rows=8, length=64)
     planner = PlacementPlanner(model, batch, StepSetup(device=DEVICES["a100"]))
-    nothing, fused, chunked, all_of_them = (
+    nothing, fused, chunked, both = (
         planner.replay({}, rewrites).cost.seconds
         for rewrites in (Rewrites(), Rewrites(True), Rewrites(False, True), Rewrites(True, True))
     )
-    saved, slower, both = nothing - fused, chunked - nothing, all_of_them - nothing
-    assert saved > 0
-    assert 0 < both < slower
+    assert fused < nothing < both < chunked
+    assert planner.for_budget("100%").is_stock  # fused activations alone would be faster
     floor, baseline = planner.floor.peak_bytes, planner.baseline.peak_bytes
     plan = planner.for_budget((floor + baseline) // 2)
-    assert plan.rewrites == Rewrites(True, True)  # not the chunked loss alone
+    assert plan.rewrites == Rewrites(True, True)  # not the chunked loss alone, which is slower
     assert plan.extra_time_ratio == 0
-    assert plan.details["slowdown_ratio"] == pytest.approx(both / planner.step_seconds, abs=2e-6)
-    assert planner.for_budget(baseline).is_stock  # fused activations alone would be faster
-    ranks = {candidate.rank for candidate in planner._candidates.values() if not candidate.rewrites.names()}
-    assert min(ranks) < _rank(0.0, Rewrites(True), saved) < _rank(0.0, Rewrites(True), saved / 2)
-    assert _rank(0.0, Rewrites(True), 0.0) < _rank(0.0, Rewrites(True, True), 0.0) < _rank(1e-3, Rewrites(), 0.0)
+    assert plan.details["rewritten_time_ratio"] == pytest.approx(both / nothing - 1, abs=2e-6)
+
+
+def test_ranks_of_plans():
+    ordered = [
+        _rank(0.0, Rewrites()), _rank(-0.2, Rewrites(True, True)), _rank(-0.1, Rewrites(True)),
+        _rank(-0.1, Rewrites(True, True)), _rank(0.1, Rewrites()), _rank(0.1, Rewrites(True)),
+        _rank(0.1, Rewrites(True, True)), _rank(0.2, Rewrites()),
+    ]  # fmt: skip
+    assert ordered == sorted(ordered)
 
 
 def test_allowed_rewrites():

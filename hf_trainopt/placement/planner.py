@@ -43,26 +43,24 @@ class Candidate:
         rewrites: The rewrites that are on.
         peak_bytes: Replayed peak.
         extra_seconds: Time to recompute.
-        slowdown_seconds: What the rewrites cost, if together they are slower than what they replace.
-        saved_seconds: What the rewrites save, if they are faster.
+        rewritten_seconds: What the rewrites together add to the time of a step; negative where they save it.
     """
 
     stages: Mapping[str, StageChoice]
     rewrites: Rewrites
     peak_bytes: int
     extra_seconds: float
-    slowdown_seconds: float = 0.0
-    saved_seconds: float = 0.0
+    rewritten_seconds: float = 0.0
 
     @property
     def cost_seconds(self) -> float:
-        """What is to be as little as possible."""
-        return self.extra_seconds + self.slowdown_seconds
+        """What a step takes longer than without recomputation and rewrites; 0 if it is faster."""
+        return max(0.0, self.extra_seconds + self.rewritten_seconds)
 
     @property
     def rank(self) -> Rank:
         """What makes a candidate that fits better than another, apart from its bytes."""
-        return _rank(self.cost_seconds, self.rewrites, self.saved_seconds)
+        return _rank(self.extra_seconds + self.rewritten_seconds, self.rewrites)
 
     @property
     def order(self) -> tuple[Rank, int]:
@@ -70,13 +68,14 @@ class Candidate:
         return self.rank, self.peak_bytes
 
 
-def _rank(cost_seconds: float, rewrites: Rewrites, saved_seconds: float) -> Rank:
-    """Return cost, then no rewrites at all, then what they save, then how few they are.
+def _rank(added_seconds: float, rewrites: Rewrites) -> Rank:
+    """Return what a step takes longer, then whether there are rewrites, then what it gains, then how many they are.
 
-    What rewrites save does not pay for recomputation: a plan without them is left for less cost only. Once there are
-    some, that they save time is welcome.
+    Rewrites change results by rounding, so that to be faster than the step of the user is no reason for them; with
+    some of them that something is to be gained is welcome.
     """
-    return round(cost_seconds, 9), bool(rewrites.names()), round(-saved_seconds, 9), len(rewrites.names())
+    added = round(added_seconds, 9)
+    return max(0.0, added), bool(rewrites.names()), added, len(rewrites.names())
 
 
 class PlacementPlanner:
@@ -179,8 +178,8 @@ class PlacementPlanner:
             replay = self.replay(stages, rewrites)
             stock = self.replay(dict.fromkeys(self.stages, STORE), rewrites)
             extra = max(0.0, replay.cost.seconds - stock.cost.seconds)
-            slowdown, saved = self._slowdown(rewrites), self._saved(rewrites)
-            self._candidates[key] = Candidate(dict(stages), rewrites, replay.peak_bytes, extra, slowdown, saved)
+            rewritten = stock.cost.seconds - self.baseline.cost.seconds
+            self._candidates[key] = Candidate(dict(stages), rewrites, replay.peak_bytes, extra, rewritten)
             self.progress(f"replayed a plan: {gib(replay.peak_bytes)}")
         return self._candidates[key]
 
@@ -230,8 +229,8 @@ class PlacementPlanner:
     def for_budget(self, memory_budget: str | int | float) -> PlacementPlan:
         """Return the plan whose replayed peak is within the budget and that costs the least time.
 
-        What it costs is the time to recompute, and that of rewrites which are slower than what they replace
-        (`extra_time_ratio` and `details["slowdown_ratio"]`, whose sum falls with the budget).
+        What it costs is the time to recompute and what rewrites add to it or save of it (`extra_time_ratio` and
+        `details["rewritten_time_ratio"]`, whose sum, where it is positive, does not rise with the budget).
 
         Args:
             memory_budget: As `parse_budget` takes it; shares are of the peak without recomputation.
@@ -273,8 +272,7 @@ class PlacementPlanner:
             # Where the chain counts too many bytes, its least peak may be above a budget that can be met.
             limit = max(budget, least_peak(chain).peak_bytes)
             if limit <= 1.15 * budget:
-                rank = _rank(self._bound(rewrites, limit), rewrites, self._saved(rewrites))
-                found.append((rank, limit, rewrites))
+                found.append((_rank(self._bound(rewrites, limit), rewrites), limit, rewrites))
         found.sort(key=lambda item: item[0])
         for rank, limit, rewrites in found:
             fitting = [candidate.rank for candidate in self._candidates.values() if candidate.peak_bytes <= budget]
@@ -282,11 +280,13 @@ class PlacementPlanner:
                 break  # replayed already, and no later one is better
             self._correct(budget, limit, rewrites)
         bounds = [self._bound(rewrites, max(limit, budget + self._overestimate)) for _, limit, rewrites in found]
-        return min(bounds, default=None)
+        return max(0.0, min(bounds)) if bounds else None
 
     def _bound(self, rewrites: Rewrites, limit: int) -> float:
+        """Seconds that a step takes longer at least, with these rewrites and a peak within the limit."""
         solution = solve(self.chains[rewrites], limit)
-        return solution.seconds - solution.gap_seconds + self._slowdown(rewrites)
+        stock = self.replay(dict.fromkeys(self.stages, STORE), rewrites)
+        return solution.seconds - solution.gap_seconds + stock.cost.seconds - self.baseline.cost.seconds
 
     def _correct(self, budget: int, limit: int, rewrites: Rewrites) -> None:
         """Replay what the solver finds for a budget with some rewrites, until it fits in truth as well."""
@@ -307,18 +307,6 @@ class PlacementPlanner:
             if limit in tried:
                 return
 
-    def _slowdown(self, rewrites: Rewrites) -> float:
-        """Seconds that rewrites cost, taken together; what they save is no credit towards recomputation."""
-        return max(0.0, self._rewritten_seconds(rewrites))
-
-    def _saved(self, rewrites: Rewrites) -> float:
-        """Seconds that rewrites save, taken together."""
-        return max(0.0, -self._rewritten_seconds(rewrites))
-
-    def _rewritten_seconds(self, rewrites: Rewrites) -> float:
-        stock = self.replay(dict.fromkeys(self.stages, STORE), rewrites)
-        return stock.cost.seconds - self.baseline.cost.seconds
-
     @staticmethod
     def _faster(chain: Chain, limit: int, than: Solution) -> bool:
         found = solve(chain, limit)
@@ -337,8 +325,7 @@ class PlacementPlanner:
             extra_time_ratio=round(candidate.extra_seconds / self.step_seconds, 6),
             details={
                 "extra_flops_ratio": round((replay.cost.flops - stock.cost.flops) / max(1, self.flops), 6),
-                "slowdown_ratio": round(candidate.slowdown_seconds / self.step_seconds, 6),
-                "rewritten_time_ratio": round(stock.cost.seconds / self.step_seconds - 1, 6),
+                "rewritten_time_ratio": round(candidate.rewritten_seconds / self.step_seconds, 6),
                 "baseline_by_kind": self.baseline.peak_by_kind(),
                 "predicted_by_kind": replay.peak_by_kind(),
                 "device": self.setup.device.name,

@@ -278,7 +278,9 @@ def render_choice(
         sentences.append(
             f"A better plan for this budget could save {percent(plan.optimality_gap)} of a step's time at most."
             if plan.optimality_gap
-            else "No plan for this budget costs less time (what rewrites save is no credit towards recomputation)."
+            else "No plan for this budget takes less time."
+            if changed_time(plan) > 0 or plan.rewrites.names()
+            else "It adds no time to a step."
         )
     if plan.floor_peak_bytes is not None:
         sentences.append(f"The floor is {gib(plan.floor_peak_bytes)}.")
