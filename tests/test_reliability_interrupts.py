@@ -200,6 +200,24 @@ def test_handlers_of_others_are_left_alone():
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_child_is_ended_by_sigterm_and_not_by_ctrl_c():
+    """Such as a worker of a `multiprocessing.Pool` in `compute_metrics`, whose end waits for it."""
+    watch = SignalWatch()
+    watch.install()
+    try:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)  # left alone
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    finally:
+        watch.restore()
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+    assert watch.received is None
+
+
 def test_which_signal_counts():
     assert signal_of([0.0, 0.0]) is None
     assert signal_of([0.0, 2.0]) == signal.SIGINT

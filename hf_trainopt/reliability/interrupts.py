@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import threading
+import weakref
 from typing import Any
 
 
@@ -43,6 +44,18 @@ class TrainingTerminated(SystemExit):
         self.checkpoint = checkpoint
 
 
+_WATCHES: weakref.WeakSet["SignalWatch"] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for watch in list(_WATCHES):
+        watch.leave_child()
+
+
+if hasattr(os, "register_at_fork"):  # where there is `fork`
+    os.register_at_fork(after_in_child=_in_child)
+
+
 class SignalWatch:
     """Notes SIGTERM and Ctrl-C while it is installed; the second Ctrl-C is what Ctrl-C always was.
 
@@ -50,6 +63,7 @@ class SignalWatch:
     """
 
     def __init__(self):
+        _WATCHES.add(self)
         self.received: signal.Signals | None = None
         self._replaced: dict[signal.Signals, Any] = {}
         self._process = 0
@@ -93,6 +107,15 @@ class SignalWatch:
                     self.received.name,
                     " again" if number == signal.SIGINT else "",
                 )
+
+    def leave_child(self) -> None:
+        """Take SIGTERM as before, in a process that was forked: it means the child, such as a worker of a pool.
+
+        A handler would not do. One that comes before the child waits for a lock runs when the child has got it.
+        """
+        handler = self._replaced.get(signal.SIGTERM)
+        if handler is not None and signal.getsignal(signal.SIGTERM) == self._handle:
+            signal.signal(signal.SIGTERM, handler)
 
     def counts(self) -> list[float]:
         """One number for each of `SIGNALS`, for ranks to add up: 1 if this process got it."""
