@@ -33,6 +33,7 @@ class WindowCallbackHandler(CallbackHandler):
         before_step_end: Called first at the end of each optimizer step, with the state.
         cursor: Position in the data, or `None` while everything is stock.
         save_failed: Whether the last save has come to nothing.
+        after_save: Called when callbacks have had a checkpoint that was saved.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class WindowCallbackHandler(CallbackHandler):
         before_step_end: Callable[[TrainerState], None],
         cursor: Callable[[], DataCursor | None],
         save_failed: Callable[[], bool],
+        after_save: Callable[[], None],
     ):
         # Not `super().__init__()`: it would add the callbacks anew and warn about those that are there twice.
         self.__dict__.update(handler.__dict__)
@@ -49,6 +51,7 @@ class WindowCallbackHandler(CallbackHandler):
         self._before_step_end = before_step_end
         self._cursor = cursor
         self._save_failed = save_failed
+        self._after_save = after_save
         self.callbacks = put_on_data_axis(self.callbacks, cursor)
 
     def add_callback(self, callback):
@@ -61,7 +64,10 @@ class WindowCallbackHandler(CallbackHandler):
         if event == "on_save" and self._save_failed():
             return control  # callbacks look for the folder
         with self._show_arguments():
-            return super().call_event(event, args, state, control, **kwargs)
+            control = super().call_event(event, args, state, control, **kwargs)
+        if event == "on_save":
+            self._after_save()
+        return control
 
 
 class DataFlowCallback(DefaultFlowCallback):

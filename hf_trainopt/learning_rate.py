@@ -1,6 +1,7 @@
 """The learning rate in `Trainer`: a schedule over the data, with a factor for the batch that k makes."""
 
 import logging
+from typing import Any
 
 from .schedule import (
     METRIC_DRIVEN,
@@ -18,8 +19,24 @@ logger = logging.getLogger(__name__)
 class LearningRateTrainerMixin:
     """Schedules that stay right where k changes; a base of `EfficientTrainerMixin`, whose cursor it reads."""
 
+    @property
+    def lr_scheduler(self) -> Any:
+        """The schedule. Any that is set while k varies, by an override of `create_scheduler` too, follows the data."""
+        return self.__dict__.get("lr_scheduler")
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, scheduler: Any) -> None:
+        stays = scheduler is None or isinstance(scheduler, (DataIndexedLR, *METRIC_DRIVEN))
+        if stays or self.__dict__.get("_cursor") is None:
+            self.__dict__["lr_scheduler"] = scheduler
+            return
+        self.__dict__["lr_scheduler"] = DataIndexedLR(scheduler, getattr(self.optimizer, "optimizer", self.optimizer))
+        self._place_learning_rate()
+        self.lr_scheduler.step()
+
     def create_scheduler(self, *args, **kwargs):
         """As in `Trainer`, in reference windows, evaluated by the data consumed."""
+        before = self.lr_scheduler
         try:
             scheduler = super().create_scheduler(*args, **kwargs)
         except TypeError as error:
@@ -36,15 +53,14 @@ class LearningRateTrainerMixin:
         if isinstance(scheduler, METRIC_DRIVEN):
             if self.args.lr_batch_scaling != "none":
                 logger.warning(
-                    "lr_batch_scaling='%s' is ignored: lr_scheduler_type='%s' sets the rate itself.",
+                    "lr_batch_scaling='%s' is ignored: %s sets the rate itself.",
                     self.args.lr_batch_scaling,
-                    self.args.lr_scheduler_type,
+                    type(scheduler).__name__,
                 )
             return scheduler
-        inner = scheduler.inner if isinstance(scheduler, DataIndexedLR) else scheduler
-        self.lr_scheduler = DataIndexedLR(inner)
-        self._place_learning_rate()
-        self.lr_scheduler.step()
+        if scheduler is before or not isinstance(scheduler, DataIndexedLR):
+            # The user's: as it was passed, or as an earlier run has left it, from where it goes on.
+            self.lr_scheduler = scheduler.inner if isinstance(scheduler, DataIndexedLR) else scheduler
         return self.lr_scheduler
 
     def _learning_rate_factor(self) -> float:

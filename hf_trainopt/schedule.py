@@ -1,5 +1,6 @@
 """Learning rates as a function of the data consumed and of the batch, whatever k does."""
 
+import logging
 import math
 from typing import Any
 
@@ -7,6 +8,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers.optimization import GreedyLR
 
+
+logger = logging.getLogger(__name__)
 
 # Driven by evaluation metrics, not by steps: Trainer steps them itself, and they need no index.
 METRIC_DRIVEN = (ReduceLROnPlateau, GreedyLR)
@@ -93,31 +96,61 @@ class DataIndexedLR(LRScheduler):
     Here `set_position` says where in the data (in reference windows, see `DataCursor`) the next window begins, and
     `step` applies it. At a whole position and factor 1 the rates are those of the schedule inside, bit for bit.
 
-    A `LambdaLR` (every `lr_scheduler_type` that is not metric-driven is one) is evaluated at fractional positions.
-    Any other scheduler is a recursion and is stepped once for each whole reference window that was passed.
+    A `LambdaLR` (every `lr_scheduler_type` that is not metric-driven is one) is evaluated at fractional positions; at
+    whole ones if its function takes no others (a table of rates). Any other scheduler, a subclass with a `get_lr` of
+    its own too, is a recursion and is stepped once for each whole reference window that was passed. What is not
+    defined here is that of the schedule inside, for callbacks that read or change it.
 
     Args:
-        inner: Schedule in reference windows.
+        inner: Schedule in reference windows, with `step`, `get_last_lr` and `state_dict`.
+        optimizer: Whose rates are set; by default that of the schedule.
     """
 
-    def __init__(self, inner: LRScheduler):
+    def __init__(self, inner: Any, optimizer: Optimizer | None = None):
         # Deliberately not `super().__init__()`: that would step the optimizer's rates a second time.
         self.inner = inner
-        self.optimizer = inner.optimizer
-        self.base_lrs = getattr(inner, "base_lrs", None) or [
-            group.get("initial_lr", group["lr"]) for group in inner.optimizer.param_groups
-        ]
+        self.optimizer = getattr(inner, "optimizer", optimizer)
+        self._closed_form = isinstance(inner, LambdaLR) and type(inner).get_lr is LambdaLR.get_lr
+        self._initial_lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         # A schedule that was stepped before (by the user, or in an earlier `train`) goes on from there.
-        self._offset = inner.last_epoch if isinstance(inner, LambdaLR) else 0
+        self._offset = inner.last_epoch if self._closed_form else 0
         self.position: int | float = 0
         self.scale = 1.0
         self._whole_steps = 0
+        self._whole_positions = False
         self._last_lr = list(inner.get_last_lr())
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner" or name.startswith("__"):  # not there yet, in a copy
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
     @property
     def last_epoch(self) -> int | float:
-        """Position in reference windows (the name is torch's)."""
+        """Position in reference windows (the name is torch's). To set it moves the schedule, as in torch."""
         return self.position
+
+    @last_epoch.setter
+    def last_epoch(self, value: int | float) -> None:
+        self._offset += value - self.position
+
+    @property
+    def base_lrs(self) -> list[float]:
+        """Base rates of the parameter groups, those of the schedule inside."""
+        return getattr(self.inner, "base_lrs", None) or self._initial_lrs
+
+    @base_lrs.setter
+    def base_lrs(self, value: list[float]) -> None:
+        self.inner.base_lrs = value
+
+    @property
+    def lr_lambdas(self) -> list[Any]:
+        """Functions of a `LambdaLR`, those of the schedule inside."""
+        return self.inner.lr_lambdas
+
+    @lr_lambdas.setter
+    def lr_lambdas(self, value: list[Any]) -> None:
+        self.inner.lr_lambdas = value
 
     def set_position(self, position: int | float, scale: float) -> None:
         """Say where the next window begins and how its batch scales the rate; `step` applies it."""
@@ -125,15 +158,29 @@ class DataIndexedLR(LRScheduler):
 
     def factor(self, position: int | float) -> float:
         """Schedule at a position relative to the base rate, batch scaling excluded (a recursion: where it stands)."""
-        if isinstance(self.inner, LambdaLR):
-            return float(self.inner.lr_lambdas[0](position + self._offset))
+        if self._closed_form:
+            return float(self._evaluate(self.inner.lr_lambdas[0], position))
         return self.inner.get_last_lr()[0] / self.base_lrs[0] if self.base_lrs[0] else 0.0
+
+    def _evaluate(self, function: Any, position: int | float) -> float:
+        """Return a function of a `LambdaLR` at a position; of one that takes whole steps only, at that before it."""
+        place = position + self._offset
+        if not self._whole_positions:
+            try:
+                return function(place)
+            except (TypeError, IndexError):
+                if isinstance(place, int):
+                    raise
+                function(math.floor(place))  # if that fails too, it is something else
+                self._whole_positions = True
+                logger.warning("The learning-rate schedule takes whole steps only: it is constant in between.")
+        return function(math.floor(place))
 
     def step(self, epoch: Any = None) -> None:
         """Set the optimizer's learning rates for the next window. Doing it twice changes nothing."""
-        if isinstance(self.inner, LambdaLR):
+        if self._closed_form:
             rates = [
-                base * function(self.position + self._offset)
+                base * self._evaluate(function, self.position)
                 for base, function in zip(self.inner.base_lrs, self.inner.lr_lambdas, strict=True)
             ]
             self.inner.last_epoch = self.position + self._offset
@@ -188,7 +235,7 @@ class DataIndexedLR(LRScheduler):
             self._whole_steps = math.floor(self.position)
             self._last_lr = list(self.inner.get_last_lr())
             # Not where the schedule was when this run began: it may be one that an earlier `train` has stepped.
-            self._offset = self.inner.last_epoch - self._whole_steps if isinstance(self.inner, LambdaLR) else 0
+            self._offset = self.inner.last_epoch - self._whole_steps if self._closed_form else 0
             return
         self.position, self.scale = ours["position"], ours["scale"]
         self._whole_steps, self._offset = ours["whole_steps"], ours.get("offset", 0)

@@ -133,6 +133,8 @@ def check_names(cls: type, names: Mapping[str, Any]) -> None:
         TypeError: One is unknown.
     """
     known = {field.name for field in fields(cls) if field.init}
+    if "__dataclass_fields__" not in vars(cls):
+        raise TypeError(f"{cls.__name__} is no dataclass of its own; put @dataclass before the class.")
     for name in names:
         if name in known:
             continue

@@ -101,7 +101,7 @@ class EfficientTrainerMixin(
                 f"args is a {type(self.args).__name__}; pass EfficientTrainingArguments (or a subclass of "
                 "EfficientTrainingArgumentsMixin and your TrainingArguments)."
             )
-        self._takes_num_items = self.model_accepts_loss_kwargs
+        self._takes_num_items = self._accepts_as_set = self.model_accepts_loss_kwargs
         self._has_own_policy = accumulation_policy is not None
         self.accumulation_policy = accumulation_policy
         self._cursor: DataCursor | None = None
@@ -135,6 +135,7 @@ class EfficientTrainerMixin(
             self._before_step_end,
             lambda: self._cursor,
             lambda: self._failed_save is not None,
+            self._after_save,
         )
 
     # ---- What is in play -------------------------------------------------------------------------------------------
@@ -163,12 +164,15 @@ class EfficientTrainerMixin(
         self.args.validate_accumulation()
         if not self._has_own_policy:
             self.accumulation_policy = self.args.make_accumulation_policy()
+        if self.model_accepts_loss_kwargs != self._accepts_as_set:  # the user has, since
+            self._takes_num_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = self._takes_num_items
         if self._adapts:
             check_adaptive_setup(self, self._measures, self._has_own_policy)
             if loss_ignores_num_items(self):
                 # In stock gradients grow with k, which is a constant there. A mean of micro-batch means does not.
                 self.model_accepts_loss_kwargs = False
+        self._accepts_as_set = self.model_accepts_loss_kwargs
 
     @property
     def _most_accumulation_steps(self) -> int:
@@ -308,8 +312,9 @@ class EfficientTrainerMixin(
             self._cursor.close_epoch()
         if self._was_bounded:  # the checkpoint's rate is that of a k which the bounds of this run exclude
             self._was_bounded = False
-            self._place_learning_rate()
-            self.lr_scheduler.step()
+            if isinstance(self.lr_scheduler, DataIndexedLR):
+                self._place_learning_rate()
+                self.lr_scheduler.step()
         self._epoch_is_over = False
         active = self.accelerator.gradient_state.active_dataloader
         self._train_loader, self._other_loader = None, active if active is not kwargs.get("train_dataloader") else None
@@ -535,6 +540,10 @@ class EfficientTrainerMixin(
         """As in `Trainer`."""
         with self._reference_steps_shown():  # `training_args.bin` holds the user's value
             return super().save_model(*args, **kwargs)
+
+    def _push_from_checkpoint(self, *args, **kwargs):
+        with self._reference_steps_shown():  # it saves `training_args.bin` as well
+            return super()._push_from_checkpoint(*args, **kwargs)
 
     @property
     def _setup(self) -> dict[str, int]:

@@ -124,6 +124,22 @@ def test_the_optimizer_is_no_part_of_the_model():
     assert (found.optimizer, found.model) == (128, FORWARD + BACKWARD)
 
 
+def test_models_that_callbacks_run_are_no_part_of_the_step(tmp_path):
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for index in range(4):
+                model(**{key: value[None] for key, value in Rows()[index].items()})
+
+    counts = []
+    for number, before in enumerate([(), (Looks(),)]):
+        callback = ThroughputCallback()
+        args = arguments(tmp_path / str(number), TrainingArguments, gradient_accumulation_steps=2, max_steps=2)
+        trainer = Trainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), callbacks=[*before, callback])
+        quiet(trainer).train()
+        counts.append(callback.step_flops)
+    assert counts[0] == counts[1]
+
+
 def test_half_precision_is_seen(tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         batch = {key: Rows()[0][key][None] for key in Rows()[0]}

@@ -146,6 +146,17 @@ def test_an_unknown_metric_is_said_with_those_that_there_are(tmp_path, caplog):
     assert "'eval_accuracy'; they had eval_loss" in said[0]
 
 
+def test_lines_of_training_with_a_runtime_are_not_the_last(tmp_path, caplog):
+    """`include_num_input_tokens_seen` puts one on every line."""
+    trainer = train(tmp_path, TargetCallback("loss", 100.0), logging_steps=1, include_num_input_tokens_seen=True,
+                    eval_steps=4)  # fmt: skip
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert all("train_runtime" in line for line in lines)
+    assert not any("target_reached" in line for line in lines)
+    assert trainer.state.log_history[-1]["target_reached"]
+    assert "No evaluation had" not in caplog.text
+
+
 def test_an_unknown_metric_is_said_early(tmp_path, caplog):
     class Stop(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

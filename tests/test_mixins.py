@@ -65,10 +65,22 @@ class Counts(EfficientTrainer):
         return batches, items
 
 
-@pytest.mark.parametrize("cls", [Subscripts, Unpacks, Searches, Counts])
+class Pops(EfficientTrainer):
+    def training_step(self, model, inputs, *args):
+        weight = inputs.pop("weight")
+        return super().training_step(model, inputs, *args) * weight
+
+
+class Moves(EfficientTrainer):
+    def training_step(self, model, inputs, *args):
+        return super().training_step(model, {key: value.float() for key, value in inputs.items()}, *args)
+
+
+@pytest.mark.parametrize("cls", [Subscripts, Unpacks, Searches, Counts, Pops, Moves])
 def test_a_window_that_is_taken_for_a_micro_batch_says_what_to_do(tmp_path, cls):
     trainer = quiet(cls(model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=Rows(), compute_loss_func=scaled))
-    with pytest.raises(TypeError, match=r"class Efficient\(EfficientTrainerMixin, YourTrainer\)"):
+    error = AttributeError if cls in (Pops, Moves) else TypeError
+    with pytest.raises(error, match=r"class Efficient\(EfficientTrainerMixin, YourTrainer\)"):
         trainer.train()
 
 

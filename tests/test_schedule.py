@@ -1,11 +1,13 @@
 """Learning rates: stock at constant k, right where k varies, and scaled with the batch as the papers say."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
 from transformers import get_scheduler
+from transformers.optimization import AdafactorSchedule
 
 from hf_trainopt.schedule import (
     NOISE_SCALING_RULES,
@@ -146,6 +148,96 @@ def test_schedules_without_base_rates():
     assert ours.base_lrs == pytest.approx([0.1, 0.1 / 3])
     second_optimizer = optimizer()
     DataIndexedLR(torch.optim.lr_scheduler.ChainedScheduler([StepLR(second_optimizer, step_size=2)]))
+
+
+class Floored(torch.optim.lr_scheduler.LambdaLR):
+    """A rate of its own, as `AdafactorSchedule` of transformers has one."""
+
+    def get_lr(self):
+        return [max(rate, 0.02) for rate in super().get_lr()]
+
+
+class Duck:
+    """What `Trainer` needs of a schedule and no more: no `LRScheduler`, no `optimizer`."""
+
+    def __init__(self, optimizer):
+        self._optimizer, self.count = optimizer, 0
+
+    def step(self):
+        self.count += 1
+        for group in self._optimizer.param_groups:
+            group["lr"] *= 0.5
+
+    def get_last_lr(self):
+        return [group["lr"] for group in self._optimizer.param_groups]
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: Floored(optimizer, lambda step: 1 - step / 10),
+        lambda optimizer: AdafactorSchedule(optimizer, 1e-3),
+        Duck,
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.7, 0.3, 0.1, 0.0][step]),
+    ],
+)
+def test_schedules_of_ones_own_have_their_rates(make):
+    stock_optimizer, our_optimizer = optimizer(), optimizer()
+    for made in (stock_optimizer, our_optimizer):
+        made._get_lr = lambda group, state: 0.5  # Adafactor's
+    stock, ours = make(stock_optimizer), DataIndexedLR(make(our_optimizer), our_optimizer)
+    for step in range(4):
+        assert ours.get_last_lr() == pytest.approx(stock.get_last_lr())
+        assert [group["lr"] for group in our_optimizer.param_groups] == pytest.approx(stock.get_last_lr())
+        stock_optimizer.step()
+        our_optimizer.step()
+        stock.step()
+        for position in (step + 0.5, float(step + 1)):
+            ours.set_position(position, 1.0)
+            ours.step()
+
+
+def test_a_table_is_constant_between_whole_steps(caplog):
+    table = [1.0, 0.5, 0.25]
+    ours = DataIndexedLR(torch.optim.lr_scheduler.LambdaLR(optimizer(), lambda step: table[min(step, 2)]))
+    for position, factor in ((0, 1.0), (0.75, 1.0), (1.5, 0.5), (2.25, 0.25)):
+        ours.set_position(position, 1.0)
+        ours.step()
+        assert ours.get_last_lr()[0] == pytest.approx(0.1 * factor)
+        assert ours.factor(position) == factor
+    assert len([record for record in caplog.records if "whole steps only" in record.message]) == 1
+    broken = DataIndexedLR(torch.optim.lr_scheduler.LambdaLR(optimizer(), lambda step: 1.0 if step < 1 else [][0]))
+    broken.set_position(1.5, 1.0)
+    with pytest.raises(IndexError):
+        broken.step()
+
+
+def test_callbacks_change_the_schedule_inside():
+    ours = DataIndexedLR(get_scheduler("linear", optimizer(), num_warmup_steps=0, num_training_steps=10))
+    ours.base_lrs = [1.0, 2.0]
+    ours.set_position(5, 1.0)
+    ours.step()
+    assert ours.get_last_lr() == [0.5, 1.0]
+    ours.lr_lambdas = [lambda step: 0.1] * 2
+    ours.step()
+    assert ours.get_last_lr() == [0.1, 0.2]
+    ours.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 4.0})
+    ours.base_lrs.append(4.0)
+    ours.lr_lambdas.append(lambda step: step)
+    ours.step()
+    assert ours.get_last_lr() == [0.1, 0.2, 20.0]
+    ours.last_epoch = 8
+    ours.step()
+    assert ours.get_last_lr() == [0.1, 0.2, 32.0]
+    assert copy.copy(ours).get_last_lr() == ours.get_last_lr()
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = ours.nonsense
 
 
 @pytest.mark.parametrize("rule", ["none", "sqrt", "linear", "gain", "surge"])

@@ -3,6 +3,7 @@
 from .._compat import rank_batch_size
 from ..evidence.gradients import noise_logs
 from ..evidence.keys import is_evidence_key
+from ..log_lines import give_back
 from .window import Window
 
 
@@ -44,8 +45,7 @@ class AccumulationLogsTrainerMixin:
         line = {**logs, **ours}
         with self._reference_steps_shown():
             super().log(line, *args, **kwargs)
-        # What upstream adds in place (`epoch`) goes back to the caller, whose dict may be the result of `evaluate`.
-        logs.update({key: value for key, value in line.items() if key not in ours})
+        give_back(logs, line, ours)
 
     def _accumulation_logs(self) -> dict[str, float]:
         if self._cursor is None or self._last_window is None:

@@ -32,6 +32,13 @@ class Part:
         return self.rows / self.of
 
 
+_NO_MICRO_BATCH = (
+    "this is a window of several micro-batches, of which EfficientTrainer makes one step; for a training_step or "
+    "get_batch_samples of your own that takes micro-batches, put it into a Trainer class and the mixin before it: "
+    "`class Efficient(EfficientTrainerMixin, YourTrainer)`."
+)
+
+
 @dataclass(frozen=True)
 class Window:
     """The micro-batches of one optimizer step on this rank.
@@ -63,11 +70,11 @@ class Window:
         Raises:
             TypeError: Always; the message has the remedy.
         """
-        raise TypeError(
-            "this is a window of several micro-batches, of which EfficientTrainer makes one step; for a training_step "
-            "or get_batch_samples of your own that takes micro-batches, put it into a Trainer class and the mixin "
-            "before it: `class Efficient(EfficientTrainerMixin, YourTrainer)`."
-        )
+        raise TypeError(_NO_MICRO_BATCH)
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what mappings and tensors have (`items`, `pop`, `to`), with the remedy; see `__getitem__`."""
+        raise AttributeError(name if name.startswith("_") else f"'{name}': {_NO_MICRO_BATCH}")
 
     def keys(self) -> Any:
         """Refuse to be unpacked as the inputs of a model; see `__getitem__`."""

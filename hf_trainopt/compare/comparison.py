@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hf_trainopt.evidence.targets import Crossing, Evaluation, Target, curve_from_log, first_crossing
+from hf_trainopt.log_lines import is_last_line
 
 from .statistics import Estimate, Measured, paired_difference, paired_ratio
 
@@ -123,7 +124,7 @@ def quantities(record: dict[str, Any], target: Target | None, metric: str) -> di
         for name, axis in (("time", "seconds"), ("samples", "samples"), ("steps", "steps"))
     }
     last = history[-1] if history else {}
-    whole = next((line for line in reversed(history) if "train_runtime" in line), last)
+    whole = next((line for line in reversed(history) if is_last_line(line)), last)
     peaks = [line["peak_memory_gib"] for line in history if "peak_memory_gib" in line]
     plain = {
         "train_time": whole.get("train_time_s"),

@@ -146,7 +146,7 @@ def learning_rate(trainer: Trainer) -> Lines:
     lines.append(
         ("schedule", f"{args.lr_scheduler_type.value}, warm-up over {warmup:,} of {windows:,} {_unit(trainer)}")
     )
-    indexed = inner if isinstance(inner, DataIndexedLR) else DataIndexedLR(inner)
+    indexed = inner if isinstance(inner, DataIndexedLR) else DataIndexedLR(inner, optimizer)
     if isinstance(indexed.inner, torch.optim.lr_scheduler.LambdaLR):
         places = dict.fromkeys([0, warmup, windows // 2, windows])
         rates = [f"{args.learning_rate * indexed.factor(place):.3g} at {place / windows:.0%}" for place in places]

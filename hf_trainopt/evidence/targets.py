@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..log_lines import is_last_line
 from .base import MeteredCallback
 
 
@@ -210,7 +211,7 @@ class TargetCallback(MeteredCallback):
     def values(self, args, state, logs):
         if self.metric not in logs:
             self._others |= {key for key in logs if key.startswith("eval_")}
-            if "train_runtime" not in logs:
+            if not is_last_line(logs):
                 return {}
             if not self.curve:
                 self._warn_of_absence()

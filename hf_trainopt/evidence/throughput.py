@@ -2,6 +2,7 @@
 
 import logging
 
+from ..log_lines import is_last_line
 from .base import MeteredCallback
 from .flops import FlopCounter, StepFlops, device_peak_flops, why_not_counted
 from .meter import Reading
@@ -88,8 +89,13 @@ class ThroughputCallback(MeteredCallback):
         if self._counter is not None:
             self._counter.in_optimizer = True
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        # Not at the end of the step, before which the callbacks of others may run a model.
         if self._counter is not None and not self._counter.is_over:
+            self._finish_counting(args)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._counter is not None and not self._counter.is_over:  # the optimizer step was skipped
             self._finish_counting(args)
         warmed_up = state.global_step - self._first_step == self.warmup_steps
         self.meter.lap(args, control, reads=warmed_up)
@@ -116,7 +122,7 @@ class ThroughputCallback(MeteredCallback):
         if "loss" in logs and self._last is not None:
             added |= self._rates(args, self._last, now)
             self._last = now
-        elif "train_runtime" in logs and self._start is not None:
+        elif is_last_line(logs) and self._start is not None:
             added |= self._rates(args, self._start, now)
         return added
 

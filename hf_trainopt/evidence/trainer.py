@@ -1,5 +1,6 @@
 """Measurements in `Trainer`: adds the callbacks, and their values to each line before it is logged."""
 
+from ..log_lines import give_back
 from .base import MeasurementCallback, add_measurements
 
 
@@ -30,5 +31,4 @@ class EvidenceTrainerMixin:
         line = dict(logs)
         added = add_measurements(self._measurements, self.args, self.state, line)
         super().log(line, *args, **kwargs)
-        # `logs` may be the result of `evaluate`.
-        logs.update({key: value for key, value in line.items() if key not in added})
+        give_back(logs, line, added)

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
+from ..log_lines import give_back
 from .arguments import PrecisionArgumentsMixin
 from .choose import PrecisionChoice
 from .fallback import OverflowWatch
@@ -185,7 +186,7 @@ class PrecisionTrainerMixin:
         added = self._overflow_logs() if "loss" in logs else {}
         line = {**logs, **added}
         super().log(line, *args, **kwargs)
-        logs.update({key: value for key, value in line.items() if key not in added})
+        give_back(logs, line, added)
 
     def _overflow_logs(self) -> dict[str, float]:
         if self._overflows is None:

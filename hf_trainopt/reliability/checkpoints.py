@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from .manifest import complete, discard, is_leftover
+from .manifest import complete, discard, is_leftover, refresh
 from .resume import (
     Checkpoint,
     CheckpointError,
@@ -45,6 +45,7 @@ class CheckpointsTrainerMixin:
     def _forget_saves(self) -> None:
         self._failed_save: str | None = None
         self._saved_step: int | None = None
+        self._saved_folder: str | None = None
 
     @property
     def _is_collective(self) -> bool:
@@ -138,12 +139,24 @@ class CheckpointsTrainerMixin:
         if self._failed_save is not None:
             self._report_failed_save(attempt, best)
             return
-        self._saved_step = step
+        self._saved_step, self._saved_folder = step, attempt.folder
         if self.args.should_save:
             discard(replaced_path(attempt.folder))
             self._rotate(run_dir, attempt.folder)
         if attempt.to_push is not None:
-            super()._push_from_checkpoint(attempt.to_push)
+            self._push_from_checkpoint(attempt.to_push)
+
+    def _after_save(self) -> None:
+        """Take what callbacks have made of a checkpoint (`on_save`) for what it is; otherwise none would be whole."""
+        folder = self._saved_folder
+        if self.args.should_save and folder is not None and os.path.isdir(folder):
+            try:
+                changed = refresh(folder)
+            except (OSError, ValueError) as error:
+                logger.error("A callback has changed %s, whose manifest cannot be written anew: %s.", folder, error)
+                return
+            if changed:
+                logger.info("A callback has changed %s; its manifest was written anew.", folder)
 
     def _agree_on_save(self, attempt: SaveAttempt) -> str | None:
         """Return the error of any rank; all ranks have come to here."""

@@ -47,13 +47,29 @@ class TrainingTerminated(SystemExit):
 _WATCHES: weakref.WeakSet["SignalWatch"] = weakref.WeakSet()
 
 
+_held = threading.local()
+
+
+def _before_fork() -> None:
+    # Python forgets in the child what comes between the fork and the change of handlers.
+    _held.mask = None
+    if any(watch.is_installed for watch in _WATCHES):
+        _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork() -> None:
+    if _held.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
+
+
 def _in_child() -> None:
     for watch in list(_WATCHES):
         watch.leave_child()
+    _after_fork()
 
 
 if hasattr(os, "register_at_fork"):  # where there is `fork`
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 class SignalWatch:
@@ -107,6 +123,11 @@ class SignalWatch:
                     self.received.name,
                     " again" if number == signal.SIGINT else "",
                 )
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether it watches now."""
+        return bool(self._replaced)
 
     def leave_child(self) -> None:
         """Take SIGTERM as before, in a process that was forked: it means the child, such as a worker of a pool.

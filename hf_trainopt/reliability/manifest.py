@@ -102,6 +102,27 @@ def complete(folder: str, facts: dict[str, Any]) -> None:
     os.remove(os.path.join(folder, INCOMPLETE_NAME))
 
 
+def refresh(folder: str) -> bool:
+    """Write the manifest anew if files are others than it says; return whether they are.
+
+    Args:
+        folder: Checkpoint that is complete; one without a manifest is left alone.
+
+    Raises:
+        ValueError: The manifest cannot be read.
+        OSError: The manifest cannot be written.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or (
+        find_fault(folder, manifest) is None and set(manifest["files"]) == set(list_files(folder))
+    ):
+        return False
+    facts = {key: value for key, value in manifest.items() if key not in ("version", "files")}
+    begin(folder)
+    complete(folder, facts)
+    return True
+
+
 def discard(folder: str) -> None:
     """Delete a checkpoint such that, stopped on the way, what is left of it is known to be incomplete."""
     if not os.path.isdir(folder):

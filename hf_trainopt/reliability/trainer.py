@@ -7,6 +7,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 from transformers.integrations.neftune import deactivate_neftune
 
+from ..log_lines import give_back
 from .checkpoints import CheckpointsTrainerMixin
 from .interrupts import SIGNALS, SignalWatch, ending, signal_of
 from .losses import FiniteWindows, SkippedWindows, TrainingDivergedError, last_good_step, obstacle_to_skipping
@@ -202,7 +203,8 @@ class ReliabilityTrainerMixin(CheckpointsTrainerMixin):
         total = self._skipped_windows.total
         line = {**logs, "skipped_windows": total} if is_training and total else logs
         super().log(line, *args, **kwargs)
-        logs.update({key: value for key, value in line.items() if key != "skipped_windows"})
+        if line is not logs:
+            give_back(logs, line, {"skipped_windows"})
 
     # ---- Events ----------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from hf_trainopt.evidence.targets import Target
+from hf_trainopt.log_lines import is_last_line
 
 from .arms import Arm
 from .contents import BarPanel, Line, LinePanel
@@ -97,7 +98,7 @@ def rate_curve(key: str) -> Callable[[RunRecord, int, str, int], Line | None]:
     """Return what makes the curve of a rate, without the lines at ends of `train`: these have the whole run's mean."""
 
     def make(run: RunRecord, arm: int, axis: str, limit: int) -> Line | None:
-        lines = tuple(line for line in run.history if "train_runtime" not in line)
+        lines = tuple(line for line in run.history if not is_last_line(line))
         return curve(replace(run, history=lines), arm, axis, key, limit)
 
     return make

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hf_trainopt.evidence.targets import Target, falls_when_better
+from hf_trainopt.log_lines import is_last_line
 
 from .arms import Arm
 from .contents import Table
@@ -133,7 +134,7 @@ def _whole_runtime(run: RunRecord) -> float | None:
 
 def last_rate(run: RunRecord, key: str) -> float | None:
     """Return a rate of the whole run, warm-up left out; of one that has not ended, the median of its lines."""
-    ends = [index for index, line in enumerate(run.history) if "train_runtime" in line]
+    ends = [index for index, line in enumerate(run.history) if is_last_line(line)]
     values = run.column(key)
     if ends and values[ends[-1]] is not None:
         return values[ends[-1]]
