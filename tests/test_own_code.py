@@ -33,7 +33,9 @@ class OwnEfficient(OwnSchedule, EfficientTrainer):
 def own_schedule(folder, resume=None, cls=OwnEfficient, **kwargs):
     recorder = Recorder()
     settings = {"gradient_accumulation_steps": 4, "lr_scheduler_type": "linear", "warmup_steps": 0, "max_steps": 6}
-    args = arguments(folder, *([] if issubclass(cls, EfficientTrainer) else [TrainingArguments]), **(settings | kwargs))
+    args = arguments(
+        folder, *([] if issubclass(cls, EfficientTrainer) else [TrainingArguments]), **(settings | kwargs)
+    )
     trainer = quiet(cls(model=tiny_gpt2(), args=args, train_dataset=Rows(), callbacks=[recorder]))
     trainer.train(resume_from_checkpoint=resume)
     return trainer, recorder.learning_rates
@@ -91,7 +93,9 @@ class Rewrites(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         path = os.path.join(folder, "model.safetensors")
-        save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+        save_file(
+            {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}, path, {"format": "pt"}
+        )
         os.remove(os.path.join(folder, "training_args.bin"))
         with open(os.path.join(folder, "notes.txt"), "w") as file:
             file.write("mine")
@@ -145,9 +149,7 @@ def test_keys_that_a_callback_removes_are_gone(tmp_path):
     for cls in (Trainer, EfficientTrainer):
         kwargs = {**FIXED, "measurements": []} if cls is EfficientTrainer else {}
         args = arguments(tmp_path / cls.__name__, *([TrainingArguments] if cls is Trainer else []), **kwargs)
-        trainer = cls(
-            model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(6), callbacks=[Removes()]
-        )
+        trainer = cls(model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(6), callbacks=[Removes()])
         found.append((set(quiet(trainer).train().metrics), set(trainer.evaluate())))
     assert found[0] == found[1]
     assert "total_flos" not in found[0][0]

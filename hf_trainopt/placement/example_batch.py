@@ -112,7 +112,8 @@ def _data_of(dataset: Any, memo: dict[int, Any] | None = None) -> dict[int, Any]
 def _length(sample: Any) -> int:
     if not isinstance(sample, Mapping):
         return 0
-    return sum(len(sample[name]) for name in _SEQUENCES if hasattr(sample.get(name), "__len__"))
+    values = [sample.get(name) for name in _SEQUENCES]
+    return sum(len(value) for value in values if hasattr(value, "__len__") and getattr(value, "ndim", 1))
 
 
 def _has_padding(dataset: Any) -> bool:
