@@ -102,14 +102,25 @@ class _Cache:
         self.counted = counted
         self.operators: list[Any] = []  # the numbered ones, in order
         self.outputs: dict[int, Any] = {}
+        self.aliases: dict[int, list[_Saved]] = {}
         self.random_states: dict[int, RandomState] = {}  # by number of the random operator
 
     def save(self, index: int, output: Any) -> None:
         self.outputs[index] = tree_map(lambda x: _Saved(x) if isinstance(x, torch.Tensor) else x, output)
 
+    def watch_alias(self, output: torch.Tensor) -> None:
+        """Watch an `_unsafe_view` of a saved output: the same storage, but a version counter of its own."""
+        storage = output.untyped_storage()._cdata
+        for index, saved in self.outputs.items():
+            if any(
+                isinstance(leaf, _Saved) and leaf.tensor.untyped_storage()._cdata == storage
+                for leaf in tree_leaves(saved)
+            ):
+                self.aliases.setdefault(index, []).append(_Saved(output))
+
     def check(self, index: int) -> None:
         """Raise `RuntimeError` if a saved output was written to after it was saved."""
-        for saved in tree_leaves(self.outputs[index]):
+        for saved in [*tree_leaves(self.outputs[index]), *self.aliases.get(index, [])]:
             if isinstance(saved, _Saved) and saved.tensor._version != saved.version:
                 raise RuntimeError(
                     f"the output of operator {index} ({self.operators[index]}) of stage '{self.stage}' is saved, but "
@@ -153,6 +164,8 @@ class _Storing(TorchDispatchMode):
             cache.operators.append(func)
         if saved:
             cache.save(index, output)
+        if func is torch.ops.aten._unsafe_view.default:
+            cache.watch_alias(output)
         return output
 
     def __exit__(self, exception_type, *exception):
