@@ -246,6 +246,25 @@ def test_an_output_modified_in_place_is_an_error():
         loss.backward()
 
 
+def test_a_product_modified_in_place_behind_an_unsafe_view_is_an_error():
+    """`x @ weight` of three dimensions ends in `_unsafe_view`, whose output has a version counter of its own."""
+
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            scores = x @ self.weight
+            scores += 1
+            return torch.sin(scores)
+
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(RuntimeError, match=r"operator 0 .* modified in place"):
+        place(Scores(), (0,))(x)
+    place(Scores(), ())(x).sum().backward()
+
+
 def test_views_of_saved_outputs():
     """A recomputed view of a saved output must be a view again."""
 

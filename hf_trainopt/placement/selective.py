@@ -131,6 +131,7 @@ class _Cache:
     def take(self, index: int) -> Any:
         """Return a saved output and forget it."""
         self.check(index)
+        self.aliases.pop(index, None)  # they hold the storage too
         return tree_map(lambda x: x.tensor if isinstance(x, _Saved) else x, self.outputs.pop(index))
 
 
@@ -220,6 +221,7 @@ class _Reusing(TorchDispatchMode):
         super().__exit__(exception_type, *exception)
         cache = self._cache
         cache.outputs.clear()
+        cache.aliases.clear()
         # Early stopping is an exception: then the last operators are missing rightly.
         if exception_type is None and self._index != len(cache.operators):
             raise RuntimeError(self._differs(f"{len(cache.operators)} operators ran, and {self._index} now"))
