@@ -8,7 +8,18 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from convergence_report import PAIRED_TASKS, arms, curve, describe, loss_at, ranks_arms, ratio, targets, wall_curve
+from convergence_report import (
+    PAIRED_TASKS,
+    arms,
+    curve,
+    describe,
+    loss_at,
+    ranks_arms,
+    ranks_target,
+    ratio,
+    targets,
+    wall_curve,
+)
 from convergence_suite import best, load
 from page_tables import table
 from scaling_report import efficiencies, spread
@@ -81,7 +92,7 @@ def _noise_scale_row(records: list[dict]) -> list:
 
 def _ranks_rows(records: list[dict]) -> list[list]:
     (_, stock), *own = ranks_arms(records).items()
-    target = loss_at(stock[0], 0.9)
+    target = ranks_target(records)
     rows = []
     for name, runs in own:
         what = f"language on 2 ranks, {name}: wall time to the loss of the best fixed k at 90 % of its data"

@@ -31,8 +31,7 @@ class LearningRateTrainerMixin:
             self.__dict__["lr_scheduler"] = scheduler
             return
         self.__dict__["lr_scheduler"] = DataIndexedLR(scheduler, getattr(self.optimizer, "optimizer", self.optimizer))
-        self._place_learning_rate()
-        self.lr_scheduler.step()
+        self._set_learning_rate()
 
     def create_scheduler(self, *args, **kwargs):
         """As in `Trainer`, in reference windows, evaluated by the data consumed."""
@@ -69,6 +68,12 @@ class LearningRateTrainerMixin:
             if isinstance(self.lr_scheduler, DataIndexedLR)
             else 1.0
         )
+
+    def _set_learning_rate(self) -> None:
+        """Set the rate of the next window now, and not with the next step of the schedule."""
+        if isinstance(self.lr_scheduler, DataIndexedLR):
+            self._place_learning_rate()
+            self.lr_scheduler.step()
 
     def _place_learning_rate(self) -> None:
         """Tell the schedule where the next window begins and how large it will be."""

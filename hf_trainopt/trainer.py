@@ -312,9 +312,7 @@ class EfficientTrainerMixin(
             self._cursor.close_epoch()
         if self._was_bounded:  # the checkpoint's rate is that of a k which the bounds of this run exclude
             self._was_bounded = False
-            if isinstance(self.lr_scheduler, DataIndexedLR):
-                self._place_learning_rate()
-                self.lr_scheduler.step()
+            self._set_learning_rate()
         self._epoch_is_over = False
         active = self.accelerator.gradient_state.active_dataloader
         self._train_loader, self._other_loader = None, active if active is not kwargs.get("train_dataloader") else None

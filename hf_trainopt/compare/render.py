@@ -7,9 +7,6 @@ from .comparison import RATIOS, ArmResult, Comparison
 from .statistics import Estimate
 
 
-FEW_SEEDS = 3
-
-
 def estimate_text(estimate: Estimate | None, form: str = ".2f") -> str:
     """Return `0.63 (0.58 to 0.69)`, `≥ 1.20` for a bound, `–` where nothing is known."""
     if estimate is None or estimate.value is None:
@@ -69,7 +66,7 @@ def ratio_words(comparison: Comparison, baseline: str) -> str:
     )
     if any(len(arm.seeds) < 2 for arm in others):
         text += " One seed has no interval: use --seeds."
-    elif any(len(arm.seeds) < FEW_SEEDS for arm in others):
+    elif any(len(arm.seeds) == 2 for arm in others):
         text += " An interval over two seeds stands on how far two numbers are apart: use --seeds 5."
     if any("≥" in cell or "≤" in cell for cell in cells):
         text += " ≥ and ≤: a run ended before it was at the target, so that its ratio is only bounded."

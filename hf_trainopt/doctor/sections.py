@@ -79,9 +79,8 @@ def data(trainer: Trainer, dataloader: Any) -> Lines:
         ("evaluation", args.eval_strategy, state.eval_steps),
         ("logging", args.logging_strategy, state.logging_steps),
     ):
-        lines.append((name, _interval(strategy.value, every, unit)))
-    if args.do_eval and args.eval_strategy == "no":
-        lines = [(name, "at the end only (do_eval)" if name == "evaluation" else text) for name, text in lines]
+        at_the_end = name == "evaluation" and args.do_eval and strategy == "no"
+        lines.append((name, "at the end only (do_eval)" if at_the_end else _interval(strategy.value, every, unit)))
     if args.logging_strategy == "steps" and state.logging_steps > windows:
         logger.warning(
             "logging_steps is %g and the whole run has %s %s: no loss will be logged before its end; lower it.",

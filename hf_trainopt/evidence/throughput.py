@@ -91,12 +91,10 @@ class ThroughputCallback(MeteredCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         # Not at the end of the step, before which the callbacks of others may run a model.
-        if self._counter is not None and not self._counter.is_over:
-            self._finish_counting(args)
+        self._finish_counting(args)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._counter is not None and not self._counter.is_over:  # the optimizer step was skipped
-            self._finish_counting(args)
+        self._finish_counting(args)  # where there was no `on_optimizer_step`
         warmed_up = state.global_step - self._first_step == self.warmup_steps
         self.meter.lap(args, control, reads=warmed_up)
         if warmed_up:
@@ -104,6 +102,8 @@ class ThroughputCallback(MeteredCallback):
 
     def _finish_counting(self, args) -> None:
         counter = self._counter
+        if counter is None or counter.is_over:
+            return
         self._leave_mode()
         self._counted_in = tuple(new - old for new, old in zip(self.meter.local, self._before_counting, strict=True))
         self.step_flops = counter.result()

@@ -55,12 +55,16 @@ class Candidate:
     @property
     def cost_seconds(self) -> float:
         """What a step takes longer than without recomputation and rewrites; 0 if it is faster."""
-        return max(0.0, self.extra_seconds + self.rewritten_seconds)
+        return max(0.0, self._added_seconds)
+
+    @property
+    def _added_seconds(self) -> float:
+        return self.extra_seconds + self.rewritten_seconds
 
     @property
     def rank(self) -> Rank:
         """What makes a candidate that fits better than another, apart from its bytes."""
-        return _rank(self.extra_seconds + self.rewritten_seconds, self.rewrites)
+        return _rank(self._added_seconds, self.rewrites)
 
     @property
     def order(self) -> tuple[Rank, int]:
@@ -139,14 +143,14 @@ class PlacementPlanner:
             self.allowed = [rewrites for rewrites in self.allowed if self._runs_with(rewrites)]
         found = {}
         for rewrites in self.allowed:
-            baseline = self.replay(dict.fromkeys(self.stages, STORE), rewrites)
+            baseline = self._stored(rewrites)
             found[rewrites] = chain_profile(baseline, self._options[rewrites.fused_activations])
         return found
 
     def _runs_with(self, rewrites: Rewrites) -> bool:
         """Whether a step with these rewrites runs: T5 looks at the logits that a chunked loss leaves out."""
         try:
-            self.replay(dict.fromkeys(self.stages, STORE), rewrites)
+            self._stored(rewrites)
         except ValueError as error:
             logger.info("Plans have no %s for this model: %s", " and ".join(rewrites.names()), error)
             return False
@@ -160,6 +164,14 @@ class PlacementPlanner:
     def replay(self, stages: Mapping[str, StageChoice], rewrites: Rewrites = NO_REWRITES) -> Replay:
         """Return what one step takes under these choices."""
         return self.replayer.replay_choices(stages, rewrites)
+
+    def _stored(self, rewrites: Rewrites) -> Replay:
+        """Return what one step takes in which rewrites are all that is done."""
+        return self.replay(dict.fromkeys(self.stages, STORE), rewrites)
+
+    def _rewritten_seconds(self, rewrites: Rewrites) -> float:
+        """Seconds that rewrites together add to a step; negative where they save some."""
+        return self._stored(rewrites).cost.seconds - self.baseline.cost.seconds
 
     @property
     def step_seconds(self) -> float:
@@ -176,9 +188,8 @@ class PlacementPlanner:
         key = (rewrites, tuple(stages.items()))
         if key not in self._candidates:
             replay = self.replay(stages, rewrites)
-            stock = self.replay(dict.fromkeys(self.stages, STORE), rewrites)
-            extra = max(0.0, replay.cost.seconds - stock.cost.seconds)
-            rewritten = stock.cost.seconds - self.baseline.cost.seconds
+            extra = max(0.0, replay.cost.seconds - self._stored(rewrites).cost.seconds)
+            rewritten = self._rewritten_seconds(rewrites)
             self._candidates[key] = Candidate(dict(stages), rewrites, replay.peak_bytes, extra, rewritten)
             self.progress(f"replayed a plan: {gib(replay.peak_bytes)}")
         return self._candidates[key]
@@ -285,8 +296,7 @@ class PlacementPlanner:
     def _bound(self, rewrites: Rewrites, limit: int) -> float:
         """Seconds that a step takes longer at least, with these rewrites and a peak within the limit."""
         solution = solve(self.chains[rewrites], limit)
-        stock = self.replay(dict.fromkeys(self.stages, STORE), rewrites)
-        return solution.seconds - solution.gap_seconds + stock.cost.seconds - self.baseline.cost.seconds
+        return solution.seconds - solution.gap_seconds + self._rewritten_seconds(rewrites)
 
     def _correct(self, budget: int, limit: int, rewrites: Rewrites) -> None:
         """Replay what the solver finds for a budget with some rewrites, until it fits in truth as well."""
@@ -314,7 +324,7 @@ class PlacementPlanner:
 
     def _plan(self, policy: str, candidate: Candidate) -> PlacementPlan:
         replay = self.replay(candidate.stages, candidate.rewrites)
-        stock = self.replay(dict.fromkeys(self.stages, STORE), candidate.rewrites)
+        stock = self._stored(candidate.rewrites)
         return PlacementPlan(
             policy=policy,
             stages=dict(candidate.stages),

@@ -203,8 +203,7 @@ class ReliabilityTrainerMixin(CheckpointsTrainerMixin):
         total = self._skipped_windows.total
         line = {**logs, "skipped_windows": total} if is_training and total else logs
         super().log(line, *args, **kwargs)
-        if line is not logs:
-            give_back(logs, line, {"skipped_windows"})
+        give_back(logs, line, {"skipped_windows"})
 
     # ---- Events ----------------------------------------------------------------------------------------------------
 

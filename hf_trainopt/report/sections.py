@@ -10,7 +10,7 @@ from hf_trainopt.placement.render import percent, words
 
 from .arms import Arm
 from .comparison import Comparison
-from .contents import Contents, LinePanel, Section, Table
+from .contents import Contents, Section, Table
 from .metrics import common_axis, evaluation_metrics, main_metric, without_axis
 from .panels import (
     accumulation_panels,
@@ -24,7 +24,7 @@ from .panels import (
     rate_curve,
     step_memory_panel,
 )
-from .seeds import SEED_LEGEND, has_seeds
+from .seeds import seed_legend
 from .summary import NOT_RECORDED, PHASES, figure, headings, spread, summary_table, target_table
 
 
@@ -134,13 +134,8 @@ def _loss(arms: Sequence[Arm], target: Target | None) -> Section | tuple[str, st
     styles = {line.style for panel in panels for line in panel.lines}
     legend = [("faint", "training loss, as logged")] if "faint" in styles else []
     legend += [("marked", metric)] if "marked" in styles else []
-    legend += _seeds(panels)
+    legend += seed_legend(panels)
     return Section("loss", "Loss", tuple(text), panels=tuple(panels), legend=tuple(legend))
-
-
-def _seeds(panels: Sequence[LinePanel]) -> tuple[tuple[str, str], ...]:
-    """Return what the legend says of arms with several seeds."""
-    return (SEED_LEGEND,) if has_seeds(panels) else ()
 
 
 def _losses(run) -> list[float | None]:
@@ -156,7 +151,7 @@ def _metrics(arms: Sequence[Arm], axis: str) -> Section | None:
     panels = [panel for panel in panels if panel is not None]
     if not panels:
         return None
-    return Section("metrics", "Evaluation metrics", panels=tuple(panels), legend=_seeds(panels))
+    return Section("metrics", "Evaluation metrics", panels=tuple(panels), legend=seed_legend(panels))
 
 
 def _accumulation(arms: Sequence[Arm], axis: str) -> Section | tuple[str, str]:
@@ -170,7 +165,7 @@ def _accumulation(arms: Sequence[Arm], axis: str) -> Section | tuple[str, str]:
             f"k is logged where it may vary, and not by {_names(without)}; effective batches are then samples per "
             "step between log lines."
         )
-    return Section("accumulation", "Accumulation", tuple(text), panels=tuple(panels), legend=_seeds(panels))
+    return Section("accumulation", "Accumulation", tuple(text), panels=tuple(panels), legend=seed_legend(panels))
 
 
 def _noise(arms: Sequence[Arm], axis: str) -> Section | tuple[str, str]:
@@ -197,7 +192,7 @@ def _rate(arms: Sequence[Arm], axis: str) -> Section | tuple[str, str]:
     panels = [panel for panel in panels if panel is not None]
     if not panels:
         return "Learning rate", "the logs have no learning_rate; set logging_steps."
-    return Section("learning_rate", "Learning rate and gradients", panels=tuple(panels), legend=_seeds(panels))
+    return Section("learning_rate", "Learning rate and gradients", panels=tuple(panels), legend=seed_legend(panels))
 
 
 def _throughput(arms: Sequence[Arm], axis: str) -> Section | tuple[str, str]:
@@ -210,7 +205,7 @@ def _throughput(arms: Sequence[Arm], axis: str) -> Section | tuple[str, str]:
     if not panels:
         return "Throughput", f"measurements='throughput' logs it. {TIME_ABSENT}"
     text = ("Evaluations, saves and warm-up left out.",)
-    return Section("throughput", "Throughput", text, panels=tuple(panels), legend=_seeds(panels))
+    return Section("throughput", "Throughput", text, panels=tuple(panels), legend=seed_legend(panels))
 
 
 def _memory(arms: Sequence[Arm]) -> Section | tuple[str, str]:

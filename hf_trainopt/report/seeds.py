@@ -8,7 +8,7 @@ import numpy as np
 from .contents import Line, LinePanel
 
 
-SEED_LEGEND = ("seed", "one seed each; the heavier curve is their median, as far as all of them go")
+_LEGEND = ("seed", "one seed each; the heavier curve is their median, as far as all of them go")
 
 
 def with_medians(lines: Sequence[Line]) -> list[Line]:
@@ -64,6 +64,6 @@ def _at(line: Line, grid: np.ndarray) -> np.ndarray:
     return values
 
 
-def has_seeds(panels: Sequence[LinePanel]) -> bool:
-    """Whether single seeds are drawn in some of the charts."""
-    return any(line.of_seed for panel in panels for line in panel.lines)
+def seed_legend(panels: Sequence[LinePanel]) -> tuple[tuple[str, str], ...]:
+    """Return what the legend of charts says of single seeds, if some are drawn."""
+    return (_LEGEND,) if any(line.of_seed for panel in panels for line in panel.lines) else ()
