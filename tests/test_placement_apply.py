@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import random
 import sys
 import types
 import weakref
@@ -455,6 +456,35 @@ def test_arguments_keep_their_meaning():
 
     for kind in ("all", "run_2", "run_3"):
         assert_same(run(kind), run(None))
+
+
+@pytest.mark.parametrize("kind", ["all", "activation", "run_2", "selective"])
+def test_draws_from_python_and_numpy_are_made_again(kind):
+    """LayerDrop from Python's generator, random attention (BigBird) from NumPy's."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.act = nn.Linear(6, 6), nn.GELU()
+
+        def forward(self, x):
+            hidden = self.act(self.linear(x)) * random.random()
+            return hidden[torch.from_numpy(np.random.permutation(len(hidden)))]
+
+    def run(kind):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        model = Chain()
+        model.blocks = nn.ModuleList(Block() for _ in model.order)
+        with contextlib.nullcontext() if kind is None else apply_placement(model, plan_of(model, kind)):
+            x = torch.randn(5, 6, requires_grad=True)
+            loss = (model(x) * torch.arange(30.0).view(5, 6)).sum()
+            loss.backward()
+        state = [torch.tensor([random.random(), np.random.random()], dtype=torch.float64)]
+        return [loss.detach(), x.grad, *state, *(p.grad for p in model.parameters())]
+
+    assert_same(run(kind), run(None))
 
 
 class Chain(nn.Module):

@@ -7,7 +7,8 @@ import psutil
 import torch
 
 from .._compat import rank_batch_size
-from ..placement.example_batch import largest_batch, same_random_numbers
+from ..placement.example_batch import largest_batch
+from ..placement.global_state import forked_random_state
 from ..placement.planner import PlacementPlanner
 from ..placement.rewrites import available_rewrites
 
@@ -46,7 +47,7 @@ class MemoryForecast:
             self.obstacle = "the model is sharded"
         elif self.planner is None and not trainer.placement_plan and args.process_index == 0:
             try:
-                with same_random_numbers(args.device):
+                with forked_random_state([args.device]):
                     batch = largest_batch(dataloader, rank_batch_size(trainer))
                     self._planner(batch, available_rewrites(trainer.model))
             except ValueError as error:

@@ -1,8 +1,5 @@
 """What a window changes besides gradients, to begin it anew."""
 
-import random
-
-import numpy as np
 import torch
 
 from ..placement.global_state import RandomState, devices_of
@@ -21,20 +18,14 @@ class WindowStart:
     def __init__(self, model: torch.nn.Module, device: torch.device):
         self._statistics = RunningStatistics(model)
         self._devices = devices_of([torch.empty(0, device=device), *model.parameters()])
-        self._python: tuple = ()
-        self._numpy: tuple = ()
-        self._torch: RandomState | None = None
+        self._random: RandomState | None = None
 
     def save(self) -> None:
         """Keep the states as they are."""
-        # Models draw from all of them: SpecAugment from NumPy, LayerDrop of some from Python.
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-        self._torch = RandomState(self._devices)
+        self._random = RandomState(self._devices)
         self._statistics.save()
 
     def restore(self) -> None:
         """Put them back; any number of times."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        self._torch.restore()
+        self._random.restore()
         self._statistics.restore()

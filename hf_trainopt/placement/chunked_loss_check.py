@@ -9,6 +9,7 @@ import torch
 from .chunked_loss import ChunkedLoss, apply_chunked_loss, find_language_model, rewrite_of
 from .deferred_logits import LogitsNotComputedError
 from .errors import PlacementError
+from .global_state import forked_random_state
 
 
 def check_chunked_loss(model: torch.nn.Module, batch: Mapping[str, Any], *, rtol: float = 1e-5) -> None:
@@ -104,7 +105,7 @@ def _loss_and_gradient(model: torch.nn.Module, rewrite: ChunkedLoss, sample: dic
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hook = rewrite.head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     try:
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        with forked_random_state([device]):
             outputs = model(**sample)
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         sources = [tensor for tensor in (*inputs[:1], rewrite.head.weight) if tensor.requires_grad][:1]

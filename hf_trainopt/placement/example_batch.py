@@ -2,9 +2,8 @@
 
 import copy
 import itertools
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -24,26 +23,13 @@ _MOST_READ = 1000
 _MOST_COPIED = 2**20
 
 
-@contextmanager
-def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Context after which Python's, NumPy's and torch's generators are where they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [] if device.type == "cpu" else [device]
-    try:
-        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
 def largest_batch(dataloader: DataLoader, batch_size: int) -> Any:
     """Return a collated batch of the `batch_size` longest samples, or of the first ones where length is not known.
 
     Lengths are those of `input_ids` and `labels`; images and blocks of text are all of one size. The samples are read
     apart from the loader, whose samplers and workers are not started, from copies of the dataset and the collator, so
     that random generators of their own stay where they are (for those of Python, NumPy and torch see
-    `same_random_numbers`). An attention mask of ones only gets a zero where other batches of this size are padded:
+    `forked_random_state`). An attention mask of ones only gets a zero where other batches of this size are padded:
     their masks need memory.
 
     Args:

@@ -1,9 +1,11 @@
 """What a forward pass depends on besides its arguments: random number generators and autocast."""
 
 import contextlib
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -13,17 +15,45 @@ def devices_of(values: Iterable[Any]) -> list[torch.device]:
     return sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
 
 
+class HostRandomState:
+    """The states of the global generators of Python and NumPy, as they are now.
+
+    Models draw from them too: BigBird's attention and SpecAugment from NumPy, LayerDrop of some from Python.
+    """
+
+    def __init__(self):
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+
+    def restore(self) -> None:
+        """Set the generators to these states."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Make the block see these states; put the generators back at its end."""
+        outside = HostRandomState()
+        self.restore()
+        try:
+            yield
+        finally:
+            outside.restore()
+
+
 class RandomState:
-    """The states of the default generators of the CPU and of `devices`, as they are now.
+    """The states of the default generators of Python, NumPy, the CPU and `devices`, as they are now.
 
     Devices that were not used yet are left alone: reading their state would start them (and fail under fake tensors
     on a machine that lacks them).
     """
 
     def __init__(self, devices: Iterable[torch.device] = ()):
+        self._host = HostRandomState()
         self._cpu = torch.get_rng_state()
         self._devices = []
         for device in devices:
+            if device.type in ("cpu", "meta"):
+                continue
             backend = torch.get_device_module(device.type)
             if getattr(backend, "is_initialized", lambda: True)():
                 which = () if device.type == "mps" else (device,)  # there is only one, and its functions take none
@@ -31,6 +61,7 @@ class RandomState:
 
     def restore(self) -> None:
         """Set the generators to these states."""
+        self._host.restore()
         torch.set_rng_state(self._cpu)
         for backend, which, state in self._devices:
             backend.set_rng_state(state, *which)
@@ -65,8 +96,8 @@ class CallState:
 
 
 @contextlib.contextmanager
-def forked_random_state(devices: list[torch.device]) -> Iterator[None]:
-    """Put the generators back at the end of the block, also when it ends in an exception."""
+def forked_random_state(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Put the generators of Python, NumPy, the CPU and `devices` back at the end of the block, whatever ends it."""
     outside = RandomState(devices)
     try:
         yield

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from hf_trainopt.placement.batchnorm import BufferKeeper
+from hf_trainopt.placement.global_state import HostRandomState
 from hf_trainopt.placement.selective import selective_contexts
 
 
@@ -68,7 +69,7 @@ class Call:
         return self._function(*args, **kwargs)
 
 
-class _Both(AbstractContextManager):
+class _All(AbstractContextManager):
     """Several contexts as one that can be entered again: a region can be recomputed more than once."""
 
     def __init__(self, *makers: Callable[[], AbstractContextManager]):
@@ -106,14 +107,20 @@ class Region:
         refuse_compiling(self.stage)
         call = Call(function, *without_cache(module, self.stage, args, kwargs))
         snapshot = self._buffers.take(module)
-        options = {}
-        if snapshot is not None or self.saved_ops:
-            storing, reusing = nullcontext(), nullcontext()
-            if self.saved_ops:
-                storing, reusing = selective_contexts(self.saved_ops, self.stage)
-            recomputing = reusing if snapshot is None else _Both(snapshot.restored, lambda: reusing)
-            options["context_fn"] = lambda: (storing, recomputing)
-        output = checkpoint(call, *call.take_tensors(), use_reentrant=False, preserve_rng_state=True, **options)
+        storing, reusing = nullcontext(), nullcontext()
+        if self.saved_ops:
+            storing, reusing = selective_contexts(self.saved_ops, self.stage)
+        # `preserve_rng_state` knows PyTorch's generators only.
+        recomputing = [HostRandomState().restored, lambda: reusing]
+        if snapshot is not None:
+            recomputing.insert(0, snapshot.restored)
+        output = checkpoint(
+            call,
+            *call.take_tensors(),
+            use_reentrant=False,
+            preserve_rng_state=True,
+            context_fn=lambda: (storing, _All(*recomputing)),
+        )
         if snapshot is not None:
             snapshot.finish()
         return output

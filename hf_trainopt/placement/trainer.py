@@ -22,7 +22,8 @@ from .budget import gib, parse_budget
 from .chunked_loss_check import check_chunked_loss
 from .costs import DeviceSpec, device_spec
 from .errors import PlacementError
-from .example_batch import largest_batch, same_random_numbers
+from .example_batch import largest_batch
+from .global_state import forked_random_state
 from .measure import PeakMeasurement
 from .plan import NO_REWRITES, PlacementPlan, Rewrites
 from .planner import PlacementPlanner, allowed_rewrites, check_rewrites
@@ -135,7 +136,7 @@ class PlacementTrainerMixin:
         failure: ValueError | None = None
         if self.args.process_index == 0:
             try:
-                with same_random_numbers(self.args.device):
+                with forked_random_state([self.args.device]):
                     message[0] = self._make_plan(dataloader).to_dict()
             except ValueError as error:
                 failure = error
