@@ -60,6 +60,8 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
     "torch._subclasses.fake_tensor": {
         "FakeTensorMode": (("allow_non_fake_inputs",), "Runs a step without memory."),
         "FakeTensor": (("fake_mode", "elem", "device"), "Recognised, and asked for `fake_device`."),
+        "DataDependentOutputException": (None, "Raised where an operator looks at values: errors say so."),
+        "DynamicOutputShapeException": (None, "Raised where the shape of an output depends on values."),
     },
     "torch._C": {
         "_ExcludeDispatchKeyGuard": (None, "Calls an operator beneath autocast."),

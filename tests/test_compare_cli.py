@@ -158,6 +158,14 @@ def test_few_seeds_are_said():
     assert "One seed has no interval" in words(1)
     assert "stands on how far two numbers are apart: use --seeds 5" in words(2)
     assert "use --seeds" not in words(3)
+    assert "failed" not in words(3)
+    # Pairs are counted: a seed of the baseline that has failed leaves one the less.
+    runs = {name: [{"status": "finished", "seed": seed, "arm": {"name": name}, **measured([4.0, 3.0])}
+                   for seed in range(2)] for name in ("stock", "ours")}  # fmt: skip
+    runs["stock"][1]["status"] = "failed"
+    text = ratio_words(compare("s", "stock", runs, None, "eval_loss"), "stock")
+    assert "One seed has no interval" in text
+    assert "A seed whose run has failed, here or there, is left out" in text
 
 
 def test_runs_that_diverge_are_neither_hidden_nor_fatal():
@@ -379,6 +387,7 @@ def test_arms_of_ones_own(monkeypatch, script, capsys):
         (["--arm", "theirs"], [], "--arm theirs is none of stock, ours"),
         (["--arm", "=--x 1"], [], "has no name"),
         (["--arm", "a=--x 1", "--arm", "a=--x 2"], [], "two arms are called 'a'"),
+        (["--arm", "++=--x 1"], [], "no letter or digit"),
         (["--sweep", "1,two"], BASE, "takes whole numbers"),
         (["--sweep", "0"], BASE, "below 1"),
         (["--sweep", "1"], [], "needs --gradient_accumulation_steps"),

@@ -98,7 +98,7 @@ def test_a_fixed_k_is_stock(tmp_path):
 def test_evaluation_at_the_end_and_logging_never(tmp_path):
     settings = "accumulation_policy='fixed', max_steps=7, do_eval=True, logging_steps=8"
     found = examined(tmp_path, settings=settings)
-    assert lines(found, "Data")["evaluation"] == "at the end only (do_eval)"
+    assert lines(found, "Data")["evaluation"] == "never while it trains; afterwards, where the script does (do_eval)"
     assert any("logging_steps is 8 and the whole run has 7 optimizer steps" in text for text in found["warnings"])
 
 

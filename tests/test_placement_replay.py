@@ -8,11 +8,12 @@ import torch
 from placement_models import MODELS, gpt2, llama, pictures, timm_model, tokens, vit
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_trainopt.placement.apply import apply_placement
 from hf_trainopt.placement.budget import gib, parse_budget
 from hf_trainopt.placement.chain import build_chain, choices_of
-from hf_trainopt.placement.costs import DEVICES
+from hf_trainopt.placement.costs import DEVICES, FORMULAS
 from hf_trainopt.placement.fake import as_on, fake_copy, fake_mode
 from hf_trainopt.placement.plan import FULL, PlacementPlan, Rewrites, StageChoice
 from hf_trainopt.placement.planner import PlacementPlanner, _rank, allowed_rewrites, plan_placement
@@ -128,6 +129,61 @@ def test_replayed_peak_with_gradients_resident_and_rewrites_and_autocast():
             held = sum(tensor.nbytes for tensor in batch.values()) * (setup.accumulation_steps - 1)
             found = replayer.replay(plan).peak_bytes - held
             assert found == pytest.approx(real_peak(gpt2(), batch, plan, **real), rel=0.01), (setup, rewrites)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_mixtures_of_experts_are_replayed(autocast):
+    """Their products are float32 also under autocast, where PyTorch's shape function takes 16-bit numbers only."""
+
+    def make():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = MixtralConfig(num_hidden_layers=3, vocab_size=211, num_local_experts=4, use_cache=False, **sizes)
+        return MixtralForCausalLM(config)
+
+    model, batch = make(), tokens()
+    stages = find_stages(model)
+    replayer = StepReplayer(model, batch, StepSetup(device=DEVICES["cpu"], autocast_dtype=autocast), stages)
+    for policy in ("none", "all"):
+        plan = PlacementPlan(policy, named_choices(policy, stages))
+        found = replayer.replay(plan)
+        assert found.peak_bytes == pytest.approx(real_peak(make(), batch, plan, dtype=autocast), rel=0.01), policy
+
+
+def test_products_of_experts_have_the_shapes_and_flops_of_the_real_ones():
+    """All four forms: which of the three sizes of a product is split over the groups, or none."""
+    offs = torch.tensor([4, 12, 16], dtype=torch.int32)
+    rows, wide, batches = torch.randn(16, 8), torch.randn(3, 8, 12), torch.randn(3, 16, 8)
+    for a, b, groups in (
+        (rows, wide, offs),
+        (batches, torch.randn(16, 8).t(), offs),
+        (rows.t(), torch.randn(16, 12), offs),
+        (batches, wide, None),
+    ):
+        real = torch._grouped_mm(a, b, groups)
+        mode = fake_mode()
+        with as_on("cpu", mode):
+            fake = torch._grouped_mm(*(None if x is None else mode.from_tensor(x) for x in (a, b, groups)))
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+        sizes = torch.diff(offs, prepend=torch.zeros(1, dtype=torch.int32)).tolist()
+        expected = {
+            (2, 3): sum(2 * size * 8 * 12 for size in sizes),
+            (3, 2): sum(2 * 16 * 8 * size for size in sizes),
+            (2, 2): sum(2 * 8 * size * 12 for size in sizes),
+            (3, 3): 3 * 2 * 16 * 8 * 12,
+        }[a.dim(), b.dim()]
+        assert FORMULAS[torch.ops.aten._grouped_mm](a, b, groups, out_val=real) == expected
+
+
+@pytest.mark.parametrize("kind", ["values", "batch norm"])
+def test_errors_of_replays_give_the_reason(kind, caplog):
+    model = vit() if kind == "values" else MODELS["resnet50"][0]()
+    if kind == "values":
+        model.register_forward_pre_hook(lambda module, args, kwargs: bool(kwargs["labels"][0] > 1), with_kwargs=True)
+    with pytest.raises(ValueError, match="cannot be replayed without memory") as caught:
+        StepReplayer(model, pictures(rows=1), CPU, find_stages(model))
+    assert ("look at values" in str(caught.value)) == (kind == "values")
+    assert "Traceback" not in caplog.text
 
 
 def test_replays_leave_no_trace():

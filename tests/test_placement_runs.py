@@ -405,6 +405,8 @@ def test_the_longest_samples_of_any_dataset_are_found():
     rows = {"input_ids": [[1] * n for n in plain.lengths], "labels": [0, 1, 0, 1, 0, 1]}
     found = longest(Dataset.from_dict(rows), collate=lambda samples: samples)  # classes are no sequences
     assert [len(sample["input_ids"]) for sample in found] == [30, 29]
+    labelled = [{"input_ids": torch.ones(n), "labels": torch.tensor(n % 2)} for n in plain.lengths]  # no dimension
+    assert [len(sample["input_ids"]) for sample in longest(labelled, lambda samples: samples)] == [30, 29]
 
 
 def test_a_mask_of_ones_stays_where_nothing_is_padded():

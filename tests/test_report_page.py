@@ -160,6 +160,15 @@ def test_seeds_are_thin_and_their_median_is_not():
     assert len(list(root.iter("circle"))) == 3  # marks are the median's
 
 
+@pytest.mark.parametrize("ending", ["early", "gap"])
+def test_raw_values_of_seeds_are_all_shown_where_their_median_would_hide_some(ending):
+    xs = np.arange(10.0)
+    ys = np.where(xs == 4, np.nan, xs) if ending == "gap" else xs
+    other = Line(0, xs[:4], ys[:4], "faint") if ending == "early" else Line(0, xs, ys, "faint")
+    lines = [Line(0, xs, xs, "faint"), other]
+    assert with_medians(lines) == lines
+
+
 @given(
     st.lists(
         st.lists(

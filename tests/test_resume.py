@@ -113,23 +113,28 @@ def test_kill_at_any_micro_batch(whole_runs, micro_batch, tmp_path):
     assert loss_history(resumed) == loss_history(whole_runs["goodput"])
 
 
-def test_the_rate_follows_a_k_that_the_bounds_of_the_resumed_run_exclude(tmp_path):
-    settings = {"gradient_accumulation_steps": 4, "lr_batch_scaling": "sqrt", "lr_scheduler_type": "constant",
+@pytest.mark.parametrize("schedule", ["constant", "reduce_lr_on_plateau", "greedy"])
+def test_the_rate_follows_a_k_that_the_bounds_of_the_resumed_run_exclude(schedule, tmp_path):
+    """Where evaluations drive the rate no k does."""
+    by_metric = schedule != "constant"
+    settings = {"gradient_accumulation_steps": 4, "lr_batch_scaling": "none" if by_metric else "sqrt",
+                "lr_scheduler_type": schedule, "eval_strategy": "steps" if by_metric else "no", "eval_steps": 2,
                 "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}  # fmt: skip
 
     def train(policy, resume=None, **kwargs):
         recorder = Recorder()
         args = arguments(tmp_path, **(settings | kwargs))
         trainer = EfficientTrainer(
-            model=tiny_gpt2(), args=args, train_dataset=Rows(), callbacks=[recorder], accumulation_policy=policy
-        )
+            model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(), callbacks=[recorder],
+            accumulation_policy=policy,
+        )  # fmt: skip
         quiet(trainer).train(resume_from_checkpoint=resume)
         return recorder.learning_rates
 
     rates = train(lambda observation: 4, max_steps=4)
     base = rates[-1]
     bounded = train(lambda observation: 4, str(tmp_path / "checkpoint-2"), max_steps=4, max_accumulation_steps=1)
-    assert bounded[0] == pytest.approx(base * (1 / 4) ** 0.5)
+    assert bounded[0] == pytest.approx(base if by_metric else base * (1 / 4) ** 0.5)
     unbounded = train(lambda observation: 4, str(tmp_path / "checkpoint-2"), max_steps=4)
     assert unbounded[0] == base
 

@@ -37,7 +37,7 @@ class Arm:
     @property
     def slug(self) -> str:
         """The name as it stands in file names."""
-        return re.sub(r"[^A-Za-z0-9.]+", "-", self.name).strip("-")
+        return re.sub(r"(?:[^\w.]|_)+", "-", self.name).strip("-")
 
 
 def own_flags() -> set[str]:

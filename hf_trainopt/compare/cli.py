@@ -199,8 +199,10 @@ def choose_arms(arguments: argparse.Namespace, script_arguments: Sequence[str]) 
         chosen += arms_of.ablations(ours)
     slugs = [arm.slug for arm in chosen]
     for arm in chosen:
+        if not arm.slug:
+            raise ValueError(f"the arm '{arm.name}' has no letter or digit to name files by; rename it.")
         if slugs.count(arm.slug) > 1:
-            raise ValueError(f"two arms are called '{arm.name}'; give them different names.")
+            raise ValueError(f"two arms are called '{arm.slug}' in the names of files; give them different names.")
     return chosen
 
 

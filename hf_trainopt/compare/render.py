@@ -64,9 +64,12 @@ def ratio_words(comparison: Comparison, baseline: str) -> str:
     text = (
         f"Against {baseline}: ratios of runs with the same seed, geometric mean and 95 % interval (t, of logarithms)."
     )
-    if any(len(arm.seeds) < 2 for arm in others):
+    if any(arm.failed_seeds for arm in comparison.arms):
+        text += " A seed whose run has failed, here or there, is left out of them."
+    fewest = min((estimate.num_pairs for arm in others for estimate in arm.ratios.values()), default=None)
+    if fewest == 1:
         text += " One seed has no interval: use --seeds."
-    elif any(len(arm.seeds) == 2 for arm in others):
+    elif fewest == 2:
         text += " An interval over two seeds stands on how far two numbers are apart: use --seeds 5."
     if any("≥" in cell or "≤" in cell for cell in cells):
         text += " ≥ and ≤: a run ended before it was at the target, so that its ratio is only bounded."

@@ -22,6 +22,9 @@ from .memory import MemoryForecast, device_memory
 
 logger = logging.getLogger(__name__)
 
+# Stock `Trainer` leaves what `do_eval` means without an `eval_strategy` to the script.
+_AFTERWARDS = "never while it trains; afterwards, where the script does (do_eval)"
+
 # Lines of a section: what, and its text.
 Lines = list[tuple[str, str]]
 
@@ -80,8 +83,8 @@ def data(trainer: Trainer, dataloader: Any) -> Lines:
         ("logging", args.logging_strategy, state.logging_steps),
     ):
         at_the_end = name == "evaluation" and args.do_eval and strategy == "no"
-        lines.append((name, "at the end only (do_eval)" if at_the_end else _interval(strategy.value, every, unit)))
-    if args.logging_strategy == "steps" and state.logging_steps > windows:
+        lines.append((name, _AFTERWARDS if at_the_end else _interval(strategy.value, every, unit)))
+    if args.logging_strategy == "steps" and state.logging_steps > windows and not args.logging_first_step:
         logger.warning(
             "logging_steps is %g and the whole run has %s %s: no loss will be logged before its end; lower it.",
             state.logging_steps,
@@ -140,7 +143,7 @@ def learning_rate(trainer: Trainer) -> Lines:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     lines = [("optimizer", f"{type(optimizer).__name__} ({getattr(args.optim, 'value', args.optim)})")]
     if isinstance(inner, METRIC_DRIVEN):
-        return [*lines, ("schedule", f"{args.lr_scheduler_type}: follows the evaluations, whatever k is")]
+        return [*lines, ("schedule", f"{type(inner).__name__}: follows the evaluations, whatever k is")]
     warmup = args.get_warmup_steps(windows)
     lines.append(
         ("schedule", f"{args.lr_scheduler_type.value}, warm-up over {warmup:,} of {windows:,} {_unit(trainer)}")

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import TrainingArguments
 
 from ..placement.costs import DEVICES
+from ..placement.costs import FORMULAS as PLANNED_FORMULAS
 from .meter import is_compiled
 
 
@@ -24,11 +25,9 @@ logger = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
 
-# Formulas of PyTorch's `FlopCounterMode`, and those for forms of the same operators that it lacks.
+# Those of plans, and of the CPU's attention.
 FORMULAS = {
-    **flop_registry,
-    _aten.addmm_: flop_registry[_aten.addmm],
-    _aten.baddbmm_: flop_registry[_aten.baddbmm],
+    **PLANNED_FORMULAS,
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         _aten._scaled_dot_product_flash_attention_backward

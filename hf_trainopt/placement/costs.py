@@ -99,8 +99,20 @@ _FREE = frozenset(
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh")
 )
 
-# Forms that `flop_registry` lacks.
-_COUNTED_AS = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
+
+def _grouped_mm_flops(mat_a: torch.Tensor, mat_b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of the products of mixtures of experts: each row, column or term belongs to one expert."""
+    groups = mat_a.shape[0] if mat_a.dim() == mat_b.dim() == 3 else 1
+    return 2 * groups * mat_a.shape[-2] * mat_a.shape[-1] * mat_b.shape[-1]
+
+
+# PyTorch's formulas, and those of forms that it lacks.
+FORMULAS = {
+    **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
+    torch.ops.aten._grouped_mm: _grouped_mm_flops,
+}
 
 
 def op_cost(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, spec: DeviceSpec) -> Cost:
@@ -119,7 +131,7 @@ def op_cost(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, sp
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
     num_bytes = sum(_nbytes(tensor) for tensor in tensors) + sum(_nbytes(tensor) for tensor in outputs)
-    count = flop_registry.get(_COUNTED_AS.get(packet, packet))
+    count = FORMULAS.get(packet)
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     seconds = spec.measured.seconds(func, args, kwargs) if spec.measured is not None else None

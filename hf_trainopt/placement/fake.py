@@ -164,11 +164,37 @@ def cuda_kernels() -> Iterator[None]:
         chunked_cross_entropy.has_wide_product = stock_product
 
 
+def _grouped_mm_shape(mat_a, mat_b, offs=None, bias=None, out_dtype=None):
+    sizes = {
+        (2, 2): lambda: (offs.size(0), mat_a.size(0), mat_b.size(1)),
+        (2, 3): lambda: (mat_a.size(0), mat_b.size(2)),
+        (3, 2): lambda: (mat_a.size(1), mat_b.size(1)),
+        (3, 3): lambda: (mat_a.size(0), mat_a.size(1), mat_b.size(2)),
+    }[mat_a.dim(), mat_b.dim()]
+    return mat_a.new_empty(sizes(), dtype=out_dtype or mat_a.dtype)
+
+
+@contextmanager
+def grouped_products() -> Iterator[None]:
+    """Context in which fake tensors go through the products of mixtures of experts in any type of number.
+
+    PyTorch's own shape function takes 16-bit numbers only, where the kernels take all. Autocast does not know this
+    operator, so that it meets the float32 weights of mixed precision.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("_grouped_mm", _grouped_mm_shape, "Meta", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
 @contextmanager
 def as_on(kind: str, mode: FakeTensorMode) -> Iterator[None]:
     """Context in which fake tensors behave as on a `"cuda"` or `"cpu"` device."""
     with ExitStack() as stack:
         if kind == "cuda":
             stack.enter_context(cuda_kernels())
+        stack.enter_context(grouped_products())
         stack.enter_context(mode)
         yield

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
@@ -22,6 +23,8 @@ from .tracker import Key, Section, StorageTracker
 
 
 logger = logging.getLogger(__name__)
+
+_LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def model_loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -206,12 +209,14 @@ class StepReplayer:
     def _followed(self, run: Callable[[], Any]) -> Any:
         """Run something on fake tensors; say what to do where that is impossible."""
         try:
-            return run()
+            with _no_logged_traceback():
+                return run()
         except Exception as error:
+            why = "operations that look at values cannot be followed; " if isinstance(error, _LOOKS_AT_VALUES) else ""
             raise PlacementError(
                 f"{type(self.model).__name__} cannot be replayed without memory ({type(error).__name__}: {error}); "
-                "operations that look at values cannot be followed. Choose checkpoint_placement='all', 'every_n' "
-                "or 'sqrt', which need no replay."
+                f"{why}choose checkpoint_placement='all', 'every_n' or 'sqrt', which need no replay, if the model "
+                "trains without a placement."
             ) from error
 
     def replay(self, plan: PlacementPlan) -> Replay:
@@ -388,6 +393,17 @@ def _owners(model: nn.Module, stages: list[str]) -> Callable[[str], str]:
         return next((stage for stage in stages if name.startswith(f"{stage}.")), "")
 
     return owner
+
+
+@contextmanager
+def _no_logged_traceback():
+    """Context in which PyTorch does not log what it raises anyway: an error of an operator on fake tensors."""
+    noisy = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, noisy.disabled = noisy.disabled, True
+    try:
+        yield
+    finally:
+        noisy.disabled = was_disabled
 
 
 @contextmanager

@@ -37,6 +37,8 @@ from .stages import find_stages
 
 logger = logging.getLogger(__name__)
 
+_NEGLIGIBLE_BYTES = 4096
+
 # The plan in the output folder.
 PLAN_NAME = "placement.json"
 
@@ -387,8 +389,8 @@ class PlacementTrainerMixin:
     def _peak_measured(self, num_bytes: int) -> None:
         plan = self.placement_plan
         if self.args.world_size > 1:
-            peak = torch.tensor(float(num_bytes), device=self.args.device, dtype=torch.float32)
-            num_bytes = int(self.accelerator.gather(peak[None]).max().item())
+            peak = torch.tensor([num_bytes], device=self.args.device)
+            num_bytes = int(self.accelerator.gather(peak).max().item())
         self.placement_plan = plan = dataclasses.replace(plan, measured_peak_bytes=num_bytes)
         peaks = {"measured_peak_gib": num_bytes, "predicted_peak_gib": plan.predicted_peak_bytes}
         # Not logged here, within a step: `log` would take back that a log is due at its end.
@@ -412,7 +414,8 @@ class PlacementTrainerMixin:
         budget = plan.budget_bytes
         if budget is None and self.args.memory_budget is not None:
             budget = parse_budget(self.args.memory_budget, plan.baseline_peak_bytes)
-        if budget is not None and num_bytes > budget:
+        # A step counter more or less is no reason to plan anew.
+        if budget is not None and num_bytes > budget + _NEGLIGIBLE_BYTES:
             logger.warning(
                 "The measured peak (%s) is above memory_budget (%s): lower the budget by the difference.",
                 gib(num_bytes),

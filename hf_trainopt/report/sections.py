@@ -132,9 +132,11 @@ def _loss(arms: Sequence[Arm], target: Target | None) -> Section | tuple[str, st
     if bad:
         text.append(f"{bad} logged {'loss is' if bad == 1 else 'losses are'} not finite: gaps in the curves.")
     styles = {line.style for panel in panels for line in panel.lines}
-    legend = [("faint", "training loss, as logged")] if "faint" in styles else []
+    of_seeds = seed_legend(panels)
+    logged = "training loss, as logged" + ("; of several seeds their median" if of_seeds else "")
+    legend = [("faint", logged)] if "faint" in styles else []
     legend += [("marked", metric)] if "marked" in styles else []
-    legend += seed_legend(panels)
+    legend += of_seeds
     return Section("loss", "Loss", tuple(text), panels=tuple(panels), legend=tuple(legend))
 
 

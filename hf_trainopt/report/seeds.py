@@ -14,7 +14,8 @@ _LEGEND = ("seed", "one seed each; the heavier curve is their median, as far as 
 def with_medians(lines: Sequence[Line]) -> list[Line]:
     """Return curves with a median over those of one arm and style, where there are several.
 
-    Single seeds are kept, marked as such; but for raw training values (`"faint"`), of which only the median is.
+    Single seeds are kept, marked as such; but for raw training values (`"faint"`), of which only the median is, unless
+    one of them ends early or has gaps.
     """
     groups: dict[tuple[int, str], list[Line]] = {}
     for line in lines:
@@ -22,7 +23,7 @@ def with_medians(lines: Sequence[Line]) -> list[Line]:
     shown = []
     for (_, style), members in groups.items():
         median = median_curve(members) if len(members) > 1 else None
-        if median is None:
+        if median is None or (style == "faint" and not _covers(median, members)):
             shown += members
         elif style == "faint":
             shown.append(median)
@@ -50,6 +51,12 @@ def median_curve(lines: Sequence[Line]) -> Line | None:
     grid = np.unique(np.concatenate([[start], fewest[(fewest > start) & (fewest < end)], [end]]))
     values = np.array([_at(line, grid) for line in lines])
     return Line(lines[0].arm, grid, np.median(values, axis=0), lines[0].style)
+
+
+def _covers(median: Line, lines: Sequence[Line]) -> bool:
+    """Whether little is lost where only the median is shown."""
+    furthest = max(line.xs[-1] for line in lines)
+    return median.xs[-1] >= 0.9 * furthest and not np.isnan(median.ys).any()
 
 
 def _at(line: Line, grid: np.ndarray) -> np.ndarray:

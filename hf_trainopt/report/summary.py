@@ -128,8 +128,9 @@ def _samples_per_step(run: RunRecord) -> float | None:
     return samples / steps if samples and steps else None
 
 
-def _whole_runtime(run: RunRecord) -> float | None:
-    return None if run.is_resumed else run.last("train_runtime")
+def _of_whole_run(key: str) -> Callable[[RunRecord], float | None]:
+    """Upstream's figures of a run that was resumed are of the last part of its time only."""
+    return lambda run: None if run.is_resumed else run.last(key)
 
 
 def last_rate(run: RunRecord, key: str) -> float | None:
@@ -157,7 +158,7 @@ def measures(arms: Sequence[Arm]) -> list[Measure]:
         Measure("samples", lambda run: run.end("samples"), compared=False),
         Measure("epochs", _last("epoch"), compared=False),
         Measure("training time", lambda run: run.end("time"), "s"),
-        Measure("whole run, evaluations and saves included", _whole_runtime, "s"),
+        Measure("whole run, evaluations and saves included", _of_whole_run("train_runtime"), "s"),
         Measure("train loss, last logged", _last("loss")),
     ]
     for metric in evaluation_metrics(arms):
@@ -168,7 +169,7 @@ def measures(arms: Sequence[Arm]) -> list[Measure]:
         Measure("perplexity, last", _last("perplexity")),
         Measure("samples/s", lambda run: last_rate(run, "samples_per_second")),
         Measure("tokens/s", lambda run: last_rate(run, "tokens_per_second")),
-        Measure("samples/s of the whole run, evaluations included", _last("train_samples_per_second")),
+        Measure("samples/s of the whole run, evaluations included", _of_whole_run("train_samples_per_second")),
         Measure("TFLOP/s", lambda run: _scaled(last_rate(run, "flops_per_second"), 1e-12)),
         Measure("MFU", lambda run: last_rate(run, "mfu"), "%"),
         Measure("samples per optimizer step, mean", _samples_per_step, compared=False),
