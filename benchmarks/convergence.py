@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     task = TASKS[options.task]
-    budget = 32 if options.quick else task.num_micro_batches
+    toy_budget = 32 if options.task == "language" else 16
+    budget = toy_budget if options.quick else task.num_micro_batches
     parts = build(task, options.seed, toy=options.quick)
     everything = parts["eval_dataset"]
     part = 16 if options.quick else CURVE_SAMPLES[options.task]

@@ -1,4 +1,4 @@
-"""Run by `accelerate launch` in `test_distributed.py`: trains and writes what each rank saw at each step.
+"""Run on two ranks in `test_distributed.py`: trains and writes what each rank saw at each step.
 
 distributed_worker.py OUTPUT_DIR CASE[;CASE...]
 """

@@ -1,4 +1,4 @@
-"""Run by `accelerate launch` in `test_oom_ranks.py`: several runs in turn in which ranks run out of memory.
+"""Run on two ranks in `test_oom_ranks.py`: several runs in turn in which ranks run out of memory.
 
 oom_worker.py OUTPUT_DIR CASES
 

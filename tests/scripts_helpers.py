@@ -8,13 +8,11 @@ from pathlib import Path
 
 import torch
 from helpers import free_port
+from processes import ENVIRONMENT, run_program
 from safetensors.torch import load_file
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-# One thread and no progress bars: tests share a small machine. Offline, the Hub client does not retry for a minute.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 RESULT_FILES = ("config.json", "model.safetensors", "training_args.bin", "trainer_state.json", "README.md")
 RESULT_FILES += ("train_results.json", "eval_results.json", "all_results.json")
@@ -45,8 +43,10 @@ def flag_maker(values: dict[str, object]) -> Callable[..., list[str]]:
     return make
 
 
-def run_script(name: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run a script of the repository on the CPU, under torchrun if `processes` is above one."""
+def run_script(name: str, *flags: object, processes: int = 1, by_hand: bool = False) -> subprocess.CompletedProcess:
+    """Run a script of the repository on the CPU; `by_hand`: as a user does, under torchrun with several processes."""
+    if not by_hand:
+        return run_program([REPOSITORY / name, *flags], ranks=processes)
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]

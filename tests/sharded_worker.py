@@ -1,4 +1,4 @@
-"""Run by `torchrun` in `test_sharded.py`: gradient norms of FSDP2 models, without a Trainer.
+"""Run on two ranks in `test_sharded.py`: gradient norms of FSDP2 models, without a Trainer.
 
 sharded_worker.py OUTPUT_DIR
 """

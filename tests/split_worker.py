@@ -1,4 +1,4 @@
-"""Run by `accelerate launch` in `test_uneven_ranks.py`: micro-batches that the ranks share (`split_batches`)."""
+"""Run on two ranks in `test_uneven_ranks.py`: micro-batches that the ranks share (`split_batches`)."""
 
 import json
 import sys

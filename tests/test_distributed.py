@@ -1,14 +1,11 @@
-"""Two ranks under `accelerate launch` (gloo, CPU)."""
+"""Two ranks (gloo, CPU)."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import free_port
+from processes import run_program
 
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
@@ -19,17 +16,7 @@ def launch(
 ) -> list[dict]:
     """Run a worker; return what each rank wrote. `fails_with`: it ends with this error instead."""
     folder.mkdir(parents=True, exist_ok=True)
-    # `--multi_gpu` is how `accelerate launch` starts several processes, on the CPU too (the worker sets `use_cpu`).
-    kind = "--multi_gpu" if num_processes > 1 else "--cpu"
-    command = [sys.executable, "-m", "accelerate.commands.launch", kind, "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
-               "--main_process_port", str(free_port()), "--num_processes", str(num_processes)]  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, str(worker), str(folder), case],
-        capture_output=True, text=True, timeout=600, cwd=WORKER.parent, env=environment,
-    )  # fmt: skip
+    done = run_program([worker, folder, case], ranks=num_processes, cwd=worker.parent, timeout=600)
     if fails_with is not None:
         assert done.returncode != 0
         assert fails_with in done.stderr

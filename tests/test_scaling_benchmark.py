@@ -1,12 +1,11 @@
 """The benchmark of weak scaling runs to its page, at toy sizes."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_program
 
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -18,8 +17,8 @@ import scaling_report  # noqa: E402
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scaling")
-    command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--quick", "--rounds", "1", "--results", str(folder)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400)
+    done = run_program([BENCHMARKS / "scaling.py", "--quick", "--rounds=1", f"--results={folder}"], timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 

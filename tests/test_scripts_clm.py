@@ -235,11 +235,11 @@ def test_demo_flags_give_way():
 def test_subprocess_demo_and_error(tmp_path):
     out = tmp_path / "demo"
     tiny = ("--max_steps=2", f"--config_overrides={TINY}", "--block_size=32", "--max_eval_samples=4")
-    for _ in range(2):  # a second run neither fails nor resumes
-        done = run_script("run_clm.py", *tiny, f"--output_dir={out}", "--use_cpu")
+    for by_hand in (True, False):  # a second run neither fails nor resumes
+        done = run_script("run_clm.py", *tiny, f"--output_dir={out}", "--use_cpu", by_hand=by_hand)
         assert done.returncode == 0, done.stderr
     assert "The same at full size:" in done.stdout
-    failed = run_script("run_clm.py", "--do_train", f"--output_dir={out}")
+    failed = run_script("run_clm.py", "--do_train", f"--output_dir={out}", by_hand=True)
     assert failed.returncode != 0
     assert failed.stderr.strip().endswith("error: There are no data: pass --dataset_name, --train_file or "
                                           "--validation_file.")  # fmt: skip
@@ -272,7 +272,7 @@ def test_lines_of_datasets_are_logged_once(tmp_path, capfd, monkeypatch):
 
 
 def test_two_processes_say_it_once(flags):
-    done = run_script("run_clm.py", *flags(memory_budget="5%"), processes=2)
+    done = run_script("run_clm.py", *flags(memory_budget="5%"), processes=2, by_hand=True)
     assert done.returncode != 0
     assert done.stderr.count("run_clm.py: error: memory_budget is 5%") == 1
     assert "SIGABRT" not in done.stderr

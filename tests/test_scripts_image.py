@@ -248,7 +248,8 @@ def test_demo_flags_give_way():
 
 
 def test_subprocess_demo_and_error(tmp_path):
-    done = run_script("run_image.py", "--max_steps=2", "--max_eval_samples=8", f"--output_dir={tmp_path}", "--use_cpu")
+    short = ("--max_steps=2", "--max_eval_samples=8", "--use_cpu")
+    done = run_script("run_image.py", *short, f"--output_dir={tmp_path}", by_hand=True)
     assert done.returncode == 0, done.stderr
     assert "The same at full size:" in done.stdout
     failed = run_script("run_image.py", "--timm_model=resnet51")

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Rows, arguments, free_port, tiny_gpt2
+from helpers import Rows, arguments, tiny_gpt2
+from processes import run_program
 from sharded_worker import CASES, twin
 from test_distributed import assert_close_weights, assert_ranks_agree, launch_all
 
@@ -24,12 +22,7 @@ def found(tmp_path_factory) -> list[dict]:
     """What each rank measured, by case."""
     folder = tmp_path_factory.mktemp("sharded")
     worker = Path(__file__).parent / "sharded_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-               str(free_port()), str(worker), str(folder)]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=worker.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_program([worker, folder], ranks=2, cwd=worker.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
