@@ -133,7 +133,7 @@ def _loss(arms: Sequence[Arm], target: Target | None) -> Section | tuple[str, st
         text.append(f"{bad} logged {'loss is' if bad == 1 else 'losses are'} not finite: gaps in the curves.")
     styles = {line.style for panel in panels for line in panel.lines}
     of_seeds = seed_legend(panels)
-    logged = "training loss, as logged" + ("; of several seeds their median" if of_seeds else "")
+    logged = "training loss, as logged" + ("; of seeds that all go to the end their median" if of_seeds else "")
     legend = [("faint", logged)] if "faint" in styles else []
     legend += [("marked", metric)] if "marked" in styles else []
     legend += of_seeds
