@@ -221,6 +221,14 @@ def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
             "plain mean, set `accepts_loss_kwargs = False` on the model: gradients would grow with k otherwise.",
             type(inner).__name__,
         )
+    if getattr(getattr(inner, "config", None), "output_router_logits", False) and trainer.model_accepts_loss_kwargs:
+        logger.warning(
+            "%s adds the loss of its router to each micro-batch undivided, so that it weighs k times as much as the "
+            "rest: with small k experts are balanced less than at gradient_accumulation_steps=%d. Raise "
+            "router_aux_loss_coef, or set accumulation_policy='fixed'.",
+            type(inner).__name__,
+            args.gradient_accumulation_steps,
+        )
     own_loss = own_loss_ignoring_num_items(trainer)
     if own_loss is not None:
         logger.warning(

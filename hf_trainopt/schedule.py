@@ -186,8 +186,7 @@ class DataIndexedLR(LRScheduler):
             self.inner.last_epoch = self.position + self._offset
             self.inner._last_lr = rates
         else:
-            # Such schedules continue from the rates that they find in the optimizer: ours are scaled.
-            self._set_rates(self.inner.get_last_lr())
+            self._set_rates(self._unscaled_rates())
             while self._whole_steps < math.floor(self.position):
                 self.inner.step()
                 self._whole_steps += 1
@@ -201,6 +200,19 @@ class DataIndexedLR(LRScheduler):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+    def _unscaled_rates(self) -> list[float]:
+        """Return the rates that the schedule inside goes on from: it continues from what it finds in the optimizer.
+
+        Those in the optimizer are scaled. If somebody has changed them since (a callback), so have these.
+        """
+        rates = list(self.inner.get_last_lr())
+        for index, (group, last) in enumerate(zip(self.optimizer.param_groups, self._last_lr, strict=True)):
+            if last and group["lr"] != last:
+                rates[index] *= float(group["lr"]) / last
+                if hasattr(self.inner, "_last_lr"):
+                    self.inner._last_lr = rates
+        return rates
 
     def unwrapped(self) -> LRScheduler:
         """Return the schedule inside, to go on from here with stock accumulation: its rates are not scaled."""

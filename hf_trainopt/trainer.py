@@ -33,6 +33,7 @@ from .accumulation.window import (
     local_sums,
     micro_batch_weights,
     to_vector,
+    with_counted_items,
 )
 from .args import EfficientTrainingArgumentsMixin
 from .checks import (
@@ -107,7 +108,8 @@ class EfficientTrainerMixin(
         self._cursor: DataCursor | None = None
         self._controller: AccumulationController | None = None
         self._norms: MicroBatchNorms | None = None
-        self._initial_samples_seen = 0
+        self._initial_samples_seen = self._initial_units = 0
+        self._items: list[tuple[int, Any]] = []
         self._epoch_examples = 0
         self._last_window: tuple[int, int] | None = None
         self._epoch_is_over = False
@@ -133,12 +135,18 @@ class EfficientTrainerMixin(
             self.callback_handler,
             self._reference_steps_shown,
             self._before_step_end,
-            lambda: self._cursor,
-            lambda: self._failed_save is not None,
+            self._get_cursor,  # a method and no lambda, so that a copy of the Trainer asks for its own
+            self._has_failed_save,
             self._after_save,
         )
 
     # ---- What is in play -------------------------------------------------------------------------------------------
+
+    def _get_cursor(self) -> DataCursor | None:
+        return self._cursor
+
+    def _has_failed_save(self) -> bool:
+        return self._failed_save is not None
 
     @property
     def _measures(self) -> bool:
@@ -279,7 +287,7 @@ class EfficientTrainerMixin(
     ):
         resumed = None
         if resume_from_checkpoint is not None:
-            resumed = read_state(resume_from_checkpoint, self._setup, self._adapts)
+            resumed = self._read_own_state(resume_from_checkpoint)
         epochs, micro_batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial, *args, **kwargs
         )
@@ -287,7 +295,7 @@ class EfficientTrainerMixin(
             return epochs, micro_batches
         cursor = self._cursor
         if resumed is not None:
-            restore(resumed, cursor, self._controller)
+            restore(resumed, cursor, self._controller, self._setup)
             self._was_bounded = resumed["controller"]["accumulation_steps"] != self._controller.accumulation_steps
         elif self.state.global_step:
             place_after_stock_steps(
@@ -299,7 +307,7 @@ class EfficientTrainerMixin(
             )
         if self.args.ignore_data_skip:
             cursor.restart_epoch()
-        self._initial_samples_seen = cursor.samples_seen
+        self._initial_samples_seen, self._initial_units = cursor.samples_seen, cursor.units
         self._committed_state = run_state(self._setup, cursor, self._controller)
         self.state.max_steps = self.state.global_step + cursor.remaining_windows(self._controller.accumulation_steps)
         return cursor.epoch, cursor.micro_batch
@@ -419,8 +427,13 @@ class EfficientTrainerMixin(
         timer, steps = self._controller.timer, len(window.parts)
         loss = None
         with self._accumulation_steps_shown(steps), self._norms if window.measured else contextlib.nullcontext():
+            self._items = []
             for index, part in enumerate(window.parts):
                 last = index == steps - 1
+                if window.measured:  # now: a `training_step` of one's own may take the batch apart
+                    self._items.append(
+                        (count_samples(part.inputs), count_target_tokens(part.inputs, self._loss_shifts_labels))
+                    )
                 self.current_gradient_accumulation_steps = window.divisor(part)
                 self.accelerator.sync_gradients = last
                 with contextlib.nullcontext() if self._syncs_in(last) else self._without_reduction(model):
@@ -460,10 +473,9 @@ class EfficientTrainerMixin(
         cursor, controller = self._cursor, self._controller
         if controller.num_windows == 0:
             check_first_loss(self, num_items_in_batch)
-        samples = sum(count_samples(micro_batch) for micro_batch in window.micro_batches)
         cursor.advance(len(window), end_of_epoch=self._epoch_is_over)
         self._epoch_is_over |= cursor.micro_batch == 0
-        next_k, square_norm, sums = 0, 0.0, None
+        next_k, square_norm, sums, divided_by = 0, 0.0, None, None
         rate = self._learning_rate_factor()
         failure: Exception | None = None
         if self.args.process_index == 0:
@@ -472,10 +484,10 @@ class EfficientTrainerMixin(
             except Exception as error:  # the others wait for an answer
                 next_k, failure = POLICY_FAILED, error
         if window.measured:
-            sums = self._measured_sums(window, num_items_in_batch)
+            sums, divided_by = self._measured_sums(window, num_items_in_batch)
             share = self._norms.square_norm_share(self.args.process_index, self.args.world_size)
             square_norm = share * self._unscale**2
-        vector = to_vector(next_k, samples, square_norm, sums)
+        vector = to_vector(next_k, window.num_samples, square_norm, sums)
         if self.args.world_size > 1:
             vector = torch.cat([vector, self._window_flags()])
             vector = self.accelerator.reduce(vector.to(self.args.device), reduction="sum").cpu()
@@ -483,10 +495,14 @@ class EfficientTrainerMixin(
         next_k, statistics = from_vector(vector[: len(REDUCED)].tolist())
         if next_k == POLICY_FAILED:
             raise failure or RuntimeError("accumulation_policy has failed on rank 0, which says how.")
+        if divided_by is not None:
+            statistics = with_counted_items(statistics, divided_by)
         if window.measured and self._loss_of_window_is_bad():
             # The step will be skipped, though its gradients may be finite: the loss overflows before they do.
             statistics = replace(statistics, gradient_square_norm=math.nan)
         cursor.samples_seen += statistics.num_samples
+        if not self._epoch_is_over:  # the last micro-batch of an epoch may be short
+            controller.calibrate(statistics.num_samples, len(window))
         controller.finish_window(window.planned, statistics, window.measured, next_k, rate)
         self._last_window = (window.planned, statistics.num_samples)
         self._place_learning_rate()
@@ -502,22 +518,23 @@ class EfficientTrainerMixin(
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
         return 1.0 / scale if scale else float("inf")  # halved away: no gradient is finite
 
-    def _measured_sums(self, window: Window, num_items_in_batch: Any) -> LocalSums:
-        """This rank's terms of the window's statistics."""
+    def _measured_sums(self, window: Window, num_items_in_batch: Any) -> tuple[LocalSums, float | None]:
+        """This rank's terms of the window's statistics, and what all ranks have divided their losses by, if known."""
         world_size = self.args.world_size
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             scaled = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        by_tokens = scaled and num_items_in_batch is not None
+        samples, tokens = zip(*self._items, strict=True)
+        # Without labels the items are some of the user's: micro-batches are taken to weigh the same.
+        by_tokens = scaled and num_items_in_batch is not None and None not in tokens
         total = None
         if by_tokens and self.args.average_tokens_across_devices:
             # One number a device under DataParallel, all the same.
             total = float(torch.as_tensor(num_items_in_batch).flatten()[0])
-        batches = [part.inputs for part in window.parts]
-        items = [count_target_tokens(b, self._loss_shifts_labels) if by_tokens else count_samples(b) for b in batches]
+        items = [int(count) for count in (tokens if by_tokens else samples)]
         shares = [part.share for part in window.parts]
         weights = micro_batch_weights(items, world_size, by_tokens, total, shares)
-        return local_sums(self._norms.finish(), items, weights, self._unscale / world_size)
+        return local_sums(self._norms.finish(), items, weights, self._unscale / world_size), total
 
     # ---- What callbacks, logs and checkpoints see ------------------------------------------------------------------
 
@@ -554,7 +571,10 @@ class EfficientTrainerMixin(
 
     def _check_own_state(self, folder: str) -> None:
         if not self.args.auto_find_batch_size:  # which takes the checkpoint's batch size
-            read_state(folder, self._setup, self._adapts)
+            self._read_own_state(folder)
+
+    def _read_own_state(self, folder: str) -> dict[str, Any] | None:
+        return read_state(folder, self._setup, self._adapts, keeps_place=not self.args.ignore_data_skip)
 
     def _save_own_state(self, folder: str) -> None:
         if self._cursor is not None:

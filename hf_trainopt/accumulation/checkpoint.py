@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from typing import Any
 
@@ -39,13 +40,15 @@ def write_state(state: dict[str, Any], folder: str) -> None:
         json.dump(state, file, indent=1)
 
 
-def read_state(folder: str, setup: dict[str, int], adapts: bool) -> dict[str, Any] | None:
+def read_state(folder: str, setup: dict[str, int], adapts: bool, keeps_place: bool = True) -> dict[str, Any] | None:
     """Read the state of a checkpoint and refuse one that does not fit this run.
 
     Args:
         folder: Checkpoint.
         setup: What this run counts its position in the data in.
         adapts: Whether this run goes through windows.
+        keeps_place: Whether it goes on at the same sample (not with `ignore_data_skip`), for which the set-up must be
+            the same.
 
     Returns:
         The state, or `None` if the checkpoint has none.
@@ -64,12 +67,13 @@ def read_state(folder: str, setup: dict[str, int], adapts: bool) -> dict[str, An
             "the version that wrote it."
         )
     for name, value in setup.items():
-        if state["setup"][name] != value:
+        if keeps_place and state["setup"][name] != value:
             raise ValueError(
                 f"{name} is {value} but the checkpoint was written with {state['setup'][name]}: its position in the "
-                "data is counted in these micro-batches; resume with the same value."
+                "data is counted in these micro-batches; resume with the same value, or set ignore_data_skip=True to "
+                "begin the epoch anew."
             )
-    reference = setup["gradient_accumulation_steps"]
+    reference = state["setup"]["gradient_accumulation_steps"]
     if not adapts and state["controller"]["used_range"] not in ([], [reference, reference]):
         raise ValueError(
             "accumulation_policy='fixed' cannot resume a checkpoint in which k has varied (stock Trainer would not "
@@ -79,9 +83,15 @@ def read_state(folder: str, setup: dict[str, int], adapts: bool) -> dict[str, An
     return state
 
 
-def restore(state: dict[str, Any], cursor: DataCursor, controller: AccumulationController) -> None:
-    """Put a run where `state` was. Budget and length of the data are those of this run, which may have been raised."""
-    if state["micro_batches_per_epoch"] != cursor.micro_batches_per_epoch:
+def restore(
+    state: dict[str, Any], cursor: DataCursor, controller: AccumulationController, setup: dict[str, int]
+) -> None:
+    """Put a run where `state` was. Budget and length of the data are those of this run, which may have been raised.
+
+    Where its micro-batches or reference windows are of another size, it is put after as many samples.
+    """
+    same_units = state["setup"] == setup
+    if same_units and state["micro_batches_per_epoch"] != cursor.micro_batches_per_epoch:
         logger.warning(
             "An epoch has %s micro-batches, in the run that is resumed it had %s: the place in the data is counted "
             "from the start of the epoch and need not be the same samples.",
@@ -90,6 +100,11 @@ def restore(state: dict[str, Any], cursor: DataCursor, controller: AccumulationC
         )
     cursor.load_state_dict(state["cursor"])
     controller.load_state_dict(state["controller"])
+    if not same_units:
+        finished = cursor.finished_windows + cursor.micro_batch / state["setup"]["gradient_accumulation_steps"]
+        cursor.finished_windows = round(finished * math.prod(state["setup"].values()) / math.prod(setup.values()))
+        cursor.micro_batch = 0
+        cursor.reported_units = cursor.previous_units = cursor.units
 
 
 def place_after_stock_steps(

@@ -1,11 +1,14 @@
 """Chooses k window by window: ties the running noise scale, the timer and the policy together."""
 
+import logging
 from dataclasses import dataclass, field
 
 from .noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics
 from .policy import AccumulationPolicy, FixedPolicy, Observation, RampPolicy, limit_change
 from .timing import StepTimer
 
+
+logger = logging.getLogger(__name__)
 
 # Windows that are measured one after the other until |G|² is resolved for the first time. After so many the interval
 # applies all the same: where it takes longer, k stays where it is and measuring should not cost more.
@@ -47,6 +50,7 @@ class AccumulationController:
     was_resolved: bool = field(init=False, default=False)
     used_range: list[int] = field(init=False, default_factory=list)
     peak_factor: float = field(init=False, default=0.0)
+    rows_per_sample: float | None = field(init=False, default=None)
 
     def __post_init__(self):
         # Two micro-batches are the fewest that tell their noise, and early gradients agree: starting large wastes
@@ -58,9 +62,31 @@ class AccumulationController:
         )
 
     @property
-    def micro_batch_samples(self) -> int:
-        """Samples in one micro-batch over all ranks (b·W)."""
-        return self.micro_batch_size * self.world_size
+    def micro_batch_samples(self) -> float:
+        """Samples in one micro-batch over all ranks (b·W), as they are counted in windows."""
+        return self.micro_batch_size * self.world_size * (self.rows_per_sample or 1)
+
+    def calibrate(self, num_samples: int, num_micro_batches: int) -> None:
+        """Take the size of a micro-batch from the first window that has whole ones only.
+
+        A collator may make one row of all samples (packing) or two rows of each (preferences), and a data loader of
+        one's own have another batch size than the arguments. The noise scale is in what is counted.
+
+        Args:
+            num_samples: Samples that were counted in a window, over all ranks.
+            num_micro_batches: Its micro-batches on each rank.
+        """
+        if self.rows_per_sample is not None:
+            return
+        self.rows_per_sample = num_samples / (num_micro_batches * self.micro_batch_size * self.world_size)
+        if self.rows_per_sample != 1:
+            logger.info(
+                "A micro-batch has %g rows over all ranks, not %d: `samples_seen` and the noise scale count rows.",
+                self.micro_batch_samples,
+                self.micro_batch_size * self.world_size,
+            )
+            if self.tracker is not None:
+                self.tracker.half_life *= self.rows_per_sample
 
     @property
     def noise(self) -> NoiseScale | None:
@@ -143,6 +169,15 @@ class AccumulationController:
                 self.tracker.update(statistics)
                 noise = self.tracker.estimate()
                 self.was_resolved |= noise is not None and noise.resolved
+                if self.tracker.num_dropped == STARTUP_WINDOWS and not self.tracker.num_windows:
+                    logger.warning(
+                        "The gradient noise of none of the first %d measured optimizer steps is known, and k stays "
+                        "at %d: gradients are not finite, or parameters get them from several backward passes of one "
+                        "micro-batch. accumulation_policy='fixed' trains with gradient_accumulation_steps=%d.",
+                        STARTUP_WINDOWS,
+                        self.accumulation_steps,
+                        self.reference_steps,
+                    )
             else:
                 self.tracker.skip(statistics.num_samples)
         if next_k != self.accumulation_steps:
@@ -150,7 +185,7 @@ class AccumulationController:
             self.windows_since_change = 0
 
     _SAVED = ("accumulation_steps", "num_windows", "windows_since_change", "windows_since_measured", "was_resolved",
-              "used_range", "peak_factor")  # fmt: skip
+              "used_range", "peak_factor", "rows_per_sample")  # fmt: skip
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name) for name in self._SAVED}
@@ -159,7 +194,9 @@ class AccumulationController:
 
     def load_state_dict(self, state: dict) -> None:
         for name in self._SAVED:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name))  # the last is not in older checkpoints
+        if self.tracker is not None and self.rows_per_sample is not None:
+            self.tracker.half_life *= self.rows_per_sample
         if self.tracker is not None and state["tracker"] is not None:
             self.tracker.load_state_dict(state["tracker"])
         # Bounds may be others now.

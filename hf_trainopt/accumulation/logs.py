@@ -39,8 +39,13 @@ class AccumulationLogsTrainerMixin:
         """
         if self._cursor is not None and "train_samples_per_second" in logs and logs.get("train_runtime"):
             # Upstream takes the share of steps for the share of the data.
-            samples = self._cursor.samples_seen - self._initial_samples_seen
-            logs["train_samples_per_second"] = round(samples / logs["train_runtime"], 3)
+            cursor = self._cursor
+            if self._controller.rows_per_sample in (None, 1):
+                samples = cursor.samples_seen - self._initial_samples_seen
+                logs["train_samples_per_second"] = round(samples / logs["train_runtime"], 3)
+            else:  # rows are no samples
+                share = (cursor.units - self._initial_units) / cursor.budget_units
+                logs["train_samples_per_second"] = round(logs["train_samples_per_second"] * share, 3)
         ours = self._accumulation_logs()
         line = {**logs, **ours}
         with self._reference_steps_shown():

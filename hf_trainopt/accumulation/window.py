@@ -1,7 +1,7 @@
 """One accumulation window as one Trainer step: its micro-batches, and how each of them is weighted."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -50,14 +50,18 @@ class Window:
         planned: k that was decided for it; the last window of an epoch may have fewer micro-batches.
         measured: Whether gradient statistics are taken in it.
         parts: What is run, in order: the micro-batches as they are, or in pieces.
+        num_samples: Samples in all of them, counted before a `training_step` may take the batches apart.
     """
 
     micro_batches: list[Any]
     planned: int
     measured: bool = False
     parts: list[Part] = field(default_factory=list)
+    num_samples: int = 0
 
     def __post_init__(self):
+        if not self.num_samples:
+            object.__setattr__(self, "num_samples", sum(map(count_samples, self.micro_batches)))
         if not self.parts:
             object.__setattr__(self, "parts", [Part(micro_batch) for micro_batch in self.micro_batches])
 
@@ -94,19 +98,22 @@ def count_samples(micro_batch: Any) -> int:
     return find_batch_size(micro_batch) or 1
 
 
-def count_target_tokens(micro_batch: Any, labels_are_shifted: bool) -> int:
+def count_target_tokens(micro_batch: Any, labels_are_shifted: bool) -> torch.Tensor | None:
     """Return the number of label positions that enter the loss, as `Trainer` counts them for `num_items_in_batch`.
 
     Args:
         micro_batch: Mapping with `labels` (or `shift_labels`), -100 where ignored.
         labels_are_shifted: Whether the loss predicts `labels[..., 1:]`.
+
+    Returns:
+        A number where the labels are (reading it would wait for a device); `None` if there are no labels.
     """
     if isinstance(micro_batch, Mapping) and "shift_labels" in micro_batch:
         labels = micro_batch["shift_labels"]
     else:
-        labels = micro_batch["labels"]
-        labels = labels[..., 1:] if labels_are_shifted else labels
-    return int(labels.ne(-100).sum())
+        labels = micro_batch.get("labels") if isinstance(micro_batch, Mapping) else None
+        labels = labels[..., 1:] if labels_are_shifted and isinstance(labels, torch.Tensor) else labels
+    return labels.ne(-100).sum() if isinstance(labels, torch.Tensor) else None
 
 
 def micro_batch_weights(
@@ -172,6 +179,28 @@ def local_sums(
         squared_weight=sum(w * w for _, _, w in terms),
         num_micro_batches=len(terms),
         num_items=float(sum(n for _, n, _ in terms)),
+    )
+
+
+def with_counted_items(statistics: WindowStatistics, num_items_in_batch: float) -> WindowStatistics:
+    """Return the statistics with weights n_i/Σ n_j, where the losses were divided by another number than Σ n_j.
+
+    `num_items_in_batch` of one's own (all tokens, say, and not those with labels) scales all gradients of the window
+    alike: with w_i = n_i/`num_items_in_batch` the weights do not add up to 1, as the estimators need.
+
+    Args:
+        statistics: Sums over all ranks.
+        num_items_in_batch: What the losses were divided by.
+    """
+    if not statistics.num_items or not num_items_in_batch or statistics.num_items == num_items_in_batch:
+        return statistics
+    factor = num_items_in_batch / statistics.num_items  # of the weights
+    return replace(
+        statistics,
+        weighted_square_norm=statistics.weighted_square_norm / factor,
+        individual_coefficient=statistics.individual_coefficient * factor,
+        mean_coefficient=statistics.mean_coefficient * factor**2,
+        squared_weight=statistics.squared_weight * factor**2,
     )
 
 

@@ -81,7 +81,9 @@ class CheckpointsTrainerMixin:
     def _checkpoint_asked_for(self, asked: str | bool | None) -> str | None:
         args = self.args
         if args.save_strategy != "no" or self._watches_signals:
-            weights = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+            # A search with Ray leaves the model to `train`.
+            parameters = self.model.parameters() if self.model is not None else ()
+            weights = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
             check_output_dir(args.output_dir, 0 if self._is_collective else weights)
         if not asked:
             return None
