@@ -1,8 +1,8 @@
 """Values of `TrainingArguments` that make no sense: refused at once, by name, with the remedy.
 
 Stock `TrainingArguments` takes many of them without a word and fails when training has begun, trains nothing, or
-raises an error that does not say which argument it means. No default is touched, and nothing that works in stock
-`Trainer` is refused.
+raises an error that does not say which argument it means. No default is touched, and no value that works in
+stock `Trainer` is refused.
 """
 
 import difflib

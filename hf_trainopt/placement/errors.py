@@ -1,4 +1,4 @@
-"""The error of a placement that cannot be had."""
+"""The errors of a placement that cannot be had."""
 
 
 class PlacementError(ValueError):
@@ -6,3 +6,16 @@ class PlacementError(ValueError):
 
     A subclass, so that scripts can tell it from a `ValueError` of a bug, which keeps its traceback.
     """
+
+
+class ModifiedOutputError(RuntimeError):
+    """An output that selective recomputation keeps was written to afterwards.
+
+    Args:
+        index: Number of its operator.
+        message: What to do.
+    """
+
+    def __init__(self, index: int, message: str):
+        super().__init__(message)
+        self.index = index

@@ -1,7 +1,7 @@
 """Measures what each choice does to each stage, in as few replays as possible."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .chain import OptionProfile, option_profile
@@ -38,6 +38,8 @@ class OptionExplorer:
         for name in self.baseline.order:
             self.classes.setdefault(self._key(name), []).append(name)
         self._found: dict[Key, dict[StageChoice, OptionProfile]] = {key: {} for key in self.classes}
+        # Operators whose outputs the stage modifies in place, so that they cannot be kept.
+        self._modified: dict[Key, set[int]] = {key: set() for key in self.classes}
 
     def explore(self) -> dict[str, dict[StageChoice, OptionProfile]]:
         """Return stage -> choice -> profile, without choices that another one beats in everything."""
@@ -81,20 +83,20 @@ class OptionExplorer:
             choices.append(StageChoice("activation"))
         count = self._num_ops(name)
         if count:
-            every = tuple(range(count))
-            choices.append(StageChoice("selective", every))
-            choices += [StageChoice("selective", every[:i] + every[i + 1 :]) for i in range(count) if count > 1]
+            every = range(count)
+            choices.append(StageChoice("selective", tuple(every)))
+            choices += [StageChoice("selective", _without(every, {i})) for i in every if count > 1]
         return choices
 
     def _nested_choices(self, key: Key, name: str) -> list[StageChoice]:
         """Operators given up one after another, in the order of bytes freed per second."""
-        found, every = self._found[key], tuple(range(self._num_ops(name)))
+        found, every = self._found[key], _without(range(self._num_ops(name)), self._modified[key])
         base = found.get(StageChoice("selective", every))
         if base is None or len(every) < 3:
             return []
 
         def worth(index: int) -> tuple[float, int]:
-            one = found.get(StageChoice("selective", every[:index] + every[index + 1 :]))
+            one = found.get(StageChoice("selective", _without(every, {index})))
             if one is None:
                 return (0.0, index)
             freed = base.forward_delta - one.forward_delta
@@ -128,19 +130,33 @@ class OptionExplorer:
             self.progress(f"{len(tried)} choices of stages")
 
     def _measure_apart(self, tried: list[tuple[Key, str, StageChoice]]) -> None:
-        """Measure choices one by one; those that cannot work are no options."""
+        """Measure choices one by one, without outputs that turn out to be modified; what cannot work is no option."""
         for key, name, choice in tried:
-            try:
-                replay = self._replay({name: choice})
-            except ValueError as error:
-                logger.debug("%s cannot be %s: %s", name, choice, error)
-                continue
-            self._found[key][choice] = option_profile(replay, self.baseline, name, choice)
-            self.progress("a choice of one stage")
+            kept = choice
+            while kept.recompute != "selective" or kept.saved_ops:
+                if kept in self._found[key]:
+                    break
+                try:
+                    replay = self._replay({name: kept})
+                except ValueError as error:
+                    index = getattr(error.__cause__, "index", None)
+                    if index is None:
+                        logger.debug("%s cannot be %s: %s", name, kept, error)
+                        break
+                    self._modified[key].add(index)
+                    kept = StageChoice("selective", _without(kept.saved_ops, self._modified[key]))
+                    continue
+                self._found[key][kept] = option_profile(replay, self.baseline, name, kept)
+                self.progress("a choice of one stage")
+                break
 
     def _replay(self, trial: dict[str, StageChoice]) -> Replay:
         ordered = {name: trial.get(name, STORE) for name in self.baseline.order}
         return self.replayer.replay_choices(ordered, self.rewrites)
+
+
+def _without(indices: Iterable[int], gone: set[int]) -> tuple[int, ...]:
+    return tuple(index for index in indices if index not in gone)
 
 
 def _undominated(found: dict[StageChoice, OptionProfile]) -> dict[StageChoice, OptionProfile]:

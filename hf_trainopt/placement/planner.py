@@ -118,7 +118,7 @@ class PlacementPlanner:
         self.available = available_rewrites(model) if available is None else available
         self.allowed = allowed_rewrites(memory_rewrites, self.available)
         self.replayer = StepReplayer(model, batch, setup, names, mode)
-        self.baseline = self.replayer.replay_choices(dict.fromkeys(names, STORE))
+        self.baseline = self.replayer.replay_choices(dict.fromkeys(self.replayer.stages, STORE))
         self.progress("the step without recomputation")
         self.stages = self.baseline.order
         self._candidates: dict[Any, Candidate] = {}

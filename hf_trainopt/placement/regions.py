@@ -153,7 +153,8 @@ def without_cache(
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     if not caches or getattr(module, "_can_checkpoint_with_cache", False):
         return args, kwargs
-    layers = {member.layer_idx for member in module.modules() if getattr(member, "layer_idx", None) is not None}
+    indices = (getattr(member, "layer_idx", getattr(member, "layer_id", None)) for member in module.modules())
+    layers = {index for index in indices if isinstance(index, int)}
     if not layers or any(cache.get_seq_length(layer) for cache in caches for layer in layers):
         raise RuntimeError(
             f"stage '{stage}' is recomputed in the backward pass and would update its key-value cache twice; set "

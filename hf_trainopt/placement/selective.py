@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import _detach_helper
 
+from hf_trainopt.placement.errors import ModifiedOutputError
 from hf_trainopt.placement.global_state import RandomState, devices_of
 
 
@@ -119,13 +120,14 @@ class _Cache:
                 self.aliases.setdefault(index, []).append(_Saved(output))
 
     def check(self, index: int) -> None:
-        """Raise `RuntimeError` if a saved output was written to after it was saved."""
+        """Raise `ModifiedOutputError` if a saved output was written to after it was saved."""
         for saved in [*tree_leaves(self.outputs[index]), *self.aliases.get(index, [])]:
             if isinstance(saved, _Saved) and saved.tensor._version != saved.version:
-                raise RuntimeError(
+                raise ModifiedOutputError(
+                    index,
                     f"the output of operator {index} ({self.operators[index]}) of stage '{self.stage}' is saved, but "
                     "was modified in place afterwards (for example by an activation function with inplace=True); "
-                    f"leave {index} out of saved_ops."
+                    f"leave {index} out of saved_ops.",
                 )
 
     def take(self, index: int) -> Any:

@@ -75,7 +75,7 @@ def _is_sequence(module: nn.Module) -> bool:
 def _repeats(module: nn.Module) -> bool:
     """Whether a module is several blocks of one class, in attributes of their own (the stages of RegNet)."""
     classes = [type(child) for child in module.children() if _is_composite(child)]
-    return len(classes) >= 2 and len(set(classes)) == 1
+    return len(classes) >= 2 and len(set(classes)) == 1 and not issubclass(classes[0], nn.ModuleList | nn.ModuleDict)
 
 
 def _members_of_sequences(module: nn.Module, prefix: str, is_member: bool = False) -> list[str]:
