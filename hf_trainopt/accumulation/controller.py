@@ -31,6 +31,7 @@ class AccumulationController:
         dwell: Windows between two changes of k.
         timer: Measures what micro-batches and steps cost.
         accumulation_steps: k decided for the next window.
+        rows_per_sample: What `calibrate` has found, `None` before.
     """
 
     policy: AccumulationPolicy
@@ -64,7 +65,8 @@ class AccumulationController:
     @property
     def micro_batch_samples(self) -> float:
         """Samples in one micro-batch over all ranks (b·W), as they are counted in windows."""
-        return self.micro_batch_size * self.world_size * (self.rows_per_sample or 1)
+        nominal = self.micro_batch_size * self.world_size
+        return nominal if self.rows_per_sample in (None, 1) else nominal * self.rows_per_sample
 
     def calibrate(self, num_samples: int, num_micro_batches: int) -> None:
         """Take the size of a micro-batch from the first window that has whole ones only.
