@@ -1,6 +1,7 @@
 """Batches, counts and steps of one's own: k is chosen as it is for the same data in plain form."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -116,6 +117,25 @@ def test_the_size_of_micro_batches_is_resumed(tmp_path):
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert chosen(resumed) == chosen(whole)
     assert noise_in_micro_batches(resumed) == noise_in_micro_batches(whole)
+
+
+class Buckets(OfLists):
+    """Batches of 2 to 12 rows, as a sampler makes them that fills them up to a number of tokens."""
+
+    def get_train_dataloader(self):
+        sizes, rows, batches = itertools.cycle((2, 12, 7)), list(range(len(self.train_dataset))), []
+        while rows:
+            size = next(sizes)
+            batches.append(rows[:size])
+            rows = rows[size:]
+        return self.accelerator.prepare(
+            torch.utils.data.DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=default_data_collator)
+        )
+
+
+def test_the_size_of_batches_that_vary_is_their_mean(tmp_path):
+    trainer = run(tmp_path, Buckets, per_device_train_batch_size=3, num_train_epochs=2)
+    assert trainer._controller.micro_batch_samples == pytest.approx(7, rel=0.1)
 
 
 class Popping(StockTrainer):

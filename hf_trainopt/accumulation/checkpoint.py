@@ -105,6 +105,7 @@ def restore(
         cursor.finished_windows = round(finished * math.prod(state["setup"].values()) / math.prod(setup.values()))
         cursor.micro_batch = 0
         cursor.reported_units = cursor.previous_units = cursor.units
+        controller.forget_size()
 
 
 def place_after_stock_steps(

@@ -32,6 +32,7 @@ class AccumulationController:
         timer: Measures what micro-batches and steps cost.
         accumulation_steps: k decided for the next window.
         rows_per_sample: What `calibrate` has found, `None` before.
+        counted: Samples, and micro-batches of all ranks, that it has found that in.
     """
 
     policy: AccumulationPolicy
@@ -52,8 +53,10 @@ class AccumulationController:
     used_range: list[int] = field(init=False, default_factory=list)
     peak_factor: float = field(init=False, default=0.0)
     rows_per_sample: float | None = field(init=False, default=None)
+    counted: list[int] = field(init=False, default_factory=lambda: [0, 0])
 
     def __post_init__(self):
+        self._half_life = self.tracker.half_life if self.tracker is not None else 0.0
         # Two micro-batches are the fewest that tell their noise, and early gradients agree: starting large wastes
         # data where starting small wastes a few optimizer steps.
         self.accumulation_steps = min(self.reference_steps, 2)
@@ -69,26 +72,39 @@ class AccumulationController:
         return nominal if self.rows_per_sample in (None, 1) else nominal * self.rows_per_sample
 
     def calibrate(self, num_samples: int, num_micro_batches: int) -> None:
-        """Take the size of a micro-batch from the first window that has whole ones only.
+        """Take the size of a micro-batch from a window that has whole ones only.
 
         A collator may make one row of all samples (packing) or two rows of each (preferences), and a data loader of
-        one's own have another batch size than the arguments. The noise scale is in what is counted.
+        one's own have another batch size than the arguments, or none. The noise scale is in what is counted. Where the
+        first window is as the arguments say, so are all; else the mean over all windows is taken.
 
         Args:
             num_samples: Samples that were counted in a window, over all ranks.
             num_micro_batches: Its micro-batches on each rank.
         """
-        if self.rows_per_sample is not None:
+        if self.rows_per_sample == 1:
             return
-        self.rows_per_sample = num_samples / (num_micro_batches * self.micro_batch_size * self.world_size)
-        if self.rows_per_sample != 1:
+        is_first = self.rows_per_sample is None
+        samples, micro_batches = self.counted
+        self.counted = [samples + num_samples, micro_batches + num_micro_batches * self.world_size]
+        self.rows_per_sample = self.counted[0] / (self.counted[1] * self.micro_batch_size)
+        if is_first and self.rows_per_sample != 1:
             logger.info(
                 "A micro-batch has %g rows over all ranks, not %d: `samples_seen` and the noise scale count rows.",
                 self.micro_batch_samples,
                 self.micro_batch_size * self.world_size,
             )
-            if self.tracker is not None:
-                self.tracker.half_life *= self.rows_per_sample
+        self._scale_half_life()
+
+    def forget_size(self) -> None:
+        """Begin `calibrate` anew: batches are others now."""
+        self.rows_per_sample, self.counted = None, [0, 0]
+        if self.tracker is not None:
+            self.tracker.half_life = self._half_life
+
+    def _scale_half_life(self) -> None:
+        if self.tracker is not None and self.rows_per_sample is not None:
+            self.tracker.half_life = self._half_life * self.rows_per_sample
 
     @property
     def noise(self) -> NoiseScale | None:
@@ -187,18 +203,20 @@ class AccumulationController:
             self.windows_since_change = 0
 
     _SAVED = ("accumulation_steps", "num_windows", "windows_since_change", "windows_since_measured", "was_resolved",
-              "used_range", "peak_factor", "rows_per_sample")  # fmt: skip
+              "used_range", "peak_factor")  # fmt: skip
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name) for name in self._SAVED}
+        state |= {"rows_per_sample": self.rows_per_sample, "counted": list(self.counted)}
         state["tracker"] = self.tracker.state_dict() if self.tracker is not None else None
         return state
 
     def load_state_dict(self, state: dict) -> None:
         for name in self._SAVED:
-            setattr(self, name, state.get(name))  # the last is not in older checkpoints
-        if self.tracker is not None and self.rows_per_sample is not None:
-            self.tracker.half_life *= self.rows_per_sample
+            setattr(self, name, state[name])
+        # Not in older checkpoints.
+        self.rows_per_sample, self.counted = state.get("rows_per_sample"), state.get("counted", [0, 0])
+        self._scale_half_life()
         if self.tracker is not None and state["tracker"] is not None:
             self.tracker.load_state_dict(state["tracker"])
         # Bounds may be others now.
