@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from .chain import OptionProfile, option_profile
+from .errors import ModifiedOutputError
 from .plan import FULL, NO_REWRITES, STORE, Rewrites, StageChoice
 from .regions import activation_modules
 from .replay import Replay, StepReplayer
@@ -108,20 +110,19 @@ class OptionExplorer:
         return [StageChoice("selective", tuple(i for i in every if i not in gone)) for gone in given_up]
 
     def _measure(self, wanted: dict[Key, list[StageChoice]]) -> None:
-        queues = {
-            key: [choice for choice in choices if choice not in self._found[key]] for key, choices in wanted.items()
-        }
-        while any(queues.values()):
-            trial: dict[str, StageChoice] = {}
-            tried: list[tuple[Key, str, StageChoice]] = []
-            for key, queue in queues.items():
-                for name in self.classes[key]:
-                    if queue:
-                        choice = queue.pop(0)
-                        trial[name] = choice
-                        tried.append((key, name, choice))
+        waiting = wanted
+        while True:
+            waiting = {key: self._open(key, choices) for key, choices in waiting.items()}
+            tried = [
+                (key, name, choice)
+                for key, choices in waiting.items()
+                for name, choice in zip(self.classes[key], choices, strict=False)
+            ]
+            if not tried:
+                return
+            waiting = {key: choices[len(self.classes[key]) :] for key, choices in waiting.items()}
             try:
-                replay = self._replay(trial)
+                replay = self._replay({name: choice for _, name, choice in tried})
             except ValueError:  # a choice that cannot work, such as to keep what the stage modifies in place
                 self._measure_apart(tried)
                 continue
@@ -129,26 +130,30 @@ class OptionExplorer:
                 self._found[key][choice] = option_profile(replay, self.baseline, name, choice)
             self.progress(f"{len(tried)} choices of stages")
 
+    def _open(self, key: Key, choices: Iterable[StageChoice]) -> list[StageChoice]:
+        """Return choices that are yet to be measured, without the outputs that turned out to be modified."""
+        savable = (replace(choice, saved_ops=_without(choice.saved_ops, self._modified[key])) for choice in choices)
+        return [
+            choice
+            for choice in dict.fromkeys(savable)
+            if choice not in self._found[key] and (choice.saved_ops or choice.recompute != "selective")
+        ]
+
     def _measure_apart(self, tried: list[tuple[Key, str, StageChoice]]) -> None:
-        """Measure choices one by one, without outputs that turn out to be modified; what cannot work is no option."""
-        for key, name, choice in tried:
-            kept = choice
-            while kept.recompute != "selective" or kept.saved_ops:
-                if kept in self._found[key]:
-                    break
+        """Measure choices one by one; those that cannot work are no options."""
+        for key, name, wanted in tried:
+            while open_choices := self._open(key, [wanted]):
+                (choice,) = open_choices
                 try:
-                    replay = self._replay({name: kept})
+                    replay = self._replay({name: choice})
                 except ValueError as error:
-                    index = getattr(error.__cause__, "index", None)
-                    if index is None:
-                        logger.debug("%s cannot be %s: %s", name, kept, error)
+                    if not isinstance(error.__cause__, ModifiedOutputError):
+                        logger.debug("%s cannot be %s: %s", name, choice, error)
                         break
-                    self._modified[key].add(index)
-                    kept = StageChoice("selective", _without(kept.saved_ops, self._modified[key]))
+                    self._modified[key].add(error.__cause__.index)
                     continue
-                self._found[key][kept] = option_profile(replay, self.baseline, name, kept)
+                self._found[key][choice] = option_profile(replay, self.baseline, name, choice)
                 self.progress("a choice of one stage")
-                break
 
     def _replay(self, trial: dict[str, StageChoice]) -> Replay:
         ordered = {name: trial.get(name, STORE) for name in self.baseline.order}
