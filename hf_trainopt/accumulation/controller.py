@@ -31,8 +31,7 @@ class AccumulationController:
         dwell: Windows between two changes of k.
         timer: Measures what micro-batches and steps cost.
         accumulation_steps: k decided for the next window.
-        rows_per_sample: What `calibrate` has found, `None` before.
-        counted: Samples, and micro-batches of all ranks, that it has found that in.
+        counted: Samples, and micro-batches of all ranks, that `calibrate` has seen.
     """
 
     policy: AccumulationPolicy
@@ -52,7 +51,6 @@ class AccumulationController:
     was_resolved: bool = field(init=False, default=False)
     used_range: list[int] = field(init=False, default_factory=list)
     peak_factor: float = field(init=False, default=0.0)
-    rows_per_sample: float | None = field(init=False, default=None)
     counted: list[int] = field(init=False, default_factory=lambda: [0, 0])
 
     def __post_init__(self):
@@ -64,6 +62,12 @@ class AccumulationController:
         self.accumulation_steps = limit_change(
             self.accumulation_steps, wanted, self.minimum, self.maximum, exact=wanted is not None
         )
+
+    @property
+    def rows_per_sample(self) -> float | None:
+        """Samples that were counted over those that the arguments say, `None` before any were."""
+        samples, micro_batches = self.counted
+        return samples / (micro_batches * self.micro_batch_size) if micro_batches else None
 
     @property
     def micro_batch_samples(self) -> float:
@@ -87,7 +91,6 @@ class AccumulationController:
         is_first = self.rows_per_sample is None
         samples, micro_batches = self.counted
         self.counted = [samples + num_samples, micro_batches + num_micro_batches * self.world_size]
-        self.rows_per_sample = self.counted[0] / (self.counted[1] * self.micro_batch_size)
         if is_first and self.rows_per_sample != 1:
             logger.info(
                 "A micro-batch has %g rows over all ranks, not %d: `samples_seen` and the noise scale count rows.",
@@ -98,13 +101,12 @@ class AccumulationController:
 
     def forget_size(self) -> None:
         """Begin `calibrate` anew: batches are others now."""
-        self.rows_per_sample, self.counted = None, [0, 0]
-        if self.tracker is not None:
-            self.tracker.half_life = self._half_life
+        self.counted = [0, 0]
+        self._scale_half_life()
 
     def _scale_half_life(self) -> None:
-        if self.tracker is not None and self.rows_per_sample is not None:
-            self.tracker.half_life = self._half_life * self.rows_per_sample
+        if self.tracker is not None:
+            self.tracker.half_life = self._half_life * (self.rows_per_sample or 1)
 
     @property
     def noise(self) -> NoiseScale | None:
@@ -207,15 +209,14 @@ class AccumulationController:
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name) for name in self._SAVED}
-        state |= {"rows_per_sample": self.rows_per_sample, "counted": list(self.counted)}
+        state["counted"] = list(self.counted)
         state["tracker"] = self.tracker.state_dict() if self.tracker is not None else None
         return state
 
     def load_state_dict(self, state: dict) -> None:
         for name in self._SAVED:
             setattr(self, name, state[name])
-        # Not in older checkpoints.
-        self.rows_per_sample, self.counted = state.get("rows_per_sample"), state.get("counted", [0, 0])
+        self.counted = state.get("counted", [0, 0])  # not in older checkpoints
         self._scale_half_life()
         if self.tracker is not None and state["tracker"] is not None:
             self.tracker.load_state_dict(state["tracker"])
