@@ -57,6 +57,9 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
         "no_init_weights": ((), "Builds models of any size at once for `hf-trainopt plan`."),
         "meta_device_safe_creation_ops": ((), "Builds models on the meta device, as from_pretrained does."),
     },
+    "torch": {
+        "_check_tensor_all_with": (None, "Assertions on values (image tokens of LLaVA); replaced during a replay."),
+    },
     "torch._subclasses.fake_tensor": {
         "FakeTensorMode": (("allow_non_fake_inputs",), "Runs a step without memory."),
         "FakeTensor": (("fake_mode", "elem", "device"), "Recognised, and asked for `fake_device`."),

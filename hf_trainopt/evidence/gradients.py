@@ -307,4 +307,5 @@ class GradientStatisticsCallback(MeasurementCallback):
 
 
 def _count_targets(batch: dict[str, Any], shifted: bool) -> int:
-    return count_target_tokens(batch, shifted) if {"labels", "shift_labels"} & batch.keys() else 0
+    tokens = count_target_tokens(batch, shifted)
+    return 0 if tokens is None else int(tokens)

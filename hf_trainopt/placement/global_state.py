@@ -40,15 +40,14 @@ class HostRandomState:
             outside.restore()
 
 
-class RandomState:
-    """The states of the default generators of Python, NumPy, the CPU and `devices`, as they are now.
+class TorchRandomState:
+    """The states of the default generators of the CPU and of `devices`, as they are now.
 
     Devices that were not used yet are left alone: reading their state would start them (and fail under fake tensors
     on a machine that lacks them).
     """
 
     def __init__(self, devices: Iterable[torch.device] = ()):
-        self._host = HostRandomState()
         self._cpu = torch.get_rng_state()
         self._devices = []
         for device in devices:
@@ -61,10 +60,21 @@ class RandomState:
 
     def restore(self) -> None:
         """Set the generators to these states."""
-        self._host.restore()
         torch.set_rng_state(self._cpu)
         for backend, which, state in self._devices:
             backend.set_rng_state(state, *which)
+
+
+class RandomState:
+    """The states of the generators of Python, NumPy, the CPU and `devices`, as they are now."""
+
+    def __init__(self, devices: Iterable[torch.device] = ()):
+        self._states = (HostRandomState(), TorchRandomState(devices))
+
+    def restore(self) -> None:
+        """Set the generators to these states."""
+        for state in self._states:
+            state.restore()
 
 
 class CallState:

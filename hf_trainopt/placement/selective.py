@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import _detach_helper
 
 from hf_trainopt.placement.errors import ModifiedOutputError
-from hf_trainopt.placement.global_state import RandomState, devices_of
+from hf_trainopt.placement.global_state import TorchRandomState, devices_of
 
 
 # Operators whose time grows faster than the size of what they write: matrix products, convolutions, attention.
@@ -104,7 +104,7 @@ class _Cache:
         self.operators: list[Any] = []  # the numbered ones, in order
         self.outputs: dict[int, Any] = {}
         self.aliases: dict[int, list[_Saved]] = {}
-        self.random_states: dict[int, RandomState] = {}  # by number of the random operator
+        self.random_states: dict[int, TorchRandomState] = {}  # by number of the random operator
 
     def save(self, index: int, output: Any) -> None:
         self.outputs[index] = tree_map(lambda x: _Saved(x) if isinstance(x, torch.Tensor) else x, output)
@@ -158,7 +158,7 @@ class _Storing(TorchDispatchMode):
                 self._skipped = True
                 self._skipped_on.update(devices_of(tree_leaves((args, kwargs))))
             elif self._skipped:
-                cache.random_states[self._randoms] = RandomState(self._skipped_on)
+                cache.random_states[self._randoms] = TorchRandomState(self._skipped_on)
                 self._skipped = False
                 self._skipped_on.clear()
             self._randoms += 1
