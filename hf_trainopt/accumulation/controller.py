@@ -194,8 +194,8 @@ class AccumulationController:
                     logger.warning(
                         "The gradient noise of none of the first %d measured optimizer steps is known, and k stays "
                         "at %d: gradients are not finite, parameters get them from several backward passes of one "
-                        "micro-batch, or most micro-batches have nothing to predict. accumulation_policy='fixed' trains "
-                        "with gradient_accumulation_steps=%d.",
+                        "micro-batch, or most micro-batches have nothing to predict. accumulation_policy='fixed' "
+                        "trains with gradient_accumulation_steps=%d.",
                         STARTUP_WINDOWS,
                         self.accumulation_steps,
                         self.reference_steps,

@@ -21,9 +21,10 @@ _APPLIED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 class AppliedPlacement:
     """A plan that is on a model. Use as a context manager, or call `undo`."""
 
-    def __init__(self, model: nn.Module, plan: PlacementPlan):
+    def __init__(self, model: nn.Module, plan: PlacementPlan, strict_logits: bool = False):
         self.model = model
         self.plan = plan
+        self._strict_logits = strict_logits
         self._rewrites: Any = None
         self._overrides: list[tuple[nn.Module, ForwardOverride]] = []
         self._layers: list[tuple[GradientCheckpointingLayer, LayerFunction, dict[str, Any]]] = []
@@ -67,7 +68,7 @@ class AppliedPlacement:
         if self.plan.rewrites.names():
             from hf_trainopt.placement.rewrites import apply_rewrites
 
-            self._rewrites = apply_rewrites(self.model, self.plan.rewrites)
+            self._rewrites = apply_rewrites(self.model, self.plan.rewrites, self._strict_logits)
         modules = dict(self.model.named_modules())
         runs = {
             name: (run, place) for run in map(Run, runs_of(self.plan.stages)) for place, name in enumerate(run.stages)
@@ -86,7 +87,7 @@ class AppliedPlacement:
                 self._enter_at(modules[name], Region(name, choice.saved_ops))
 
 
-def apply_placement(model: nn.Module, plan: PlacementPlan) -> AppliedPlacement:
+def apply_placement(model: nn.Module, plan: PlacementPlan, strict_logits: bool = False) -> AppliedPlacement:
     """Make a model store and recompute what a plan says.
 
     Losses, gradients, buffers and random numbers stay bit for bit what they are without a plan (rewrites excepted). No
@@ -95,6 +96,8 @@ def apply_placement(model: nn.Module, plan: PlacementPlan) -> AppliedPlacement:
     Args:
         model: The model itself, before it is wrapped for distributed training; its stages are named in `plan`.
         plan: A plan made for this model.
+        strict_logits: With the chunked loss, whether it is an error to use the logits of a training step. If not, they
+            are computed when they are used, and the first time a warning says so.
 
     Returns:
         The placement, whose `undo()` restores the model.
@@ -128,7 +131,7 @@ def apply_placement(model: nn.Module, plan: PlacementPlan) -> AppliedPlacement:
         if (other := by_module.setdefault(modules[name], name)) != name:
             raise ValueError(f"the stages {other} and {name} are one module; name only {other} in the plan.")
     runs_of(plan.stages)
-    applied = AppliedPlacement(model, plan)
+    applied = AppliedPlacement(model, plan, strict_logits)
     try:
         applied._apply()
     except BaseException:
