@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .manifest import complete, discard, is_leftover, refresh
+from .random_data import RandomDataTrainerMixin
 from .resume import (
     Checkpoint,
     CheckpointError,
@@ -25,7 +26,7 @@ from .saving import SaveAttempt, check_output_dir, give_up, make_output_dir, mak
 logger = logging.getLogger(__name__)
 
 
-class CheckpointsTrainerMixin:
+class CheckpointsTrainerMixin(RandomDataTrainerMixin):
     """Complete checkpoints for any `Trainer` class; a base of `ReliabilityTrainerMixin`."""
 
     def __init__(self, *args, **kwargs):
