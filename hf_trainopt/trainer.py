@@ -52,6 +52,8 @@ from .evidence.gradients import GradientStatisticsCallback
 from .evidence.trainer import EvidenceTrainerMixin
 from .flow import WindowCallbackHandler
 from .learning_rate import LearningRateTrainerMixin
+from .loss_probe import divides_by_items, is_in_doubt
+from .loss_scaling import own_loss_ignoring_num_items
 from .out_of_memory.trainer import OutOfMemoryTrainerMixin
 from .placement.trainer import PlacementTrainerMixin
 from .precision.trainer import PrecisionTrainerMixin
@@ -64,6 +66,12 @@ from .schedule import (
 
 
 logger = logging.getLogger(__name__)
+
+_IGNORES_ITEMS = (
+    "The loss of %s ignores num_items_in_batch, so that in stock Trainer gradients and losses are k times too large: "
+    "here they are means over the micro-batches. Set `accepts_loss_kwargs = False` on the model to have that in both, "
+    "without this warning."
+)
 
 
 class EfficientTrainerMixin(
@@ -121,18 +129,14 @@ class EfficientTrainerMixin(
         self._fetches_together = False
         self._warned_of_uneven_ranks = False
         self._warned_of_other_steps = False
+        self._tried_loss = False
         self._committed_state: dict[str, Any] | None = None
         self._read_arguments()
         warn_of_ignored_settings(self, self._measures, self._has_own_policy)
         if self._adapts:
             warn_of_adaptive_setup(self, self._measures)
             if self.model_accepts_loss_kwargs != self._takes_num_items:
-                logger.warning(
-                    "The loss of %s ignores num_items_in_batch, so that in stock Trainer gradients and losses are k "
-                    "times too large: here they are means over the micro-batches. Set `accepts_loss_kwargs = False` "
-                    "on the model to have that in both, without this warning.",
-                    type(self.model).__name__,
-                )
+                logger.warning(_IGNORES_ITEMS, type(self.model).__name__)
         self.callback_handler = WindowCallbackHandler(
             self.callback_handler,
             self._reference_steps_shown,
@@ -270,7 +274,7 @@ class EfficientTrainerMixin(
             ),
         )
         self._norms = MicroBatchNorms(self.model, device) if self._measures else None
-        self._last_window = None
+        self._last_window, self._tried_loss = None, False
         logger.info(
             "%s: in what is logged next, steps are reference windows of %d micro-batches, and 'update steps per "
             "epoch' are micro-batches.",
@@ -400,12 +404,32 @@ class EfficientTrainerMixin(
         def run(window: Window) -> torch.Tensor:
             return self._run_window(model, window, num_items_in_batch, *args, **kwargs)
 
+        if self._controller.num_windows == 0 and not self._tried_loss:
+            self._try_loss(model, inputs, num_items_in_batch)
         window, loss = self._until_it_fits(inputs, num_items_in_batch, run, self._forget_window)
         timer = self._controller.timer
         timer.micro_batch_done(last=True)
         self._finish_window(window, num_items_in_batch)
         timer.restart()
         return loss
+
+    def _try_loss(self, model, window: Window, num_items_in_batch: Any) -> None:
+        """Try on the first micro-batch whether a loss of the user's is divided by the items of the step."""
+        self._tried_loss = True
+        if (
+            not is_in_doubt(self)
+            or divides_by_items(self, model, window.micro_batches[0], num_items_in_batch) is not False
+        ):
+            return
+        if self.compute_loss_func is None:
+            self.model_accepts_loss_kwargs = self._accepts_as_set = False
+            logger.warning(_IGNORES_ITEMS, type(self.model).__name__)
+        elif own_loss_ignoring_num_items(self) is None:  # of which a warning has told
+            logger.warning(
+                "compute_loss_func returns the same loss whatever num_items_in_batch is, by which Trainer expects it "
+                "to be divided: gradients grow with k. Divide a sum by it, or set `loss_is_scaled_for_ga = False` on "
+                "the Trainer if the loss is a mean."
+            )
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`.
