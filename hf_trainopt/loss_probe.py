@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer
 
 from .loss_scaling import base_model, calls_super, own_compute_loss
+from .out_of_memory.split import copy_batch
 from .placement.global_state import devices_of, forked_random_state
 from .placement.shadow import shadow_of
 from .reliability.losses import RunningStatistics
@@ -89,6 +90,6 @@ def divides_by_items(trainer: Trainer, model: torch.nn.Module, batch: Any, num_i
 def _loss(trainer: Trainer, model: torch.nn.Module, batch: Mapping[str, Any], num_items: Any) -> float:
     shadow = shadow_of(trainer, trainer.model)
     model.train()
-    inputs = shadow._prepare_inputs(dict(batch))
+    inputs = shadow._prepare_inputs(copy_batch(batch))
     with shadow.compute_loss_context_manager():
         return shadow.compute_loss(model, inputs, num_items_in_batch=num_items).float().mean().item()

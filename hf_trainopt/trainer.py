@@ -464,7 +464,9 @@ class EfficientTrainerMixin(
                 self.current_gradient_accumulation_steps = window.divisor(part)
                 self.accelerator.sync_gradients = last
                 with contextlib.nullcontext() if self._syncs_in(last) else self._without_reduction(model):
-                    part_loss = super().training_step(model, part.inputs, num_items_in_batch, *args, **kwargs)
+                    part_loss = super().training_step(
+                        model, self._inputs_of_try(part), num_items_in_batch, *args, **kwargs
+                    )
                 losses.append(part_loss)
                 if window.measured:
                     self._norms.end_micro_batch()
