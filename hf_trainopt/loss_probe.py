@@ -88,8 +88,8 @@ def divides_by_items(trainer: Trainer, model: torch.nn.Module, batch: Any, num_i
 
 
 def _loss(trainer: Trainer, model: torch.nn.Module, batch: Mapping[str, Any], num_items: Any) -> float:
-    shadow = shadow_of(trainer, trainer.model)
+    trainer = shadow_of(trainer, trainer.model)
     model.train()
-    inputs = shadow._prepare_inputs(copy_batch(batch))
-    with shadow.compute_loss_context_manager():
-        return shadow.compute_loss(model, inputs, num_items_in_batch=num_items).float().mean().item()
+    inputs = trainer._prepare_inputs(copy_batch(batch))
+    with trainer.compute_loss_context_manager():
+        return trainer.compute_loss(model, inputs, num_items_in_batch=num_items).float().mean().item()

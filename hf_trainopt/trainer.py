@@ -37,7 +37,7 @@ from .accumulation.window import (
     window_loss,
     with_counted_items,
 )
-from .args import EfficientTrainingArgumentsMixin
+from .args import make_efficient
 from .checks import (
     check_adaptive_setup,
     check_amount_of_data,
@@ -91,13 +91,14 @@ class EfficientTrainerMixin(
     `accumulation_policy="fixed"` (nothing measured, no `auto_micro_batch`) none of this is in play: the loop is stock.
 
     Args:
-        *args: As for `Trainer`.
+        *args: As for `Trainer`. Training arguments that lack our settings, and those that the class below makes where
+            it is given none, get them at their defaults.
         accumulation_policy (`AccumulationPolicy`, *optional*): Your own policy in place of the one that
             `args.accumulation_policy` names: a callable from `Observation` to the k it would like (`None`: hold).
         **kwargs: As for `Trainer`.
 
     Raises:
-        ValueError: `args` is no `EfficientTrainingArguments`, or something asked for cannot work with varying k.
+        ValueError: Something asked for cannot work with varying k.
     """
 
     def __init__(self, *args, accumulation_policy: AccumulationPolicy | None = None, **kwargs):
@@ -107,11 +108,6 @@ class EfficientTrainerMixin(
                 "Observation, or name a policy in EfficientTrainingArguments(accumulation_policy=...)."
             )
         super().__init__(*args, **kwargs)
-        if not isinstance(self.args, EfficientTrainingArgumentsMixin):
-            raise ValueError(
-                f"args is a {type(self.args).__name__}; pass EfficientTrainingArguments (or a subclass of "
-                "EfficientTrainingArgumentsMixin and your TrainingArguments)."
-            )
         self._takes_num_items = self._accepts_as_set = self.model_accepts_loss_kwargs
         self._has_own_policy = accumulation_policy is not None
         self.accumulation_policy = accumulation_policy
@@ -145,6 +141,11 @@ class EfficientTrainerMixin(
             self._has_failed_save,
             self._after_save,
         )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`, which calls it as soon as there are arguments."""
+        make_efficient(self.args)
+        super().create_accelerator_and_postprocess()
 
     # ---- What is in play -------------------------------------------------------------------------------------------
 
