@@ -223,9 +223,14 @@ class EfficientTrainerMixin(
         Raises:
             ValueError: There are no rows.
         """
-        if self.train_dataset is not None and has_length(self.train_dataset) and len(self.train_dataset) == 0:
-            raise ValueError("train_dataset is empty, so that nothing would be trained; pass one with rows.")
-        return super().get_train_dataloader(*args, **kwargs)
+        try:
+            return super().get_train_dataloader(*args, **kwargs)
+        except ValueError as error:
+            if self.train_dataset is None or not has_length(self.train_dataset) or len(self.train_dataset):
+                raise
+            raise ValueError(
+                "train_dataset is empty, so that nothing would be trained; pass one with rows."
+            ) from error
 
     def set_initial_training_values(self, args, dataloader, *other, **kwargs):
         """Let the loop run as many steps as there can be windows; schedules stay in reference windows."""

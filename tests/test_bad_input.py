@@ -174,7 +174,6 @@ def train(tmp_path, dataset, trainer=None, **kwargs) -> None:
         (None, {}, "train_dataset", "requires"),
         (Rows(20), {"max_steps": 0}, "max_steps is 0", "give at least 1"),
         (Rows(20), {"num_train_epochs": 0}, "num_train_epochs is 0", "raise it"),
-        (Rows(20), {"gradient_accumulation_steps": 8}, "gradient_accumulation_steps=8", "lower one of the two"),
         (Rows(2), {"dataloader_drop_last": True}, "dataloader_drop_last", "set dataloader_drop_last=False"),
         (
             Rows(2),
