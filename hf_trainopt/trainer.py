@@ -182,12 +182,15 @@ class EfficientTrainerMixin(
         if self.model_accepts_loss_kwargs != self._accepts_as_set:  # the user has, since
             self._takes_num_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = self._takes_num_items
+        if self._adapts and loss_ignores_num_items(self):
+            # In stock gradients grow with k, which is a constant there. A mean of micro-batch means does not.
+            self.model_accepts_loss_kwargs = False
+        self._accepts_as_set = self.model_accepts_loss_kwargs
+
+    def _check_setup(self) -> None:
+        """Refuse what cannot work in training; a Trainer that only evaluates or predicts is none of this."""
         if self._adapts:
             check_adaptive_setup(self, self._measures, self._has_own_policy)
-            if loss_ignores_num_items(self):
-                # In stock gradients grow with k, which is a constant there. A mean of micro-batch means does not.
-                self.model_accepts_loss_kwargs = False
-        self._accepts_as_set = self.model_accepts_loss_kwargs
 
     @property
     def _most_accumulation_steps(self) -> int:
@@ -235,6 +238,7 @@ class EfficientTrainerMixin(
     def set_initial_training_values(self, args, dataloader, *other, **kwargs):
         """Let the loop run as many steps as there can be windows; schedules stay in reference windows."""
         self._read_arguments()  # a trial of a hyperparameter search is applied after `train` was entered
+        self._check_setup()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, GradientStatisticsCallback):
                 callback.is_redundant, callback.k_varies = self._measures, self._varies
@@ -292,6 +296,7 @@ class EfficientTrainerMixin(
 
     def _check_start(self, *args, **kwargs):
         self._reference_steps = self.args.gradient_accumulation_steps  # it may have changed since the last run
+        self._check_setup()
         return super()._check_start(*args, **kwargs)
 
     def _init_training_state(

@@ -286,8 +286,9 @@ def test_a_problem_type_that_only_labels_tell_is_refused_at_once(tmp_path):
 
 
 def test_optimizers_that_step_inside_backward_are_refused(tmp_path):
+    trainer = EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, optim="lomo"), train_dataset=Rows())
     with pytest.raises(ValueError, match="inside the backward pass"):
-        EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, optim="lomo"), train_dataset=Rows())
+        trainer.train()
 
 
 def test_a_loader_that_is_not_of_accelerate_after_one_that_is(tmp_path):
