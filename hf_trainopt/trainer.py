@@ -313,7 +313,8 @@ class EfficientTrainerMixin(
         cursor = self._cursor
         if resumed is not None:
             restore(resumed, cursor, self._controller, self._setup)
-            self._was_bounded = resumed["controller"]["accumulation_steps"] != self._controller.accumulation_steps
+            is_same_k = resumed["controller"]["accumulation_steps"] == self._controller.accumulation_steps
+            self._was_bounded = not is_same_k or resumed["setup"] != self._setup
         elif self.state.global_step:
             place_after_stock_steps(
                 cursor,
@@ -335,7 +336,7 @@ class EfficientTrainerMixin(
             return super()._run_epoch(*args, **kwargs)
         if epoch > self._cursor.epoch:  # a callback has stopped the last one early
             self._cursor.close_epoch()
-        if self._was_bounded:  # the checkpoint's rate is that of a k which the bounds of this run exclude
+        if self._was_bounded:  # the checkpoint's rate is that of a k or of a micro-batch that this run does not have
             self._was_bounded = False
             self._set_learning_rate()
         self._epoch_is_over = False

@@ -343,9 +343,11 @@ def test_arguments_that_have_changed_count_when_a_run_is_resumed(tmp_path, polic
     resumed.args.gradient_accumulation_steps = 2
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == first.state.global_step
+    if policy != "fixed":  # where k varies the place in the data is counted in samples
+        return
     refused = trainer(2)
     refused.args.gradient_accumulation_steps = 4
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 4 but .* was written with 2"):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 4 \(there 2\)"):
         refused.train(resume_from_checkpoint=True)
 
 
