@@ -137,7 +137,7 @@ def test_the_table_is_long_enough():
 @pytest.mark.parametrize(
     ("script", "base", "case"),
     [
-        ("run_clm.py", CLM, cases.case("gradient_accumulation_steps=500", "lower", gradient_accumulation_steps=500)),
+        ("run_clm.py", CLM, cases.case("num_train_epochs is 0", "raise it", num_train_epochs=0, max_steps=-1)),
         ("run_image.py", IMAGE, cases.case("--image_size", "must be positive", image_size=-3)),
     ],
 )
