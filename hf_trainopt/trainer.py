@@ -19,6 +19,7 @@ from .accumulation.controller import AccumulationController
 from .accumulation.cursor import DataCursor
 from .accumulation.gradient_norms import MicroBatchNorms
 from .accumulation.logs import AccumulationLogsTrainerMixin
+from .accumulation.mean_loss import MeanLoss
 from .accumulation.noise_scale import NoiseScaleTracker
 from .accumulation.policy import AccumulationPolicy, FixedPolicy
 from .accumulation.timing import StepTimer
@@ -118,6 +119,7 @@ class EfficientTrainerMixin(
         self._items: list[tuple[int, Any]] = []
         self._epoch_examples = 0
         self._last_window: tuple[int, int] | None = None
+        self._mean_loss = MeanLoss()
         self._epoch_is_over = False
         self._was_bounded = False
         self._train_loader: Any = None
@@ -285,6 +287,7 @@ class EfficientTrainerMixin(
         )
         self._norms = MicroBatchNorms(self.model, device) if self._measures else None
         self._last_window, self._tried_loss = None, False
+        self._mean_loss = MeanLoss()
         logger.info(
             "%s: in what is logged next, steps are reference windows of %d micro-batches, and 'update steps per "
             "epoch' are micro-batches.",
@@ -421,7 +424,7 @@ class EfficientTrainerMixin(
         window, loss = self._until_it_fits(inputs, num_items_in_batch, run, self._forget_window)
         timer = self._controller.timer
         timer.micro_batch_done(last=True)
-        self._finish_window(window, num_items_in_batch)
+        self._finish_window(window, num_items_in_batch, loss)
         timer.restart()
         return loss
 
@@ -509,7 +512,7 @@ class EfficientTrainerMixin(
             return self._defer_fsdp_gradient_reduction()
         return self.accelerator.no_sync(model)
 
-    def _finish_window(self, window: Window, num_items_in_batch: Any) -> None:
+    def _finish_window(self, window: Window, num_items_in_batch: Any, loss: torch.Tensor) -> None:
         """Count the window, take in its statistics, choose k and place the learning rate for the next one."""
         cursor, controller = self._cursor, self._controller
         if controller.num_windows == 0:
@@ -530,9 +533,11 @@ class EfficientTrainerMixin(
             square_norm = share * self._unscale**2
         vector = to_vector(next_k, window.num_samples, square_norm, sums)
         if self.args.world_size > 1:
-            vector = torch.cat([vector, self._window_flags()])
+            share = loss.detach().double().cpu().reshape(1) / self.args.world_size
+            vector = torch.cat([vector, self._window_flags(), share])
             vector = self.accelerator.reduce(vector.to(self.args.device), reduction="sum").cpu()
-            self._agree_on_flags(vector[len(REDUCED) :].tolist())
+            self._agree_on_flags(vector[len(REDUCED) : -1].tolist())
+            loss = vector[-1]
         next_k, statistics = from_vector(vector[: len(REDUCED)].tolist())
         if next_k == POLICY_FAILED:
             raise failure or RuntimeError("accumulation_policy has failed on rank 0, which says how.")
@@ -545,6 +550,7 @@ class EfficientTrainerMixin(
         if not self._epoch_is_over:  # the last micro-batch of an epoch may be short
             controller.calibrate(statistics.num_samples, len(window))
         controller.finish_window(window.planned, statistics, window.measured, next_k, rate)
+        self._mean_loss.add(loss, len(window), window.planned, self.args.logging_nan_inf_filter)
         self._last_window = (window.planned, statistics.num_samples)
         self._place_learning_rate()
 
@@ -576,6 +582,11 @@ class EfficientTrainerMixin(
         shares = [part.share for part in window.parts]
         weights = micro_batch_weights(items, world_size, by_tokens, total, shares)
         return local_sums(self._norms.finish(), items, weights, self._unscale / world_size), total
+
+    def _finalize_training(self, *args, **kwargs):
+        output = super()._finalize_training(*args, **kwargs)
+        mean = None if self._cursor is None else self._mean_loss.overall()
+        return output if mean is None else output._replace(training_loss=mean)
 
     # ---- What callbacks, logs and checkpoints see ------------------------------------------------------------------
 
