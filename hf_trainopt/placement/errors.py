@@ -8,6 +8,10 @@ class PlacementError(ValueError):
     """
 
 
+class ReplayError(PlacementError):
+    """A step cannot be run on fake tensors, or not so that stages can be told apart in it."""
+
+
 class ModifiedOutputError(RuntimeError):
     """An output that selective recomputation keeps was written to afterwards.
 

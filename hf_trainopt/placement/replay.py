@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from .apply import apply_placement
+from .apply import apply_placement, check_model
 from .costs import DEVICES, Cost, DeviceSpec
-from .errors import PlacementError
+from .errors import PlacementError, ReplayError
 from .fake import as_on, fake_batch, fake_copy, fake_mode
 from .plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice, describe
 from .scratch import cpu_scratch
@@ -189,11 +189,18 @@ class StepReplayer:
             self.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
             for name in stages
         ]
+        check_model(self.model)
         try:
-            self._followed(lambda: self.setup.compute_loss(self.model, self.batch))
+            with _calls_of_checkpoint() as checkpoints:
+                self._followed(lambda: self.setup.compute_loss(self.model, self.batch))
         finally:
             for handle in handles:
                 handle.remove()
+        if checkpoints:
+            raise PlacementError(
+                f"{type(self.model).__name__} calls torch.utils.checkpoint in its forward pass, so that a placement "
+                "would recompute what is recomputed already; turn its own checkpointing off or leave the placement out."
+            )
         once = [name for name in calls if calls.count(name) == 1]
         if len(once) < len(stages):
             logger.warning(
@@ -201,7 +208,7 @@ class StepReplayer:
                 describe(name for name in stages if name not in once),
             )
         if not once:
-            raise PlacementError(
+            raise ReplayError(
                 f"none of the stages of {type(self.model).__name__} is called exactly once in a forward pass, so that "
                 "placement cannot be planned; name other stages with placement_stages='a regular expression'."
             )
@@ -214,7 +221,7 @@ class StepReplayer:
                 return run()
         except Exception as error:
             why = "operations that look at values cannot be followed; " if isinstance(error, _LOOKS_AT_VALUES) else ""
-            raise PlacementError(
+            raise ReplayError(
                 f"{type(self.model).__name__} cannot be replayed without memory ({type(error).__name__}: {error}); "
                 f"{why}choose checkpoint_placement='all', 'every_n' or 'sqrt', which need no replay, if the model "
                 "trains without a placement."
@@ -394,6 +401,31 @@ def _owners(model: nn.Module, stages: list[str]) -> Callable[[str], str]:
         return next((stage for stage in stages if name.startswith(f"{stage}.")), "")
 
     return owner
+
+
+@contextmanager
+def _calls_of_checkpoint():
+    """Context that yields a list, to which each call of `torch.utils.checkpoint.checkpoint` adds something."""
+    found: list[str] = []
+    stock = {name: getattr(torch.utils.checkpoint, name) for name in ("_CheckpointFrame", "CheckpointFunction")}
+
+    def frame(*args, **kwargs):
+        found.append("non-reentrant")
+        return stock["_CheckpointFrame"](*args, **kwargs)
+
+    class Function:
+        @staticmethod
+        def apply(*args):
+            found.append("re-entrant")
+            return stock["CheckpointFunction"].apply(*args)
+
+    # Who has imported the function itself meets these in it.
+    torch.utils.checkpoint._CheckpointFrame, torch.utils.checkpoint.CheckpointFunction = frame, Function
+    try:
+        yield found
+    finally:
+        for name, value in stock.items():
+            setattr(torch.utils.checkpoint, name, value)
 
 
 @contextmanager

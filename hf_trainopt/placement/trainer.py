@@ -22,7 +22,7 @@ from .arguments import is_plan_file
 from .budget import gib, parse_budget
 from .chunked_loss_check import check_chunked_loss
 from .costs import DeviceSpec, device_spec
-from .errors import PlacementError
+from .errors import PlacementError, ReplayError
 from .example_batch import largest_batch
 from .global_state import forked_random_state
 from .measure import PeakMeasurement
@@ -306,20 +306,29 @@ class PlacementTrainerMixin:
         options = {"stages": args.placement_stages, "memory_rewrites": args.memory_rewrites, "available": available}
         try:
             return PlacementPlanner(self.model, batch, setup, **options)
-        except ValueError as error:
+        except ReplayError as error:
             own = "compute_loss" in _overridden(self) or self.compute_loss_func is not None
             if not isinstance(batch, Mapping) or not own:
                 raise
+            if "chunked_loss" not in check_rewrites(args.memory_rewrites):
+                # Who looks at values may well look at logits.
+                options["available"] = dataclasses.replace(available, chunked_loss=False)
+            models_own = dataclasses.replace(setup, compute_loss=model_loss)
+            try:
+                planner = PlacementPlanner(self.model, batch, models_own, **options)
+            except ValueError:
+                # The batch may be one that only `compute_loss` can take: the first reason is the one that counts.
+                raise PlacementError(
+                    f"{type(self).__name__}.compute_loss cannot be replayed, and the model alone has no loss for this "
+                    f"batch: {error}"
+                ) from error
             logger.warning(
                 "%s.compute_loss cannot be replayed, so that only the model's own loss is planned for and the peak is "
                 "not proved: %s",
                 type(self).__name__,
                 error,
             )
-            if "chunked_loss" not in check_rewrites(args.memory_rewrites):
-                # Who looks at values may well look at logits.
-                options["available"] = dataclasses.replace(available, chunked_loss=False)
-            return PlacementPlanner(self.model, batch, dataclasses.replace(setup, compute_loss=model_loss), **options)
+            return planner
 
     @functools.cached_property
     def _device_spec(self) -> DeviceSpec:
