@@ -4,7 +4,8 @@ import pytest
 import timm
 import torch
 from helpers import Pictures, Rows, arguments, quiet
-from placement_models import gpt2
+from peft import PrefixTuningConfig, get_peft_model
+from placement_models import gpt2, llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
@@ -76,6 +77,54 @@ def test_flags_are_looked_at_when_a_plan_is_applied():
         apply_placement(model, PlacementPlan("mine", {}))
     model.set_grad_checkpointing(False)
     apply_placement(model, PlacementPlan("mine", {})).undo()
+
+
+PLACEMENTS = [{"memory_budget": "90%"}, {"checkpoint_placement": "all"}, {"checkpoint_placement": "sqrt"}]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_prefix_tuning(placement, tmp_path):
+    """Its prefix is in `past_key_values`, which recomputed layers would write to twice."""
+    model = get_peft_model(llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(PlacementError, match=r"past_key_values.*Prefix tuning.*checkpoint_placement='none'") as error:
+        run(tmp_path, model, Rows(12), **placement)
+    assert "'all'" not in str(error.value)  # which fails likewise
+
+
+class Fragile(nn.Module):
+    """A block that runs once only."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+        self.calls = 0
+
+    def forward(self, x):
+        from torch._C import _current_graph_task_id
+
+        if _current_graph_task_id() != -1:
+            raise RuntimeError("called in the backward pass")
+        return self.linear(x).tanh()
+
+
+class FragileModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Fragile() for _ in range(3))
+
+    def forward(self, input_ids, labels=None):
+        x = input_ids.float()
+        for block in self.blocks:
+            x = block(x)
+        return ModelOutput(loss=x.square().mean())
+
+
+@pytest.mark.parametrize("placement", [{"memory_budget": "70%"}, {"checkpoint_placement": "all"}], ids=str)
+def test_the_remedy_is_none_that_fails_likewise(placement, tmp_path):
+    settings = {"placement_stages": r"blocks\.\d"} | placement
+    with pytest.raises(PlacementError, match="called in the backward pass.*though it can without") as error:
+        run(tmp_path, FragileModel(), Rows(12), **settings)
+    assert "'every_n'" not in str(error.value)
 
 
 class Pairs(EfficientTrainer):

@@ -15,7 +15,7 @@ from transformers import masking_utils
 
 from .apply import apply_placement, check_model
 from .costs import DEVICES, Cost, DeviceSpec
-from .errors import PlacementError, ReplayError
+from .errors import FilledCacheError, PlacementError, ReplayError
 from .fake import as_on, fake_batch, fake_copy, fake_mode
 from .plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice, describe
 from .scratch import cpu_scratch
@@ -199,7 +199,7 @@ class StepReplayer:
         if checkpoints:
             raise PlacementError(
                 f"{type(self.model).__name__} calls torch.utils.checkpoint in its forward pass, so that a placement "
-                "would recompute what is recomputed already; turn its own checkpointing off or leave the placement out."
+                "would recompute what is recomputed already; turn its own checkpointing off or leave out the plan."
             )
         once = [name for name in calls if calls.count(name) == 1]
         if len(once) < len(stages):
@@ -214,12 +214,25 @@ class StepReplayer:
             )
         return once
 
-    def _followed(self, run: Callable[[], Any]) -> Any:
-        """Run something on fake tensors; say what to do where that is impossible."""
+    def _followed(self, run: Callable[[], Any], is_placed: bool = False) -> Any:
+        """Run something on fake tensors; say what to do where that is impossible.
+
+        Args:
+            run: What to run.
+            is_placed: Whether stages are recomputed in it, and a step in which none is has run.
+        """
         try:
             with _no_logged_traceback():
                 return run()
+        except FilledCacheError as error:
+            raise PlacementError(f"{type(self.model).__name__}: {error}") from error
         except Exception as error:
+            if is_placed:  # so that other placements will fail likewise
+                raise PlacementError(
+                    f"{type(self.model).__name__} cannot be run with stages that are recomputed "
+                    f"({type(error).__name__}: {error}), though it can without; leave out the placement, or name other "
+                    "stages with placement_stages='a regular expression'."
+                ) from error
             why = "operations that look at values cannot be followed; " if isinstance(error, _LOOKS_AT_VALUES) else ""
             raise ReplayError(
                 f"{type(self.model).__name__} cannot be replayed without memory ({type(error).__name__}: {error}); "
@@ -250,7 +263,9 @@ class StepReplayer:
             stack.callback(self._watch_stages(tracker, boundary, joined))
             try:
                 with tracker:
-                    self._followed(lambda: self._step(tracker))
+                    self._followed(
+                        lambda: self._step(tracker), any(choice != STORE for choice in plan.stages.values())
+                    )
             finally:
                 for parameter in self.model.parameters():
                     parameter.grad = None
