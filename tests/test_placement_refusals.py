@@ -122,7 +122,7 @@ class FragileModel(nn.Module):
 @pytest.mark.parametrize("placement", [{"memory_budget": "70%"}, {"checkpoint_placement": "all"}], ids=str)
 def test_the_remedy_is_none_that_fails_likewise(placement, tmp_path):
     settings = {"placement_stages": r"blocks\.\d"} | placement
-    with pytest.raises(PlacementError, match="called in the backward pass.*though it can without") as error:
+    with pytest.raises(PlacementError, match=r"called in the backward pass.*though it can without") as error:
         run(tmp_path, FragileModel(), Rows(12), **settings)
     assert "'every_n'" not in str(error.value)
 

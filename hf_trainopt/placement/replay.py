@@ -230,7 +230,7 @@ class StepReplayer:
             if is_placed:  # so that other placements will fail likewise
                 raise PlacementError(
                     f"{type(self.model).__name__} cannot be run with stages that are recomputed "
-                    f"({type(error).__name__}: {error}), though it can without; leave out the placement, or name other "
+                    f"({type(error).__name__}: {error}), though it can without; leave out the placement or name other "
                     "stages with placement_stages='a regular expression'."
                 ) from error
             why = "operations that look at values cannot be followed; " if isinstance(error, _LOOKS_AT_VALUES) else ""
@@ -263,9 +263,8 @@ class StepReplayer:
             stack.callback(self._watch_stages(tracker, boundary, joined))
             try:
                 with tracker:
-                    self._followed(
-                        lambda: self._step(tracker), any(choice != STORE for choice in plan.stages.values())
-                    )
+                    is_placed = any(choice != STORE for choice in plan.stages.values())
+                    self._followed(lambda: self._step(tracker), is_placed)
             finally:
                 for parameter in self.model.parameters():
                     parameter.grad = None
