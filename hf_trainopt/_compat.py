@@ -6,9 +6,10 @@ from typing import Any
 # Private attributes of `transformers.Trainer` that we override or read: name -> (parameters that we rely on, why).
 PRIVATE_API: dict[str, tuple[tuple[str, ...], str]] = {
     "_run_epoch": (
-        ("epoch",),
+        ("epoch", "train_dataloader", "resume_from_checkpoint", "epochs_trained", "steps_trained_in_current_epoch"),
         "One window is one step of the upstream loop, so it must read gradient_accumulation_steps as 1. Overridden "
-        "only to show it that; every callback and hook inside sees the user's value again.",
+        "to show it that (every callback and hook inside sees the user's value again), and to note the random state "
+        "at the start of an epoch.",
     ),
     "_init_training_state": (
         ("max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"),
@@ -33,6 +34,7 @@ PRIVATE_API: dict[str, tuple[tuple[str, ...], str]] = {
     "_save_optimizer_and_scheduler": (("output_dir",), "A part of a save: one that fails leaves the others out."),
     "_save_scaler": (("output_dir",), "As above."),
     "_save_rng_state": (("output_dir",), "As above."),
+    "_load_rng_state": (("checkpoint",), "Called too late where the rows of the data draw random numbers."),
     "_push_from_checkpoint": (("checkpoint_folder",), "Waits until the checkpoint is complete."),
     "_load_scaler": (("checkpoint",), "Fails on a checkpoint of fp16 in a run that has no gradient scaler."),
 }

@@ -36,9 +36,11 @@ from .accumulation.window import (
     count_samples,
     count_target_tokens,
     from_vector,
+    lacks_targets,
     local_sums,
     micro_batch_weights,
     to_vector,
+    window_loss,
     with_counted_items,
 )
 from .args import EfficientTrainingArgumentsMixin
@@ -429,7 +431,7 @@ class EfficientTrainerMixin(
     def _run_window(self, model, window: Window, num_items_in_batch: Any, *args, **kwargs) -> torch.Tensor:
         """Run the parts of a window one after the other; return the sum of their losses."""
         timer, steps = self._controller.timer, len(window.parts)
-        loss = None
+        losses, lacks = [], []
         with self._accumulation_steps_shown(steps), self._norms if window.measured else contextlib.nullcontext():
             self._items = []
             for index, part in enumerate(window.parts):
@@ -438,18 +440,19 @@ class EfficientTrainerMixin(
                     self._items.append(
                         (count_samples(part.inputs), count_target_tokens(part.inputs, loss_shifts_labels(self)))
                     )
+                lacks.append(lacks_targets(part.inputs, self._loss_shifts_labels))
                 self.current_gradient_accumulation_steps = window.divisor(part)
                 self.accelerator.sync_gradients = last
                 with contextlib.nullcontext() if self._syncs_in(last) else self._without_reduction(model):
                     part_loss = super().training_step(model, part.inputs, num_items_in_batch, *args, **kwargs)
-                loss = part_loss if loss is None else loss + part_loss
+                losses.append(part_loss)
                 if window.measured:
                     self._norms.end_micro_batch()
                 if not last:
                     if part.ends_micro_batch:
                         timer.micro_batch_done(last=False)
                     self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
-        return loss
+        return window_loss(losses, lacks, self.args.logging_nan_inf_filter)
 
     def _syncs_in(self, last: bool) -> bool:
         """Whether DDP reduces gradients in a backward pass, of the last micro-batch or of another."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
 
 from .._compat import rank_batch_size
 from .._versions import ACTIVATION_CHECKPOINTING, activation_checkpointing_kwargs, is_sharded_at_load
@@ -58,10 +59,12 @@ class PlacementTrainerMixin:
         self._peak_measurement: PeakMeasurement | None = None
         self._peaks_to_log: dict[str, float] = {}
         self._resumes = False
+        self._warned_of_lost_placement = False
         if getattr(self.args, "places_checkpoints", False):
             self._check_placement()
             self._peak_measurement = PeakMeasurement(self._peak_measured)
             self.add_callback(self._peak_measurement)
+            self.add_callback(_KeepsPlacement(self))
 
     def _check_placement(self) -> None:
         """Refuse what placement cannot work with."""
@@ -112,11 +115,24 @@ class PlacementTrainerMixin:
 
     def _applied(self) -> AppliedPlacement:
         try:
-            return apply_placement(self.model, self.placement_plan)
+            # Who has not asked for the chunked loss may look at logits now and then, which no replay shows.
+            asked = "chunked_loss" in check_rewrites(self.args.memory_rewrites)
+            return apply_placement(self.model, self.placement_plan, strict_logits=asked)
         except ValueError as error:
             if not is_plan_file(self.args.placement_policy):
                 raise
             raise PlacementError(f"{self.args.placement_policy}: {error}") from error
+
+    def _restore_placement(self) -> None:
+        """Put the placement back where somebody has overwritten it since the last step."""
+        lost = [] if self._placement is None else self._placement.restore_lost()
+        if lost and not self._warned_of_lost_placement:
+            self._warned_of_lost_placement = True
+            logger.warning(
+                "Since the last step, %s. The checkpoint placement is put back before each step; leave out what "
+                "changes it (gradient_checkpointing_enable, for example).",
+                " and ".join(lost),
+            )
 
     def _undo_placement(self) -> None:
         if self._placement is not None:
@@ -423,6 +439,16 @@ class PlacementTrainerMixin:
                 gib(budget),
             )
         self._keep_plan()
+
+
+class _KeepsPlacement(TrainerCallback):
+    """Looks before each step whether the placement is still on the model."""
+
+    def __init__(self, trainer: PlacementTrainerMixin):
+        self._trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._trainer._restore_placement()
 
 
 def _largest_shape(batch: Any) -> list[int] | None:

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .._versions import is_sharded_at_load
 from .manifest import complete, discard, is_leftover, refresh
+from .random_data import RandomDataTrainerMixin
 from .resume import (
     Checkpoint,
     CheckpointError,
@@ -26,7 +27,7 @@ from .saving import SaveAttempt, check_output_dir, give_up, make_output_dir, mak
 logger = logging.getLogger(__name__)
 
 
-class CheckpointsTrainerMixin:
+class CheckpointsTrainerMixin(RandomDataTrainerMixin):
     """Complete checkpoints for any `Trainer` class; a base of `ReliabilityTrainerMixin`."""
 
     def __init__(self, *args, **kwargs):
