@@ -440,7 +440,7 @@ class EfficientTrainerMixin(
                     self._items.append(
                         (count_samples(part.inputs), count_target_tokens(part.inputs, loss_shifts_labels(self)))
                     )
-                lacks.append(lacks_targets(part.inputs, self._loss_shifts_labels))
+                lacks.append(lacks_targets(part.inputs, loss_shifts_labels(self)))
                 self.current_gradient_accumulation_steps = window.divisor(part)
                 self.accelerator.sync_gradients = last
                 with contextlib.nullcontext() if self._syncs_in(last) else self._without_reduction(model):
