@@ -189,8 +189,8 @@ def closed_record(path: Path, running: Running, trouble: str | None) -> dict[str
     if trouble is None and record.get("status") not in ("ok", "failed"):
         trouble = "its record has no result"
     if trouble is not None:
-        record |= {"status": "failed", "reason": trouble}
-    record["seconds"] = round(running.seconds, 1)
+        record |= {"status": "failed", "reason": trouble, "seconds": round(running.seconds, 1)}
+    record.setdefault("seconds", round(running.seconds, 1))
     if record["status"] == "failed":
         log = running.log.read_text(errors="replace") if running.log.exists() else ""
         record["end_of_log"] = log[-LOG_CHARACTERS:]

@@ -278,6 +278,7 @@ def placements(checks: Checks, case: Case, plans: Sequence[dict[str, Any]]) -> N
 
     def trained(plan: PlacementPlan | None) -> list[Any]:
         step.model.load_state_dict(start)
+        step.model.zero_grad()  # of a run that an error has cut off
         step.optimizer = torch.optim.SGD(step.model.parameters(), lr=0.02, momentum=0.9)
         torch.manual_seed(1)
         found: list[Any] = []
