@@ -20,9 +20,13 @@ from hf_trainopt.evidence.targets import Evaluation, first_crossing
 
 # The loss that the stock run at k = 8 has at this share of its data is the target.
 TARGET_SHARE = 0.8
+# In which `max_steps` of a task counts.
+REFERENCE_K = 8
 EVALUATIONS = 20
-HISTORY = ("step", "loss", "learning_rate", "accumulation_steps", "noise_scale", "samples_seen", "tokens_per_second",
-           "samples_per_second", "mfu", "measured_peak_gib", "predicted_peak_gib")  # fmt: skip
+HISTORY = (
+    "step", "loss", "learning_rate", "accumulation_steps", "noise_scale", "samples_seen", "tokens_per_second",
+    "samples_per_second", "mfu", "measured_peak_gib", "predicted_peak_gib",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,16 @@ class Arm:
         return f"{self.name}, seed {self.seed}"
 
 
-def arms_of(k: int, learning_rate: float, more_seeds: int = 2) -> list[Arm]:
+def arms_of(learning_rate: float, more_seeds: int, budget: str = "75%") -> list[Arm]:
     """Return the arms, most valuable first.
 
     Args:
-        k: Of stock, and the reference of ours.
-        learning_rate: At that k; stock at fewer micro-batches has it times the root of their share, the rule of thumb
-            of those who do not search.
+        learning_rate: At k = 8, of stock and of ours; stock at fewer micro-batches has it times the root of
+            their share, the rule of thumb of those who do not search.
         more_seeds: Seeds after the first one, of the two arms that matter most.
+        budget: Of one arm of ours.
     """
+    k = REFERENCE_K
 
     def stock(steps: int, seed: int = 0) -> Arm:
         return Arm(f"stock, k = {steps}", steps, learning_rate * math.sqrt(steps / k), seed=seed)
@@ -65,8 +70,8 @@ def arms_of(k: int, learning_rate: float, more_seeds: int = 2) -> list[Arm]:
     def ours(seed: int = 0) -> Arm:
         return Arm("ours, defaults", k, learning_rate, {}, seed)
 
-    budget = Arm("ours, memory_budget 75%", k, learning_rate, {"memory_budget": "75%"})
-    first = [stock(k), ours(), budget, stock(2), stock(1)]
+    limited = Arm(f"ours, memory_budget {budget}", k, learning_rate, {"memory_budget": budget})
+    first = [stock(k), ours(), limited, stock(2), stock(1)]
     return [*first, *(arm for seed in range(1, 1 + more_seeds) for arm in (stock(k, seed), ours(seed)))]
 
 
@@ -77,11 +82,13 @@ class Headline:
     Args:
         title: For the page.
         micro_batch: Samples.
-        arguments: Of `TrainingArguments`, apart from those of the arms.
+        arguments: Of `TrainingArguments`, apart from those of the arms; `max_steps` in steps of 8 micro-batches, or
+            `num_train_epochs`.
         build: Seed -> keyword arguments of `Trainer`: model, datasets, metrics.
         everything: The whole of the data that the last evaluation is on.
         tokens_per_sample: Tokens of a sample; `None`: it has none.
         metric: Besides the loss.
+        learns: Whether the loss must fall: not on labels that are made up.
         seconds: What an arm is expected to take; the first that has run says it better.
         planning_seconds: What a memory budget takes more.
         source: Where the data are from.
@@ -97,6 +104,7 @@ class Headline:
     planning_seconds: float
     tokens_per_sample: int | None = None
     metric: str | None = None
+    learns: bool = True
     taken: list[float] = field(default_factory=list)
 
     def expected(self, arm: Arm) -> float:
@@ -122,14 +130,13 @@ def run_arms(context: Context, record: Record, task: Headline, arms: Sequence[Ar
             found = train(context, task, arm, {})
             record.values["arms"].append(found)
             record.check(f"{arm.label}: the losses are finite", all(math.isfinite(p["loss"]) for p in found["curve"]))
-            record.check(f"{arm.label}: it has learned", found["curve"][-1]["loss"] < found["curve"][0]["loss"])
+            if task.learns:
+                record.check(f"{arm.label}: it has learned", found["curve"][-1]["loss"] < found["curve"][0]["loss"])
             if found["plan"]:
                 budget = found["plan"]["budget_bytes"]
                 record.check(f"{arm.label}: within the budget", found["plan"]["measured_peak_bytes"] <= 1.05 * budget)
             print(f"{arm.label}: {found['final_loss']:.4f} after {found['train_time_s']:.1f} s", flush=True)
-            task.taken.append(
-                time.monotonic() - started - (task.planning_seconds if found["plan"] else 0.0)
-            )
+            task.taken.append(time.monotonic() - started - (task.planning_seconds if found["plan"] else 0.0))
         record.values["targets"] = targets(record.values["arms"])
         record.save()
     done = [arm["name"] for arm in record.values["arms"]]
@@ -144,10 +151,11 @@ def train(
     parts = task.build(arm.seed)
     clock = CpuClock()
     with tempfile.TemporaryDirectory() as folder:
-        samples = len(parts["train_dataset"])
-        # As `Trainer` counts them: the last step of an epoch is a short one.
-        steps = math.ceil(math.ceil(samples / task.micro_batch) / arm.k) * task.arguments.get("num_train_epochs", 1)
-        steps = min(steps, task.arguments.get("max_steps", steps * 8) * 8 // arm.k) if "max_steps" in task.arguments else steps
+        if "max_steps" in task.arguments:
+            steps = task.arguments["max_steps"] * REFERENCE_K // arm.k  # the same data for every k
+        else:  # as `Trainer` counts them: the last step of an epoch is a short one
+            micro_batches = math.ceil(len(parts["train_dataset"]) / task.micro_batch)
+            steps = math.ceil(micro_batches / arm.k) * task.arguments["num_train_epochs"]
         common = {
             "output_dir": folder, "per_device_train_batch_size": task.micro_batch, "report_to": "none",
             "gradient_accumulation_steps": arm.k, "learning_rate": arm.learning_rate, "seed": arm.seed,

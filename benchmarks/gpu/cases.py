@@ -30,9 +30,9 @@ _FULL = (
     FRONTIERS["vit-base-224"],
 )
 
-_TOY_GPT2 = "n_layer=3,n_embd=32,n_head=2,vocab_size=300,n_positions=64"
+_TOY_GPT2 = "n_layer=2,n_embd=32,n_head=2,vocab_size=300,n_positions=64"
 _TOY_LLAMA = (
-    "num_hidden_layers=3,hidden_size=32,intermediate_size=64,num_attention_heads=4,num_key_value_heads=2,"
+    "num_hidden_layers=2,hidden_size=32,intermediate_size=64,num_attention_heads=4,num_key_value_heads=2,"
     "vocab_size=300,max_position_embeddings=64"
 )
 _TOY_VIT = '{"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}'
@@ -42,7 +42,13 @@ _TOY = (
     _timm("resnet50-224", "toy ResNet", "resnet10t", 2, 32),
     _llama("llama-bf16", "toy Llama, bf16 autocast", _TOY_LLAMA, 2, 32, **_BF16),
     _gpt2("gpt2-small-fp32", "toy GPT-2", _TOY_GPT2, 2, 32),
-    Case("vit-base-224", "toy ViT", ModelRequest(timm_model="vit_tiny_patch16_224", model_args=_TOY_VIT), 2, image_size=32),
+    Case(
+        "vit-base-224",
+        "toy ViT",
+        ModelRequest(timm_model="vit_tiny_patch16_224", model_args=_TOY_VIT),
+        2,
+        image_size=32,
+    ),
 )
 
 

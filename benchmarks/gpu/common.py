@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import platform
@@ -145,7 +146,8 @@ class Record:
     def __init__(self, context: Context):
         self.context = context
         self.values: dict[str, Any] = {
-            "stage": context.name, "rehearsal": context.rehearse, "status": "running", "date": date.today().isoformat(),
+            "stage": context.name, "rehearsal": context.rehearse, "status": "running",
+            "date": date.today().isoformat(),
             "seconds_given": round(context.seconds, 1), "prepared_s": round(context.prepared_s, 2), "device": None,
             "versions": versions(), "checks": {}, "errors": {}, "skipped": [], "parts": {},
         }  # fmt: skip
@@ -226,7 +228,7 @@ def timed(run: Callable[[], Any], repeats: int, device: torch.device) -> list[fl
         for _ in range(repeats):
             run()
             marks.append(time.perf_counter())
-        return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(marks)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     synchronize(device)
     events[0].record()
@@ -234,7 +236,7 @@ def timed(run: Callable[[], Any], repeats: int, device: torch.device) -> list[fl
         run()
         event.record()
     synchronize(device)
-    return [before.elapsed_time(after) / 1000 for before, after in zip(events, events[1:], strict=False)]
+    return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(events)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -42,13 +42,24 @@ def token_blocks(tokens: np.ndarray, length: int, limit: int | None = None) -> T
     return TokenBlocks(tokens if limit is None else tokens[: limit * length], length)
 
 
-def images(context: Context) -> tuple[dict[str, Any], str]:
-    """Return pixels and labels of CIFAR-10 by split, and where they are from."""
-    if context.rehearse and not (DATA / "cifar10").exists():
-        return {split: _toy_arrays(split) for split in ("train", "test")}, f"made up: there is no {DATA}"
+def images(context: Context, enlarged: int) -> tuple[dict[str, Any], str]:
+    """Return pixels and labels of CIFAR-10 by split, and where they are from.
+
+    Args:
+        context: Of the stage.
+        enlarged: How often each pixel is repeated in both directions.
+    """
     if not context.rehearse:
-        return {split: _vision_arrays(split) for split in ("train", "test")}, f"CIFAR-10 from {DATA}"
-    return {split: _first_images(split) for split in ("train", "test")}, f"CIFAR-10 from {DATA}, its beginning"
+        read, source = _vision_arrays, f"CIFAR-10 from {DATA}"
+    elif (DATA / "cifar10").exists():
+        read, source = _first_images, f"CIFAR-10 from {DATA}, its beginning"
+    else:
+        read, source = _toy_arrays, f"made up: there is no {DATA}"
+    found = {}
+    for split in ("train", "test"):
+        pixels, labels = read(split)
+        found[split] = pixels.repeat_interleave(enlarged, -1).repeat_interleave(enlarged, -2), labels
+    return found, source
 
 
 def _first_images(split: str) -> tuple[torch.Tensor, torch.Tensor]:

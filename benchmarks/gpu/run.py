@@ -33,16 +33,17 @@ A second try runs what failed: `--stages exactness,time --minutes 3`.
 What the stages were sized for (an H100 SXM: 989 TFLOP/s in bf16 dense, 67 in fp32, 3.35 TB/s by NVIDIA's data sheet;
 798 TFLOP/s and 3.0 TB/s were seen on the lent machine). Nothing below has run yet; the times are estimates:
 
-stage        limit  sized for
-environment   30 s  Imports and start-up of CUDA 15 s; 60 products of 8192³ in bf16 (1.1 TFLOP each: 0.1 s); copies of 2 GiB.
+environment   30 s  Imports and start-up of CUDA 15 s; 60 products of 8192³ (1.1 TFLOP each, in bf16 0.0014 s);
+                    copies of 2 GiB.
 exactness     85 s  Tiny models: time is launches and Python. Some 60 short trainings of 1 s at most.
 memory        70 s  5 models, 6 to 12 plans each, 3 steps of 0.06 to 0.25 s a plan: 10 s a model, with building it.
-time          90 s  GPT-2 Small: 12 plans, 4 rounds of 4 steps of 0.07 s: 15 s; ResNet-50, Llama and ViT 8 s each; loops
-                    of the Trainer 15 s; `torch.compile` of GPT-2 Small, 30 s for each of up to two values of the knob.
-language     210 s  GPT-2 Small, 2,390 blocks of 1024 tokens, 3 epochs: 900 micro-batches of 8 of 0.05 to 0.07 s, with 20
-                    evaluations: 50 to 60 s an arm, 4 arms.
-vision        50 s  ResNet-50 at 32²: 900 micro-batches of 64 of 18 ms (bound by launches): 16 s an arm, 3 arms.
-plans              On the CPU beside the first two stages: 5 models, 20 to 60 s of a core each.
+time          90 s  GPT-2 Small: 12 plans, 6 rounds of 4 steps of 0.06 s: 18 s; loops of the Trainer 20 s; ResNet-50,
+                    Llama and GPT-2 Small in fp32 8 s each; `torch.compile` of GPT-2 Small 40 s for one value.
+language     210 s  GPT-2 Small, 2,390 blocks of 1024 tokens, 3 epochs: 900 micro-batches of 8. The roofline says
+                    0.044 s for each; at 0.06 s, with 20 evaluations, 55 to 60 s an arm: 3 arms.
+vision        50 s  ResNet-50 at 96²: 896 micro-batches of 64. The roofline says 0.005 s, launches some 0.018 s:
+                    18 to 22 s an arm: 2 arms.
+plans               On the CPU beside the first two stages: 5 models, 5 to 20 s of a core each.
 """
 
 import argparse
@@ -171,7 +172,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def closed_record(path: Path, running: Running, trouble: str | None) -> dict[str, Any]:
+def closed_record(path: Path, running: Running, trouble: str | None, rehearsal: bool) -> dict[str, Any]:
     """Return the record of a stage that has ended, completed with how it ended, and write it."""
     record: dict[str, Any] = {"stage": running.stage.name}
     try:
@@ -190,7 +191,7 @@ def closed_record(path: Path, running: Running, trouble: str | None) -> dict[str
         trouble = "its record has no result"
     if trouble is not None:
         record |= {"status": "failed", "reason": trouble, "seconds": round(running.seconds, 1)}
-    record.setdefault("seconds", round(running.seconds, 1))
+    record = {"rehearsal": rehearsal, "seconds": round(running.seconds, 1), **record}
     if record["status"] == "failed":
         log = running.log.read_text(errors="replace") if running.log.exists() else ""
         record["end_of_log"] = log[-LOG_CHARACTERS:]
@@ -273,7 +274,7 @@ class Session:
     def _limit(self, waiting: Sequence[Stage], scale: float) -> float:
         """Return the seconds of the first of the stages that wait: its own, and what the others do not need."""
         others = sum(stage.seconds for stage in waiting[1:]) * scale
-        return min(self.left, max(waiting[0].seconds * scale, self.left - others))
+        return min(self.left, max(waiting[0].seconds * scale, self.left - others, LEAST_SECONDS))
 
     def _start(self, stage: Stage, folder: Path) -> Running:
         if stage.name not in self.running:
@@ -283,7 +284,7 @@ class Session:
 
     def _close(self, running: Running, trouble: str | None) -> None:
         name = running.stage.name
-        record = closed_record(self.output / f"{name}.json", running, trouble)
+        record = closed_record(self.output / f"{name}.json", running, trouble, self.summary["rehearsal"])
         self.running.pop(name, None)
         entry = {"status": record["status"], "seconds": record["seconds"]}
         reasons = [record["reason"]] if "reason" in record else []
@@ -384,7 +385,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head = {
         "rehearsal": options.rehearse,
         "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
-        "command": " ".join(["python", "benchmarks/gpu/run.py", *(arguments if arguments is not None else sys.argv[1:])]),
+        "command": " ".join(
+            ["python", "benchmarks/gpu/run.py", *(arguments if arguments is not None else sys.argv[1:])]
+        ),
         "minutes": options.minutes,
         "card": found,
     }

@@ -15,8 +15,9 @@ def run(context: Context, record: Record, prepared: Any) -> None:
             part["teraflops"][name] = matrix_rate(context, dtype)
             record.save()
         if context.on_gpu:
-            with tf32():
-                part["teraflops"]["tf32"] = matrix_rate(context, torch.float32)
+            torch.backends.cuda.matmul.allow_tf32 = True
+            part["teraflops"]["tf32"] = matrix_rate(context, torch.float32)
+            torch.backends.cuda.matmul.allow_tf32 = False
     with record.part("copies") as part:
         part["gigabytes_per_second"] = copy_rate(context)
     with record.part("launches") as part:
@@ -25,16 +26,6 @@ def run(context: Context, record: Record, prepared: Any) -> None:
         part["gigabytes_per_second"] = host_rate(context)
     record.check("products are right", products_are_right(device))
     record.check("bf16 rate was measured", "bfloat16" in record.values["parts"]["matrix products"]["teraflops"])
-
-
-class tf32:  # noqa: N801
-    """Context in which fp32 products may round their inputs to TF32."""
-
-    def __enter__(self):
-        torch.backends.cuda.matmul.allow_tf32 = True
-
-    def __exit__(self, *_):
-        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def matrix_rate(context: Context, dtype: torch.dtype) -> dict[str, float]:

@@ -49,9 +49,7 @@ BUDGETS = ("75%", "50%")
 def prepare(context: Context) -> dict[str, list[dict[str, Any]]]:
     """Make the plans while the stage before has the GPU."""
     transformers.logging.set_verbosity_error()
-    return {
-        case.name: all_plans(case, budgets=BUDGETS, allowed=("none",)) for case in placement_cases(context)
-    }
+    return {case.name: all_plans(case, budgets=BUDGETS, allowed=("none",)) for case in placement_cases(context)}
 
 
 def run(context: Context, record: Record, prepared: dict[str, list[dict[str, Any]]]) -> None:
@@ -88,7 +86,9 @@ class Checks:
         self.device = context.device
         self.where = {"use_cpu": context.rehearse}
 
-    def equal(self, name: str, compare: Callable[[Path, dict[str, Any]], bool], repeats: Callable | None = None) -> None:
+    def equal(
+        self, name: str, compare: Callable[[Path, dict[str, Any]], bool], repeats: Callable | None = None
+    ) -> None:
         """Make a check: `compare` is given a folder and the dictionary of its part."""
         if self.context.left < 1.0:
             self.record.skip(name, "no time is left")
@@ -142,7 +142,7 @@ def abilities(context: Context) -> Iterator[None]:
         yield
         return
     device = precision_helpers.scales_fp16(native_bf16=True)
-    with mock.patch.object(precision_helpers.precision_arguments, "device_abilities", lambda _: device):
+    with mock.patch.object(precision_helpers.precision_arguments, "device_abilities", return_value=device):
         yield
 
 
@@ -255,7 +255,9 @@ def placement_cases(context: Context) -> list[Case]:
         f"num_hidden_layers={layers},hidden_size={width},intermediate_size={2 * width},num_attention_heads=4,"
         f"num_key_value_heads=2,vocab_size={vocabulary},max_position_embeddings={length},attention_dropout=0.1"
     )
-    vit = '{"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "drop_path_rate": 0.1, "attn_drop_rate": 0.1}'
+    vit = (
+        '{"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "drop_path_rate": 0.1, "attn_drop_rate": 0.1}'
+    )
     resnet = context.pick("resnet50", "resnet10t")
     bf16 = {"autocast_dtype": torch.bfloat16}
     rows = context.pick(8, 3)
@@ -318,9 +320,7 @@ def placements(checks: Checks, case: Case, plans: Sequence[dict[str, Any]]) -> N
             return same(unplaced(), trained(plan)) and part["finite"]
 
         labels = ", ".join([entry["placement"], *entry["also"]])
-        checks.equal(
-            f"{case.name}: {labels} is none to the bit", equal, lambda *_: same(trained(None), trained(None))
-        )
+        checks.equal(f"{case.name}: {labels} is none to the bit", equal, lambda *_: same(trained(None), trained(None)))
 
 
 def gradients(model: torch.nn.Module) -> torch.Tensor:

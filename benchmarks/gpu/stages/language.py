@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from arms import Headline, arms_of, run_arms
 from common import Context, Record
 from data import language_tokens, token_blocks
@@ -21,14 +22,13 @@ def run(context: Context, record: Record, prepared: Any) -> None:
     train_data = token_blocks(train_tokens, length, context.pick(None, 96))
     everything = token_blocks(valid_tokens, length, context.pick(None, 16))
     part = token_blocks(valid_tokens, length, context.pick(EVALUATED, 8))
-    toy = {"vocab_size": 300, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    toy = {"vocab_size": 300, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0,
+           "eos_token_id": 0}  # fmt: skip
 
     def build(seed: int) -> dict[str, Any]:
-        import torch
-
         torch.manual_seed(seed)
         with context.device:
-            model = GPT2LMHeadModel(GPT2Config(use_cache=False, **context.pick({}, toy | {"bos_token_id": 0, "eos_token_id": 0})))
+            model = GPT2LMHeadModel(GPT2Config(use_cache=False, **context.pick({}, toy)))
         # GPT-2 declares no loss type, so Trainer would count T labels a row although T-1 are predicted.
         model.loss_type = "ForCausalLM"
         return {"model": model, "train_dataset": train_data, "eval_dataset": part}
@@ -44,4 +44,4 @@ def run(context: Context, record: Record, prepared: Any) -> None:
         build=build, everything=everything, source=source, seconds=context.pick(60.0, 1.0),
         planning_seconds=context.pick(20.0, 1.0), tokens_per_sample=length,
     )  # fmt: skip
-    run_arms(context, record, task, arms_of(8, context.pick(6e-4, 3e-3), more_seeds=context.pick(2, 0)))
+    run_arms(context, record, task, arms_of(context.pick(6e-4, 3e-3), more_seeds=context.pick(2, 0)))

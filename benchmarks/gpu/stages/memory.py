@@ -66,7 +66,9 @@ def measure(
             f"{case.name}, {entry['placement']}: at most {TOLERANCE} of the prediction",
             found["measured_over_predicted"] <= TOLERANCE,
         )
-        print(f"{case.name}, {entry['placement']}: {found['measured_over_predicted']:.4f} of the prediction", flush=True)
+        print(
+            f"{case.name}, {entry['placement']}: {found['measured_over_predicted']:.4f} of the prediction", flush=True
+        )
         record.save()
 
 

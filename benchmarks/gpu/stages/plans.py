@@ -31,7 +31,9 @@ def run(context: Context, record: Record, prepared: Any) -> None:
                 record.fail(name, values["error"])
             save_plans(context, name, values)
             record.values["parts"][name] = values | {
-                "plans": [{key: value for key, value in entry.items() if key != "plan"} for entry in values.get("plans", [])]
+                "plans": [
+                    {key: value for key, value in entry.items() if key != "plan"} for entry in values.get("plans", [])
+                ]
             }
             record.save()
     record.check("there are plans for every case", all(part["plans"] for part in record.values["parts"].values()))
@@ -43,4 +45,9 @@ def plans_of(context: Context, case: Case) -> dict[str, Any]:
     toy_points, full_points = 1, FRONTIER_POINTS
     points = context.pick(full_points, toy_points) if case.name == COMPILED else 0
     plans = all_plans(case, budgets=context.pick(BUDGETS, BUDGETS[:2]), points=points)
-    return {"title": case.title, "device": case.device, "plans": plans, "cpu_s": round(time.process_time() - started, 2)}
+    return {
+        "title": case.title,
+        "device": case.device,
+        "plans": plans,
+        "cpu_s": round(time.process_time() - started, 2),
+    }

@@ -99,7 +99,11 @@ def time_case(
         started = context.left
         for turn in range(len(names)):
             name = names[(turn + number) % len(names)]
-            with stock_checkpointing(step) if name == STOCK_CHECKPOINTING else apply_placement(step.model, contexts[name]):
+            with (
+                stock_checkpointing(step)
+                if name == STOCK_CHECKPOINTING
+                else apply_placement(step.model, contexts[name])
+            ):
                 step()  # the allocator's pools are those of this plan
                 found = timed(step, repeats, context.device)
             if number >= 0:
@@ -160,7 +164,7 @@ def compile_part(context: Context, record: Record, case: Case) -> None:
         step = DeviceStep(case, context.device)
         step.make_states()
         part |= {"case": case.name, "backend": context.pick("inductor", "aot_eager_decomp_partition"), "values": []}
-        for value in KNOB:
+        for value in KNOB[: context.pick(2, 1)]:
             if context.left < needed + context.pick(8.0, 0.0):
                 record.skip(f"torch.compile, budget {value}", f"{context.left:.0f} s are left, {needed:.0f} s needed")
                 continue
@@ -264,7 +268,9 @@ def loops(context: Context, record: Record, part: dict[str, Any], seconds: float
     for index in range(context.pick(4, 1)):
         started = context.left
         order = list(LOOPS) if index % 2 else list(reversed(LOOPS))
-        taken = {loop: train_steps(context, case, model, data, LOOPS[loop], steps, watched, part, loop) for loop in order}
+        taken = {
+            loop: train_steps(context, case, model, data, LOOPS[loop], steps, watched, part, loop) for loop in order
+        }
         stock_seconds.append(statistics.median(taken[STOCK].values()))
         ratios[WINDOWS].append(statistics.median(taken[WINDOWS].values()) / stock_seconds[-1])
         # The second step of a run is the first that is measured, so those of even number are.
