@@ -5,7 +5,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from hf_trainopt import _compat
+from hf_trainopt import _compat, _versions
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,7 +109,7 @@ def page() -> str:
     unknown = {name for name in vars(_compat) if name.startswith("PRIVATE_")} ^ TITLES.keys()
     if unknown:
         raise ValueError(f"docs/generate.py has no title for {', '.join(sorted(unknown))}, or one too many.")
-    first, last = _compat.TESTED_TRANSFORMERS
+    first, last = _versions.TESTED_TRANSFORMERS
     head = HEAD.format(first=first, last=last).rstrip("\n")
     lines = [head, *versions(), MIDDLE.rstrip("\n"), *private_names(), TAIL.rstrip("\n")]
     return "\n".join(lines) + "\n"

@@ -5,14 +5,10 @@ import math
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from transformers.optimization import GreedyLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 logger = logging.getLogger(__name__)
-
-# Driven by evaluation metrics, not by steps: Trainer steps them itself, and they need no index.
-METRIC_DRIVEN = (ReduceLROnPlateau, GreedyLR)
 
 # Our part of a saved schedule.
 STATE_KEY = "hf_trainopt"

@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.trainer_utils import has_length
 
 from ._compat import rank_batch_size
+from ._versions import (
+    deferred_fsdp_reduction,
+    is_fsdp_managed_module,
+    is_sharded_at_load,
+    loss_is_scaled_for_ga,
+    loss_shifts_labels,
+)
 from .accumulation.checkpoint import place_after_stock_steps, read_state, restore, run_state, write_state
 from .accumulation.controller import AccumulationController
 from .accumulation.cursor import DataCursor
@@ -30,9 +36,11 @@ from .accumulation.window import (
     count_samples,
     count_target_tokens,
     from_vector,
+    lacks_targets,
     local_sums,
     micro_batch_weights,
     to_vector,
+    window_loss,
     with_counted_items,
 )
 from .args import EfficientTrainingArgumentsMixin
@@ -54,7 +62,6 @@ from .out_of_memory.trainer import OutOfMemoryTrainerMixin
 from .placement.trainer import PlacementTrainerMixin
 from .precision.trainer import PrecisionTrainerMixin
 from .reliability.trainer import ReliabilityTrainerMixin
-from .report.trainer import ReportTrainerMixin
 from .schedule import (
     NOISE_SCALING_RULES,
     DataIndexedLR,
@@ -72,7 +79,6 @@ class EfficientTrainerMixin(
     PlacementTrainerMixin,
     EvidenceTrainerMixin,
     PrecisionTrainerMixin,
-    ReportTrainerMixin,
 ):
     """Adaptive gradient accumulation for any `Trainer` class: put it before that class.
 
@@ -425,27 +431,28 @@ class EfficientTrainerMixin(
     def _run_window(self, model, window: Window, num_items_in_batch: Any, *args, **kwargs) -> torch.Tensor:
         """Run the parts of a window one after the other; return the sum of their losses."""
         timer, steps = self._controller.timer, len(window.parts)
-        loss = None
+        losses, lacks = [], []
         with self._accumulation_steps_shown(steps), self._norms if window.measured else contextlib.nullcontext():
             self._items = []
             for index, part in enumerate(window.parts):
                 last = index == steps - 1
                 if window.measured:  # now: a `training_step` of one's own may take the batch apart
                     self._items.append(
-                        (count_samples(part.inputs), count_target_tokens(part.inputs, self._loss_shifts_labels))
+                        (count_samples(part.inputs), count_target_tokens(part.inputs, loss_shifts_labels(self)))
                     )
+                lacks.append(lacks_targets(part.inputs, self._loss_shifts_labels))
                 self.current_gradient_accumulation_steps = window.divisor(part)
                 self.accelerator.sync_gradients = last
                 with contextlib.nullcontext() if self._syncs_in(last) else self._without_reduction(model):
                     part_loss = super().training_step(model, part.inputs, num_items_in_batch, *args, **kwargs)
-                loss = part_loss if loss is None else loss + part_loss
+                losses.append(part_loss)
                 if window.measured:
                     self._norms.end_micro_batch()
                 if not last:
                     if part.ends_micro_batch:
                         timer.micro_batch_done(last=False)
                     self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
-        return loss
+        return window_loss(losses, lacks, self.args.logging_nan_inf_filter)
 
     def _syncs_in(self, last: bool) -> bool:
         """Whether DDP reduces gradients in a backward pass, of the last micro-batch or of another."""
@@ -463,9 +470,9 @@ class EfficientTrainerMixin(
 
     def _without_reduction(self, model):
         """Context in which gradients are not reduced over ranks."""
-        if self.is_distributed_loading_by_transformers and is_fsdp_managed_module(self.model):
+        if is_sharded_at_load(self) and is_fsdp_managed_module(self.model):
             # Accelerate did not wrap it, so that its `no_sync` does nothing.
-            return self._defer_fsdp_gradient_reduction()
+            return deferred_fsdp_reduction(self)
         return self.accelerator.no_sync(model)
 
     def _finish_window(self, window: Window, num_items_in_batch: Any) -> None:
@@ -521,7 +528,7 @@ class EfficientTrainerMixin(
     def _measured_sums(self, window: Window, num_items_in_batch: Any) -> tuple[LocalSums, float | None]:
         """This rank's terms of the window's statistics, and what all ranks have divided their losses by, if known."""
         world_size = self.args.world_size
-        scaled = self.loss_is_scaled_for_ga
+        scaled = loss_is_scaled_for_ga(self)
         if scaled is None:
             scaled = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         samples, tokens = zip(*self._items, strict=True)

@@ -3,6 +3,7 @@
 import socket
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     GPT2Config,
@@ -14,6 +15,18 @@ from transformers import (
 )
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
+from hf_trainopt.scripting.requirements import PACKAGES
+
+
+def skip_without_scripts() -> None:
+    """Skip a test, or a module that calls it while it is imported, where the extra `scripts` is not installed."""
+    for module in PACKAGES.values():
+        pytest.importorskip(module, reason=f"{module} is in the extra 'scripts'")
+
+
+def table(columns: dict[str, list]) -> Any:
+    """Return a `datasets.Dataset`; skip the test where datasets is not installed."""
+    return pytest.importorskip("datasets", reason="datasets is in the extra 'scripts'").Dataset.from_dict(columns)
 
 
 class Rows(torch.utils.data.Dataset):

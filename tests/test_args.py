@@ -8,6 +8,7 @@ from helpers import Rows, arguments, quiet, tiny_gpt2
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments, EfficientTrainingArgumentsMixin
+from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.accumulation import FixedPolicy, GoodputPolicy, NoiseScalePolicy, RampPolicy
 
 
@@ -46,7 +47,7 @@ def test_bad_arguments(tmp_path, bad, message):
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
         (
-            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            {ACTIVATION_CHECKPOINTING: True, f"{ACTIVATION_CHECKPOINTING}_kwargs": {"use_reentrant": True}},
             "use_reentrant=True hands out gradients in pieces",
         ),
     ],

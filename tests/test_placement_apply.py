@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hf_trainopt.placement.apply import apply_placement
 from hf_trainopt.placement.batchnorm import SMALL_BUFFER, BufferKeeper
 from hf_trainopt.placement.plan import FULL, STORE, PlacementPlan, Rewrites, StageChoice
-from hf_trainopt.placement.regions import ForwardOverride, LayerFunction, activation_modules
+from hf_trainopt.placement.regions import ForwardOverride, activation_modules
 from hf_trainopt.placement.stages import find_stages
 
 
@@ -284,10 +284,11 @@ def test_flags_of_layers_are_restored():
     block = model.transformer.h[0]
     function = block._gradient_checkpointing_func
     with apply_placement(model, plan_of(model, "all")):
-        assert block.gradient_checkpointing is True
-        assert isinstance(block._gradient_checkpointing_func, LayerFunction)
+        assert not model.is_activation_checkpointing  # a flag that is set has effects of its own
+        assert isinstance(block.forward, ForwardOverride)
     assert block.__dict__["gradient_checkpointing"] is False
     assert block._gradient_checkpointing_func is function
+    assert "forward" not in block.__dict__
 
 
 def test_undo_before_backward(stock):
@@ -865,15 +866,10 @@ def test_rewrites_are_applied_before_and_undone_after(monkeypatch):
 
     class Rewritten:
         def undo(self):
-            order.append(
-                (
-                    "undo",
-                    isinstance(model.transformer.h[0].__dict__.get("_gradient_checkpointing_func"), LayerFunction),
-                )
-            )
+            order.append(("undo", isinstance(model.transformer.h[0].forward, ForwardOverride)))
 
-    def apply_rewrites(model, rewrites):
-        order.append(("apply", model.transformer.h[0].gradient_checkpointing))
+    def apply_rewrites(model, rewrites, strict_logits):
+        order.append(("apply", isinstance(model.transformer.h[0].forward, ForwardOverride)))
         assert rewrites.names() == ["chunked_loss"]
         return Rewritten()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import Rows, weights_equal
+from helpers import Rows, skip_without_scripts, weights_equal
 from reliability_helpers import GOODPUT, SavesAlways, checkpoints, make
 from scripts_helpers import REPOSITORY
 from test_distributed import launch_all
@@ -250,6 +250,7 @@ def test_a_script_that_is_told_to_end(tmp_path):
 
     from scripts_helpers import ENVIRONMENT, run_script
 
+    skip_without_scripts()
     flags = [
         "--output_dir", tmp_path / "out", "--dataset_name", "python-docs", "--do_train", "--use_cpu",
         "--max_steps=400",

@@ -185,15 +185,17 @@ class AccumulationController:
         self.windows_since_measured += 1
         if self.tracker is not None:
             if measured:
-                self.windows_since_measured = 0
-                self.tracker.update(statistics)
+                used = self.tracker.update(statistics)
+                if used or not statistics.has_no_gradient:  # else the next one is measured in its place
+                    self.windows_since_measured = 0
                 noise = self.tracker.estimate()
                 self.was_resolved |= noise is not None and noise.resolved
                 if self.tracker.num_dropped == STARTUP_WINDOWS and not self.tracker.num_windows:
                     logger.warning(
                         "The gradient noise of none of the first %d measured optimizer steps is known, and k stays "
-                        "at %d: gradients are not finite, or parameters get them from several backward passes of one "
-                        "micro-batch. accumulation_policy='fixed' trains with gradient_accumulation_steps=%d.",
+                        "at %d: gradients are not finite, parameters get them from several backward passes of one "
+                        "micro-batch, or most micro-batches have nothing to predict. accumulation_policy='fixed' "
+                        "trains with gradient_accumulation_steps=%d.",
                         STARTUP_WINDOWS,
                         self.accumulation_steps,
                         self.reference_steps,

@@ -46,6 +46,11 @@ class WindowStatistics:
     num_items: float
     num_samples: float
 
+    @property
+    def has_no_gradient(self) -> bool:
+        """Whether every micro-batch had a gradient of zero."""
+        return self.weighted_square_norm == 0 and self.gradient_square_norm == 0
+
 
 def estimate_noise(statistics: WindowStatistics) -> tuple[float, float] | None:
     """Unbiased estimates of one window.
@@ -188,10 +193,13 @@ class NoiseScaleTracker:
             statistics: Sums over the window.
 
         Returns:
-            Whether it was used: windows with non-finite gradients are dropped and counted in `num_dropped`.
+            Whether it was used. A window with non-finite gradients is dropped and counted in `num_dropped`. One
+            without any gradient (nothing to predict in it) is dropped uncounted: it says nothing about the others.
         """
         estimate = estimate_noise(statistics)
         self.skip(statistics.num_samples)
+        if statistics.has_no_gradient:
+            return False
         if estimate is None:
             self.num_dropped += 1
             return False

@@ -116,6 +116,52 @@ def count_target_tokens(micro_batch: Any, labels_are_shifted: bool) -> torch.Ten
     return labels.ne(-100).sum() if isinstance(labels, torch.Tensor) else None
 
 
+def lacks_targets(micro_batch: Any, labels_are_shifted: bool) -> torch.Tensor | None:
+    """Return, where the labels are, whether a micro-batch has nothing to predict; `None` if it has no labels.
+
+    Prompts that fill their row are such a case. The mean loss over no targets is 0/0, with gradients of zero.
+
+    Args:
+        micro_batch: As for `count_target_tokens`.
+        labels_are_shifted: As for `count_target_tokens`.
+    """
+    count = count_target_tokens(micro_batch, labels_are_shifted)
+    return None if count is None else count == 0
+
+
+def without_empty_mean(loss: torch.Tensor, lacks: torch.Tensor | None) -> torch.Tensor:
+    """Return a loss, or zero if it is not finite because there was nothing to predict; nothing waits for the device.
+
+    Args:
+        loss: Of one micro-batch.
+        lacks: Of `lacks_targets`.
+    """
+    if lacks is None:
+        return loss
+    return torch.where(lacks.to(loss.device, non_blocking=True) & ~torch.isfinite(loss), 0.0, loss)
+
+
+def window_loss(
+    losses: Sequence[torch.Tensor], lacks: Sequence[torch.Tensor | None], is_filtered: bool
+) -> torch.Tensor:
+    """Return the loss of a window, to which micro-batches without targets add nothing.
+
+    Args:
+        losses: Of its micro-batches, which add up to that of the window.
+        lacks: Of `lacks_targets`, for each.
+        is_filtered: Whether `Trainer` logs the mean of the other steps for one that is not finite
+            (`logging_nan_inf_filter`). It may do so where the whole window has no target; else that one's loss is 0.
+    """
+    pairs = list(zip(losses, lacks, strict=True))
+    finite = [without_empty_mean(loss, lack) for loss, lack in pairs]
+    total = sum(finite[1:], finite[0])
+    if not is_filtered or any(lack is None for lack in lacks):
+        return total
+    raw = sum(losses[1:], losses[0])
+    all_lack = torch.stack([lack.to(total.device, non_blocking=True) for lack in lacks]).all()
+    return torch.where(all_lack, raw, total)
+
+
 def micro_batch_weights(
     num_items: Sequence[int],
     world_size: int,

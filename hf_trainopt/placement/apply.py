@@ -5,14 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_trainopt.placement.plan import PlacementPlan, describe, runs_of
-from hf_trainopt.placement.regions import Enter, ForwardOverride, LayerFunction, Region, activation_modules
+from hf_trainopt.placement.regions import Enter, ForwardOverride, Region, activation_modules
 from hf_trainopt.placement.runs import Run, RunMember
 
-
-_LAYER_ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 # Models that hold a placement. A deep copy is not among them, but holds the overrides, which are looked for too.
 _APPLIED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -21,12 +18,13 @@ _APPLIED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 class AppliedPlacement:
     """A plan that is on a model. Use as a context manager, or call `undo`."""
 
-    def __init__(self, model: nn.Module, plan: PlacementPlan):
+    def __init__(self, model: nn.Module, plan: PlacementPlan, strict_logits: bool = False):
         self.model = model
         self.plan = plan
+        self._strict_logits = strict_logits
         self._rewrites: Any = None
         self._overrides: list[tuple[nn.Module, ForwardOverride]] = []
-        self._layers: list[tuple[GradientCheckpointingLayer, LayerFunction, dict[str, Any]]] = []
+        self._flagged = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._undone = False
 
     def __enter__(self) -> "AppliedPlacement":
@@ -43,31 +41,48 @@ class AppliedPlacement:
         for module, override in reversed(self._overrides):
             # Inert, if someone has wrapped the forward since (accelerate does) and goes on calling this one.
             override.active = False
-            if module.__dict__.get("forward") is override:
-                _restore(module, {"forward": override.replaced} if override.replaced is not None else {}, ("forward",))
-        for layer, _, before in reversed(self._layers):
-            _restore(layer, before, _LAYER_ATTRIBUTES)
+            if module.__dict__.get("forward") is not override:
+                continue
+            if override.replaced is not None:
+                module.__dict__["forward"] = override.replaced
+            else:
+                del module.__dict__["forward"]
         if self._rewrites is not None:
             self._rewrites.undo()
         _APPLIED.discard(self.model)
 
-    def _enter_at(self, module: nn.Module, enter: Enter) -> None:
-        if isinstance(module, GradientCheckpointingLayer):
-            function = LayerFunction(enter)
-            before = {name: module.__dict__[name] for name in _LAYER_ATTRIBUTES if name in module.__dict__}
-            self._layers.append((module, function, before))
-            module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = function
-        else:
-            override = ForwardOverride(module, enter)
-            self._overrides.append((module, override))
+    def restore_lost(self) -> list[str]:
+        """Put back what others have taken off the model or put beside the plan since; cheap enough for every step.
+
+        Returns:
+            What it was; empty if the plan is as it was applied.
+        """
+        if self._undone:
+            return []
+        lost = []
+        flagged = [module for module in self._flagged if module.gradient_checkpointing is True]
+        for module in flagged:
+            module.gradient_checkpointing = False
+        if flagged:
+            lost.append(f"activation checkpointing of transformers was turned on in {len(flagged)} modules")
+        missing = [(module, override) for module, override in self._overrides if "forward" not in module.__dict__]
+        for module, override in missing:
+            override.replaced = None
             module.__dict__["forward"] = override
+        if missing:
+            lost.append(f"the forward pass of {len(missing)} of its modules was replaced")
+        return lost
+
+    def _enter_at(self, module: nn.Module, enter: Enter) -> None:
+        override = ForwardOverride(module, enter)
+        self._overrides.append((module, override))
+        module.__dict__["forward"] = override
 
     def _apply(self) -> None:
         if self.plan.rewrites.names():
             from hf_trainopt.placement.rewrites import apply_rewrites
 
-            self._rewrites = apply_rewrites(self.model, self.plan.rewrites)
+            self._rewrites = apply_rewrites(self.model, self.plan.rewrites, self._strict_logits)
         modules = dict(self.model.named_modules())
         runs = {
             name: (run, place) for run in map(Run, runs_of(self.plan.stages)) for place, name in enumerate(run.stages)
@@ -86,7 +101,7 @@ class AppliedPlacement:
                 self._enter_at(modules[name], Region(name, choice.saved_ops))
 
 
-def apply_placement(model: nn.Module, plan: PlacementPlan) -> AppliedPlacement:
+def apply_placement(model: nn.Module, plan: PlacementPlan, strict_logits: bool = False) -> AppliedPlacement:
     """Make a model store and recompute what a plan says.
 
     Losses, gradients, buffers and random numbers stay bit for bit what they are without a plan (rewrites excepted). No
@@ -95,6 +110,8 @@ def apply_placement(model: nn.Module, plan: PlacementPlan) -> AppliedPlacement:
     Args:
         model: The model itself, before it is wrapped for distributed training; its stages are named in `plan`.
         plan: A plan made for this model.
+        strict_logits: With the chunked loss, whether it is an error to use the logits of a training step. If not, they
+            are computed when they are used, and the first time a warning says so.
 
     Returns:
         The placement, whose `undo()` restores the model.
@@ -128,7 +145,7 @@ def apply_placement(model: nn.Module, plan: PlacementPlan) -> AppliedPlacement:
         if (other := by_module.setdefault(modules[name], name)) != name:
             raise ValueError(f"the stages {other} and {name} are one module; name only {other} in the plan.")
     runs_of(plan.stages)
-    applied = AppliedPlacement(model, plan)
+    applied = AppliedPlacement(model, plan, strict_logits)
     try:
         applied._apply()
     except BaseException:
@@ -144,10 +161,6 @@ def _check_model(model: nn.Module) -> None:
         if module in _APPLIED or isinstance(module.__dict__.get("forward"), ForwardOverride):
             raise ValueError(f"{where} holds a placement already; call undo() of what apply_placement returned first.")
         if getattr(module, "gradient_checkpointing", False) is True:
-            if isinstance(module.__dict__.get("_gradient_checkpointing_func"), LayerFunction):
-                raise ValueError(
-                    f"{where} holds a placement already; call undo() of what apply_placement returned first."
-                )
             raise ValueError(
                 f"{where} uses activation checkpointing already; turn it off with "
                 "model.gradient_checkpointing_disable() or leave out the placement."
@@ -164,12 +177,3 @@ def _check_model(model: nn.Module) -> None:
                 f"{where} is an nn.DataParallel, whose replicas would recompute with the parameters of the first; use "
                 "DistributedDataParallel (torchrun), or show one device only (CUDA_VISIBLE_DEVICES=0)."
             )
-
-
-def _restore(module: nn.Module, before: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Make these entries of the module's own dictionary what they were, also absent."""
-    for name in names:
-        if name in before:
-            module.__dict__[name] = before[name]
-        else:
-            module.__dict__.pop(name, None)

@@ -11,6 +11,7 @@ A model that does something else to its logits (Gemma 2 caps them, Cohere scales
 
 import inspect
 import itertools
+import logging
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -26,6 +27,8 @@ from .errors import PlacementError
 from .overrides import Overrides
 
 
+logger = logging.getLogger(__name__)
+
 # Loss functions of transformers that are cross-entropy over flattened logits and nothing else.
 PLAIN_LOSSES = (ForCausalLMLoss, ForMaskedLMLoss)
 
@@ -40,10 +43,14 @@ class ChunkedLoss:
     Args:
         model: What `find_language_model` returns.
         chunk_rows: See `chunked_cross_entropy`.
+        strict: Whether it is an error to use the logits of a training step. If not, they are computed when they are
+            used, and the first time a warning says so.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk_rows: int | None = None):
+    def __init__(self, model: PreTrainedModel, chunk_rows: int | None = None, strict: bool = True):
         self.model = model
+        self.strict = strict
+        self._warned = False
         self.head = model.get_output_embeddings()
         self.chunk_rows = chunk_rows
         self.enabled = True
@@ -94,8 +101,18 @@ class ChunkedLoss:
     def call_head(self, hidden: torch.Tensor) -> torch.Tensor | DeferredLogits:
         """Run the head, or put it off."""
         if self._deferring:
-            return DeferredLogits(hidden, self.head, self.head_forward)
+            return DeferredLogits(hidden, self.head, self.head_forward, None if self.strict else self._logits_used)
         return self.head_forward(hidden)
+
+    def _logits_used(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s in a training step. The chunked loss hasn't computed them, so they are computed now; steps that "
+                "do this take more memory than planned. Set memory_rewrites='none' or 'fused_activations' to plan "
+                "without the chunked loss.",
+                what,
+            )
 
     def _loss(self, *args, **kwargs) -> torch.Tensor:
         """Compute what `loss_function` would from the same arguments."""
@@ -138,12 +155,13 @@ class ChunkedLoss:
         return loss.float()
 
 
-def apply_chunked_loss(model: torch.nn.Module, chunk_rows: int | None = None) -> ChunkedLoss:
+def apply_chunked_loss(model: torch.nn.Module, chunk_rows: int | None = None, strict: bool = True) -> ChunkedLoss:
     """Let the language model in `model` compute its training loss in chunks; return what undoes it.
 
     Args:
         model: The language model, or what it is wrapped in (PEFT, ...).
         chunk_rows: See `chunked_cross_entropy`.
+        strict: See `ChunkedLoss`.
 
     Raises:
         ValueError: The model does not have the structure.
@@ -156,7 +174,7 @@ def apply_chunked_loss(model: torch.nn.Module, chunk_rows: int | None = None) ->
         )
     if rewrite_of(language_model) is not None:
         raise ValueError("the chunked loss is on already; undo it first.")
-    return ChunkedLoss(language_model, chunk_rows)
+    return ChunkedLoss(language_model, chunk_rows, strict)
 
 
 def find_language_model(model: torch.nn.Module) -> PreTrainedModel | None:

@@ -1,7 +1,6 @@
 """Checkpointed regions: what is recomputed together, and how a module's calls are led into its region."""
 
 import copy
-import functools
 import inspect
 import pickle
 import weakref
@@ -15,6 +14,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_trainopt.placement.batchnorm import BufferKeeper
 from hf_trainopt.placement.global_state import HostRandomState
@@ -31,6 +31,14 @@ _ACTIVATION_MODULES = (
     "transformers.activations",
     "timm.layers.activations",
     "timm.layers.activations_me",
+)
+
+
+_FILLED_CACHE = (
+    "stage '{stage}' is recomputed in the backward pass and would update its key-value cache (past_key_values) twice. "
+    "If you don't mean to use a cache in training, set model.config.use_cache=False. Prefix tuning passes its prefix "
+    "in past_key_values and so works with no recomputed layer: use checkpoint_placement='none' and no memory_budget, "
+    "or another method (LoRA, prompt tuning)."
 )
 
 
@@ -142,24 +150,24 @@ def refuse_compiling(stage: str) -> None:
 def without_cache(
     module: nn.Module, stage: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return arguments with an unused key-value cache dropped, as transformers drops it from the keywords of layers.
+    """Return arguments with an unused key-value cache dropped, as transformers drops it where it checkpoints layers.
 
-    A recomputation would write to the cache a second time. GPT-2 passes it by position, where
-    `GradientCheckpointingLayer` does not look.
+    A recomputation would write to the cache a second time. Transformers drops what a cache holds as well, without an
+    error, and doesn't see one that is passed by position (GPT-2).
 
     Raises:
         RuntimeError: The cache holds something that this layer would attend to.
     """
+    is_layer = isinstance(module, GradientCheckpointingLayer)
+    if is_layer and kwargs.get("use_cache"):
+        kwargs = {**kwargs, "use_cache": False}
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     if not caches or getattr(module, "_can_checkpoint_with_cache", False):
         return args, kwargs
     indices = (getattr(member, "layer_idx", getattr(member, "layer_id", None)) for member in module.modules())
     layers = {index for index in indices if isinstance(index, int)}
-    if not layers or any(cache.get_seq_length(layer) for cache in caches for layer in layers):
-        raise RuntimeError(
-            f"stage '{stage}' is recomputed in the backward pass and would update its key-value cache twice; set "
-            "model.config.use_cache=False for training."
-        )
+    if (not layers and not is_layer) or any(cache.get_seq_length(layer) for cache in caches for layer in layers):
+        raise RuntimeError(_FILLED_CACHE.format(stage=stage))
     dropped = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
     return tuple(None if isinstance(arg, Cache) else arg for arg in args), dropped
 
@@ -174,31 +182,13 @@ class _Attached:
         )
 
 
-class LayerFunction(_Attached):
-    """The `_gradient_checkpointing_func` of one `GradientCheckpointingLayer`."""
-
-    def __init__(self, enter: Enter):
-        self.enter = enter
-
-    def __deepcopy__(self, memo: dict) -> "LayerFunction":
-        copied = LayerFunction.__new__(LayerFunction)
-        copied.enter = copy.deepcopy(self.enter, memo)
-        return copied
-
-    def __call__(self, function: functools.partial, *args) -> Any:
-        """Take the call over from the layer, which hands it on as `partial(forward, layer, **kwargs), *args`."""
-        if not torch.is_grad_enabled():
-            return function(*args)
-        # The layer comes with the call, so that a copy of the model recomputes with its own parameters.
-        layer, *bound = function.args
-        return self.enter(functools.partial(function.func, layer), layer, (*bound, *args), function.keywords)
-
-
 class ForwardOverride(_Attached):
-    """Stands in for `forward` on one module that is no `GradientCheckpointingLayer`.
+    """Stands in for `forward` on one module.
 
     On the instance and not around the module, so that no name changes; `forward` and not `__call__`, so that hooks run
-    once. A `forward` that was on the instance before (accelerate puts one there) is called through.
+    once. A `forward` that was on the instance before (accelerate puts one there) is called through. The layers of
+    transformers have a flag for this purpose, but a layer whose flag is set drops its cache even where nothing is
+    recomputed, and everybody may set the flags of all layers.
     """
 
     def __init__(self, module: nn.Module, enter: Enter):

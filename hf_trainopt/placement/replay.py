@@ -236,7 +236,7 @@ class StepReplayer:
         return self.replay(PlacementPlan("replay", dict(stages), rewrites))
 
     def _replay(self, plan: PlacementPlan) -> Replay:
-        with self._on_device(), apply_placement(self.model, plan), ExitStack() as stack:
+        with self._on_device(), apply_placement(self.model, plan, strict_logits=True), ExitStack() as stack:
             tracker = self._start()
             boundary: dict[str, int] = {}
             joined: set[str] = set()

@@ -38,12 +38,13 @@ def available_rewrites(model: torch.nn.Module) -> Rewrites:
     )
 
 
-def apply_rewrites(model: torch.nn.Module, rewrites: Rewrites) -> AppliedRewrites:
+def apply_rewrites(model: torch.nn.Module, rewrites: Rewrites, strict_logits: bool = True) -> AppliedRewrites:
     """Change the model in place; names, parameters and state dict stay as they are.
 
     Args:
         model: The model, or what it is wrapped in (PEFT, ...).
         rewrites: What to apply.
+        strict_logits: `strict` of `ChunkedLoss`.
 
     Raises:
         ValueError: A rewrite is not available for this model; none is applied then.
@@ -53,7 +54,7 @@ def apply_rewrites(model: torch.nn.Module, rewrites: Rewrites) -> AppliedRewrite
         if rewrites.fused_activations:
             applied._parts.append(apply_fused_activations(model))
         if rewrites.chunked_loss:
-            applied._parts.append(apply_chunked_loss(model))
+            applied._parts.append(apply_chunked_loss(model, strict=strict_logits))
     except ValueError:
         applied.undo()
         raise

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
 
 from .._compat import rank_batch_size
+from .._versions import ACTIVATION_CHECKPOINTING, activation_checkpointing_kwargs, is_sharded_at_load
 from .apply import AppliedPlacement, apply_placement
 from .arguments import is_plan_file
 from .budget import gib, parse_budget
@@ -57,10 +59,12 @@ class PlacementTrainerMixin:
         self._peak_measurement: PeakMeasurement | None = None
         self._peaks_to_log: dict[str, float] = {}
         self._resumes = False
+        self._warned_of_lost_placement = False
         if getattr(self.args, "places_checkpoints", False):
             self._check_placement()
             self._peak_measurement = PeakMeasurement(self._peak_measured)
             self.add_callback(self._peak_measurement)
+            self.add_callback(_KeepsPlacement(self))
 
     def _check_placement(self) -> None:
         """Refuse what placement cannot work with."""
@@ -75,14 +79,14 @@ class PlacementTrainerMixin:
                 f"{what} cannot predict the memory of sharded models yet (FSDP, DeepSpeed); choose 'all', 'every_n', "
                 "'sqrt' or a plan file."
             )
-        if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        if activation_checkpointing_kwargs(args).get("use_reentrant"):
             raise ValueError(
-                f"{what} is non-reentrant; remove use_reentrant=True from activation_checkpointing_kwargs."
+                f"{what} is non-reentrant; remove use_reentrant=True from {ACTIVATION_CHECKPOINTING}_kwargs."
             )
 
     @property
     def _is_sharded(self) -> bool:
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled or is_sharded_at_load(self)
 
     # ---- When ------------------------------------------------------------------------------------------------------
 
@@ -111,11 +115,24 @@ class PlacementTrainerMixin:
 
     def _applied(self) -> AppliedPlacement:
         try:
-            return apply_placement(self.model, self.placement_plan)
+            # Who has not asked for the chunked loss may look at logits now and then, which no replay shows.
+            asked = "chunked_loss" in check_rewrites(self.args.memory_rewrites)
+            return apply_placement(self.model, self.placement_plan, strict_logits=asked)
         except ValueError as error:
             if not is_plan_file(self.args.placement_policy):
                 raise
             raise PlacementError(f"{self.args.placement_policy}: {error}") from error
+
+    def _restore_placement(self) -> None:
+        """Put the placement back where somebody has overwritten it since the last step."""
+        lost = [] if self._placement is None else self._placement.restore_lost()
+        if lost and not self._warned_of_lost_placement:
+            self._warned_of_lost_placement = True
+            logger.warning(
+                "Since the last step, %s. The checkpoint placement is put back before each step; leave out what "
+                "changes it (gradient_checkpointing_enable, for example).",
+                " and ".join(lost),
+            )
 
     def _undo_placement(self) -> None:
         if self._placement is not None:
@@ -246,7 +263,7 @@ class PlacementTrainerMixin:
     @property
     def _every_n(self) -> int:
         """n of `checkpoint_placement="every_n"`, as transformers takes it."""
-        return (self.args.activation_checkpointing_kwargs or {}).get("every_n_layers", 2)
+        return activation_checkpointing_kwargs(self.args).get("every_n_layers", 2)
 
     def _unpredicted(self, policy: str, rewrites: Rewrites = NO_REWRITES) -> PlacementPlan:
         """Return the plan of a named policy without a replay."""
@@ -422,6 +439,16 @@ class PlacementTrainerMixin:
                 gib(budget),
             )
         self._keep_plan()
+
+
+class _KeepsPlacement(TrainerCallback):
+    """Looks before each step whether the placement is still on the model."""
+
+    def __init__(self, trainer: PlacementTrainerMixin):
+        self._trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._trainer._restore_placement()
 
 
 def _largest_shape(batch: Any) -> list[int] | None:

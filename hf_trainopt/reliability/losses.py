@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
+from ..accumulation.window import without_empty_mean
+
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +30,11 @@ class SkippedWindows:
     total: int = 0
     in_a_row: int = 0
 
-    def count(self, skipped: bool) -> None:
-        """Count a window."""
+    def count(self, skipped: bool, is_empty: bool = False) -> None:
+        """Count a window. One without a target (`is_empty`) says nothing about whether the run diverges."""
         self.total += skipped
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if not is_empty:
+            self.in_a_row = self.in_a_row + 1 if skipped else 0
 
 
 def last_good_step(step: int, skipped_in_a_row: int) -> int:
@@ -105,23 +108,35 @@ class FiniteWindows:
         fused = isinstance(inner, torch.optim.Adam) and all(group.get("fused") for group in inner.param_groups)
         self._tells_on_device = fused and not self._statistics and not has_sharded_parameters(model)
         self._loss: torch.Tensor | None = None
+        self._is_empty: torch.Tensor | None = None
         self._pending: tuple[torch.Tensor, torch.Event | None, int] | None = None
         self._by_scaler = False
         self._skips = False
         self.any_loss_is_bad = False  # on any rank, if that is known
+        self.any_has_targets = False  # likewise
 
     def restart_window(self) -> None:
         """Forget the losses of a window that is begun anew."""
-        self._loss, self.any_loss_is_bad = None, False
+        self._loss, self._is_empty, self.any_loss_is_bad, self.any_has_targets = None, None, False, False
 
     def begin_micro_batch(self) -> None:
         """Call before each micro-batch."""
         if self._loss is None:
             self._statistics.save()
 
-    def end_micro_batch(self, loss: torch.Tensor) -> None:
-        """Take in the loss of a micro-batch."""
-        self._loss = loss if self._loss is None else self._loss + loss
+    def end_micro_batch(self, loss: torch.Tensor, lacks: torch.Tensor | None = None) -> None:
+        """Take in the loss of a micro-batch.
+
+        Args:
+            loss: The loss.
+            lacks: Whether it has no targets (see `lacks_targets`), so that its loss may be 0/0.
+        """
+        loss = without_empty_mean(loss, lacks)
+        empty = torch.zeros_like(loss, dtype=torch.bool) if lacks is None else lacks.to(loss.device, non_blocking=True)
+        if self._loss is None:
+            self._loss, self._is_empty = loss, empty
+        else:
+            self._loss, self._is_empty = self._loss + loss, self._is_empty & empty
 
     @property
     def is_in_window(self) -> bool:
@@ -131,6 +146,10 @@ class FiniteWindows:
     def loss_is_bad(self) -> torch.Tensor:
         """Return, on the device, whether a loss of this window on this rank is not finite."""
         return ~torch.isfinite(self._loss)
+
+    def has_targets(self) -> torch.Tensor:
+        """Return, on the device, whether a micro-batch of this window on this rank has a target."""
+        return ~self._is_empty
 
     @property
     def is_deferred(self) -> bool:
@@ -152,31 +171,36 @@ class FiniteWindows:
         if not by_scaler:
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
             bad = bad.to(norm.device) | ~torch.isfinite(norm)
-        self._loss, self.any_loss_is_bad = None, False
+        empty = (self._is_empty & (not self.any_has_targets)).to(bad.device)
+        self.restart_window()
         self._by_scaler, self._skips, copied = by_scaler, False, None
         if self.is_deferred:
             inner = self._optimizer.optimizer
             inner.grad_scale, inner.found_inf = None, bad.float()
-            if bad.device.type != "cpu":
-                # Reading `bad` itself a window later would wait for all that was queued in the meantime.
-                bad = bad.to("cpu", non_blocking=True)
-                copied = torch.Event(inner.found_inf.device)
-                copied.record()
-        self._pending = (bad, copied, step)
+        verdict = torch.stack([bad.any(), empty.all()])
+        if self.is_deferred and bad.device.type != "cpu":
+            # Reading `verdict` itself a window later would wait for all that was queued in the meantime.
+            verdict = verdict.to("cpu", non_blocking=True)
+            copied = torch.Event(bad.device)
+            copied.record()
+        self._pending = (verdict, copied, step)
 
-    def settle(self) -> tuple[bool, int] | None:
-        """Return whether the last window is skipped and the steps before it; `None` if that was told before."""
+    def settle(self) -> tuple[bool, bool, int] | None:
+        """Return whether the last window is skipped, whether it had no targets, and the steps before it.
+
+        `None` if that was told before.
+        """
         if self._pending is None:
             return None
-        (bad, copied, step), self._pending = self._pending, None
+        (verdict, copied, step), self._pending = self._pending, None
         if copied is not None:
             copied.synchronize()
-        skipped = bool(bad)
+        skipped, is_empty = verdict.tolist()
         if not self.is_deferred:
             self._skips = skipped
             if skipped:
                 self._statistics.restore()
-        return skipped, step
+        return skipped, is_empty, step
 
     def before_optimizer_step(self) -> None:
         """Make the step that follows one that does nothing, if the window is skipped."""

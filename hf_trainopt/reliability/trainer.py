@@ -7,6 +7,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 from transformers.integrations.neftune import deactivate_neftune
 
+from ..accumulation.window import lacks_targets, without_empty_mean
 from ..log_lines import give_back
 from .checkpoints import CheckpointsTrainerMixin
 from .interrupts import SIGNALS, SignalWatch, ending, signal_of
@@ -100,18 +101,23 @@ class ReliabilityTrainerMixin(CheckpointsTrainerMixin):
 
     # ---- The end of a window ---------------------------------------------------------------------------------------
 
-    def training_step(self, model, *args, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the losses of a window are added up to see whether they are finite."""
         if self._finite is None:
-            return super().training_step(model, *args, **kwargs)
+            return super().training_step(model, inputs, *args, **kwargs)
+        lacks = lacks_targets(inputs, self._loss_shifts_labels)  # now: the batch may be taken apart
         self._finite.begin_micro_batch()
-        loss = super().training_step(model, *args, **kwargs)
-        self._finite.end_micro_batch(loss)
-        return loss
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._finite.end_micro_batch(loss, lacks)
+        if lacks is None or self.args.logging_nan_inf_filter:
+            return loss  # stock logs the mean of the other steps in its place
+        return without_empty_mean(loss, lacks)
 
     def _window_flags(self) -> torch.Tensor:
-        """What ranks add up at the end of a window: signals that came, losses that are not finite."""
-        return torch.tensor([*self._signals.counts(), float(self._loss_of_window_is_bad())], dtype=torch.float64)
+        """What ranks add up at the end of a window: signals that came, losses that are not finite, targets."""
+        has_targets = self._finite is not None and self._finite.is_in_window and bool(self._finite.has_targets())
+        flags = [*self._signals.counts(), float(self._loss_of_window_is_bad()), float(has_targets)]
+        return torch.tensor(flags, dtype=torch.float64)
 
     def _loss_of_window_is_bad(self) -> bool:
         """Whether a loss of this window is known not to be finite: one of this rank, or of any once they agreed."""
@@ -130,6 +136,7 @@ class ReliabilityTrainerMixin(CheckpointsTrainerMixin):
             self._interrupt = signal_of(flags[: len(SIGNALS)])
         if self._finite is not None:
             self._finite.any_loss_is_bad = flags[len(SIGNALS)] > 0
+            self._finite.any_has_targets = flags[len(SIGNALS) + 1] > 0
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
@@ -160,9 +167,9 @@ class ReliabilityTrainerMixin(CheckpointsTrainerMixin):
         settled = self._finite.settle()
         if settled is None:
             return
-        skipped, step = settled
+        skipped, is_empty, step = settled
         count = self._skipped_windows
-        count.count(skipped)
+        count.count(skipped, is_empty)
         if skipped or STATE_KEY in self.state.stateful_callbacks:
             self.state.stateful_callbacks[STATE_KEY] = {"args": {}, "attributes": dict(vars(count))}
         if count.in_a_row >= self.args.max_skipped_windows and self._can_go_on(count.in_a_row):

@@ -9,7 +9,7 @@ import timm
 from timm.models import get_pretrained_cfg
 from transformers import AutoConfig, TimmWrapperConfig, TimmWrapperForImageClassification
 
-from .session import hub_errors
+from .hub import hub_errors
 
 
 logger = logging.getLogger(__name__)
