@@ -186,7 +186,8 @@ def test_the_committed_page_is_that_of_the_committed_records(tmp_path):
 def rehearsal(tmp_path_factory) -> Path:
     """Records of the whole script at toy size, without data beside it."""
     folder = tmp_path_factory.mktemp("gpu") / "records"
-    done = call("--rehearse", "--output", str(folder), HF_TRAINOPT_DATA=str(folder / "nowhere"))
+    # Two minutes on two idle cores; no stage is to fail because something else runs beside it.
+    done = call("--rehearse", "--minutes", "25", "--output", str(folder), HF_TRAINOPT_DATA=str(folder / "nowhere"))
     assert (folder / "summary.json").exists(), done.stdout[-4000:] + done.stderr[-4000:]
     return folder
 

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,31 @@ BUDGETS = ("75%", "50%")
 # ---- What is compared ----------------------------------------------------------------------------------------------
 
 
-def prepare(context: Context) -> dict[str, list[dict[str, Any]]]:
-    """Make the plans while the stage before has the GPU."""
+def prepare(context: Context) -> dict[str, list[dict[str, Any]] | str]:
+    """Make the plans, or note why there are none, while the stage before has the GPU."""
     transformers.logging.set_verbosity_error()
-    return {case.name: all_plans(case, budgets=BUDGETS, allowed=("none",)) for case in placement_cases(context)}
+    transformers.utils.logging.disable_progress_bar()
+    found: dict[str, list[dict[str, Any]] | str] = {}
+    for case in placement_cases(context):
+        try:
+            found[case.name] = all_plans(case, budgets=BUDGETS, allowed=("none",))
+        except Exception:
+            found[case.name] = traceback.format_exc()
+    return found
 
 
-def run(context: Context, record: Record, prepared: dict[str, list[dict[str, Any]]]) -> None:
+def run(context: Context, record: Record, prepared: dict[str, list[dict[str, Any]] | str]) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     checks = Checks(context, record)
     fixed_is_stock(checks)
     wandering_k(checks)
     for case in placement_cases(context):
-        placements(checks, case, prepared[case.name])
+        plans = prepared[case.name]
+        if isinstance(plans, str):
+            record.fail(f"{case.name}: plans", plans)
+            continue
+        with record.part(case.name):
+            placements(checks, case, plans)
     out_of_memory(checks)
     overflows(checks)
     resuming(checks)
