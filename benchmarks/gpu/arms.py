@@ -182,13 +182,16 @@ def train(
         wall = time.monotonic() - started
         peak = torch.cuda.max_memory_allocated(context.device) if context.on_gpu else None
         reserved = torch.cuda.max_memory_reserved(context.device) if context.on_gpu else None
+        if evaluates and clock.last_step != trainer.state.global_step:
+            trainer.evaluate()  # so that each curve ends where the data do
+        history = list(trainer.state.log_history)
+        curve = clock.curve(history)
         last = trainer.evaluate(task.everything) if evaluates else {}
-    history = trainer.state.log_history
     final = next((line for line in reversed(history) if "train_runtime" in line), {})
     plan = getattr(trainer, "placement_plan", None)
     found = {
         "name": arm.name, "seed": arm.seed, "k": arm.k, "learning_rate": arm.learning_rate, "arguments": arm.ours,
-        "optimizer_steps": trainer.state.global_step, "curve": clock.curve(history), "wall_s": round(wall, 2),
+        "optimizer_steps": trainer.state.global_step, "curve": curve, "wall_s": round(wall, 2),
         "train_time_s": final.get("train_time_s", wall), "final_loss": last.get("eval_loss"),
         "final_metric": last.get(f"eval_{task.metric}") if task.metric else None, "metric": task.metric,
         "samples_per_second": final.get("samples_per_second"), "tokens_per_second": final.get("tokens_per_second"),

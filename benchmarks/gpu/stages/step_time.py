@@ -39,18 +39,18 @@ def run(context: Context, record: Record, prepared: Any) -> None:
     first, *others = cases(context)
     assert first.name == COMPILED
     with record.part(first.name) as part:
-        time_case(context, record, first, part, context.pick(22.0, context.left), ceilings)
+        time_case(context, record, first, part, context.pick(18.0, context.left), ceilings)
     with record.part("loops of the Trainer") as part:
-        loops(context, record, part, context.pick(25.0, context.left))
+        loops(context, record, part, context.pick(16.0, context.left))
     for number, case in enumerate(others[:3]):
-        # Compiling comes after the first of the others, and wants the rest of the time but for a little.
-        if number == 1:
+        # What compiling takes is not known: what is short comes first.
+        if number == 2:
             compile_part(context, record, first)
         if context.left < context.pick(6.0, 1.0):
             record.skip(case.name, f"{context.left:.0f} s are left")
             continue
         with record.part(case.name) as part:
-            time_case(context, record, case, part, min(context.left - 2, context.pick(8.0, 60.0)), ceilings)
+            time_case(context, record, case, part, min(context.left - 2, context.pick(7.0, 60.0)), ceilings)
 
 
 def measured_ceilings(context: Context) -> dict[str, float]:
