@@ -127,7 +127,7 @@ def _timm_models(what: str) -> ModuleType:
     try:
         from hf_trainopt.models import timm_model
     except ImportError as error:
-        raise ValueError(f"{what} needs timm ({error}); pip install 'hf-trainopt[scripts]'.") from error
+        raise ValueError(f"{what}: {error}") from error
     return timm_model
 
 
