@@ -36,6 +36,7 @@ PRIVATE_API: dict[str, tuple[tuple[str, ...], str]] = {
     "_save_rng_state": (("output_dir",), "As above."),
     "_load_rng_state": (("checkpoint",), "Called too late where the rows of the data draw random numbers."),
     "_push_from_checkpoint": (("checkpoint_folder",), "Waits until the checkpoint is complete."),
+    "_prepare_inputs": (("inputs",), "Moves a batch to the device where its loss is tried before the first step."),
     "_load_scaler": (("checkpoint",), "Fails on a checkpoint of fp16 in a run that has no gradient scaler."),
 }
 

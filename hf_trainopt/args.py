@@ -1,8 +1,9 @@
 """Arguments of the efficient parts, on top of `TrainingArguments`."""
 
+import functools
 import logging
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
@@ -265,3 +266,42 @@ class EfficientTrainingArguments(EfficientTrainingArgumentsMixin, TrainingArgume
     > [!NOTE]
     > No default of `TrainingArguments` is changed. `accumulation_policy="fixed"` is stock `Trainer`, bit for bit.
     """
+
+
+@functools.cache
+def efficient_class(cls: type[TrainingArguments]) -> type[TrainingArguments]:
+    """Return the class of arguments that has our settings besides those of `cls`.
+
+    Args:
+        cls: A class of `TrainingArguments` (`SFTConfig`, ...); one that has them already is returned as it is.
+    """
+    if issubclass(cls, EfficientTrainingArgumentsMixin):
+        return cls
+    if cls is TrainingArguments:
+        return EfficientTrainingArguments
+
+    def reduce(self, protocol):  # `training_args.bin`: no module holds the class
+        return _with_state, (cls, vars(self))
+
+    members = {"__reduce_ex__": reduce, "__module__": __name__, "__doc__": cls.__doc__}
+    return dataclass(type(f"Efficient{cls.__name__}", (EfficientTrainingArgumentsMixin, cls), members))
+
+
+def make_efficient(args: TrainingArguments) -> None:
+    """Give arguments of any class our settings at their defaults, in place: who holds them sees the same object."""
+    before, made = type(args), efficient_class(type(args))
+    if made is before:
+        return
+    args.__class__ = made
+    for setting in fields(made):
+        if setting.name not in vars(args):
+            has_value = setting.default is not MISSING
+            setattr(args, setting.name, setting.default if has_value else setting.default_factory())
+    args.validate_accumulation()
+    logger.info("args is a %s: settings of %s that it lacks have their defaults.", before.__name__, made.__name__)
+
+
+def _with_state(cls: type[TrainingArguments], state: dict[str, Any]) -> TrainingArguments:
+    args = object.__new__(efficient_class(cls))
+    vars(args).update(state)
+    return args

@@ -119,7 +119,7 @@ def check_first_loss(trainer: Trainer, num_items_in_batch: torch.Tensor | int | 
 
 
 def check_amount_of_data(args: TrainingArguments, num_micro_batches: int | None, adapts: bool) -> None:
-    """Refuse a run that would train nothing, or whose windows would not fit into an epoch.
+    """Refuse a run that would train nothing, where k varies; warn of one of stock accumulation.
 
     Args:
         args: Of the run.
@@ -127,28 +127,32 @@ def check_amount_of_data(args: TrainingArguments, num_micro_batches: int | None,
         adapts: Whether k varies.
 
     Raises:
-        ValueError: There is too little to train on.
+        ValueError: k varies and there is nothing to train on, or stock `Trainer` could not begin.
     """
+    problem = None
     if args.max_steps == 0:
-        raise ValueError("max_steps is 0, with which nothing is trained; give at least 1, or -1 for num_train_epochs.")
-    if args.max_steps < 0 and args.num_train_epochs == 0:
-        raise ValueError("num_train_epochs is 0, with which nothing is trained; raise it, or set max_steps.")
+        problem = "max_steps is 0, with which nothing is trained; give at least 1, or -1 for num_train_epochs."
+    elif args.max_steps < 0 and args.num_train_epochs == 0:
+        problem = "num_train_epochs is 0, with which nothing is trained; raise it, or set max_steps."
     batch, k = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if num_micro_batches == 0:
-        raise ValueError(
+        problem = (
             f"train_dataset has no batch of per_device_train_batch_size={batch} on each of {args.world_size} "
             "device(s), so that nothing would be trained; lower it, set dataloader_drop_last=False, or add data."
         )
-    if num_micro_batches is not None and num_micro_batches < k:
-        what = (
-            f"train_dataset has {num_micro_batches} micro-batch(es) of per_device_train_batch_size={batch}, fewer "
-            f"than one window of gradient_accumulation_steps={k}"
+    if problem is not None:
+        if adapts or (num_micro_batches == 0 and args.max_steps <= 0):
+            raise ValueError(problem)
+        logger.warning("%s", problem)
+    elif num_micro_batches is not None and num_micro_batches < k:
+        logger.warning(
+            "train_dataset has %d micro-batch(es) of per_device_train_batch_size=%d, fewer than one window of "
+            "gradient_accumulation_steps=%d: %s. Lower one of the two, or add data.",
+            num_micro_batches,
+            batch,
+            k,
+            "each epoch counts as one reference window" if adapts else "each epoch is one step, as in Trainer",
         )
-        remedy = "lower one of the two, or add data"
-        if adapts:
-            # Budget, schedule and intervals are counted in such windows.
-            raise ValueError(f"{what}; {remedy}.")
-        logger.warning("%s: each epoch is one step of all data, as in Trainer; %s.", what, remedy)
 
 
 def _check_sharding(trainer: Trainer, measures: bool, what: str, remedy: str) -> None:

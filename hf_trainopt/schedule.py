@@ -2,8 +2,11 @@
 
 import logging
 import math
+import numbers
 from typing import Any
 
+import numpy as np
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -159,17 +162,29 @@ class DataIndexedLR(LRScheduler):
         return self.inner.get_last_lr()[0] / self.base_lrs[0] if self.base_lrs[0] else 0.0
 
     def _evaluate(self, function: Any, position: int | float) -> float:
-        """Return a function of a `LambdaLR` at a position; of one that takes whole steps only, at that before it."""
+        """Return a function of a `LambdaLR` at a position; of one that takes whole steps only, at that before it.
+
+        It may be any callable: a table's lookup has no value between two steps, whatever it says so with.
+        """
         place = position + self._offset
+        if isinstance(place, int):
+            return function(place)
         if not self._whole_positions:
+            value = problem = None
             try:
-                return function(place)
-            except (TypeError, IndexError):
-                if isinstance(place, int):
+                value = function(place)
+            except Exception as error:
+                problem = error
+            if problem is None and isinstance(value, numbers.Real | torch.Tensor | np.generic):
+                return value
+            try:
+                function(math.floor(place))
+            except Exception:  # it is something else, then
+                if problem is None:
                     raise
-                function(math.floor(place))  # if that fails too, it is something else
-                self._whole_positions = True
-                logger.warning("The learning-rate schedule takes whole steps only: it is constant in between.")
+                raise problem from None
+            self._whole_positions = True
+            logger.warning("The learning-rate schedule takes whole steps only: it is constant in between.")
         return function(math.floor(place))
 
     def step(self, epoch: Any = None) -> None:

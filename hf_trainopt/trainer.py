@@ -25,6 +25,7 @@ from .accumulation.controller import AccumulationController
 from .accumulation.cursor import DataCursor
 from .accumulation.gradient_norms import MicroBatchNorms
 from .accumulation.logs import AccumulationLogsTrainerMixin
+from .accumulation.mean_loss import MeanLoss
 from .accumulation.noise_scale import NoiseScaleTracker
 from .accumulation.policy import AccumulationPolicy, FixedPolicy
 from .accumulation.timing import StepTimer
@@ -43,7 +44,7 @@ from .accumulation.window import (
     window_loss,
     with_counted_items,
 )
-from .args import EfficientTrainingArgumentsMixin
+from .args import make_efficient
 from .checks import (
     check_adaptive_setup,
     check_amount_of_data,
@@ -58,6 +59,8 @@ from .evidence.gradients import GradientStatisticsCallback
 from .evidence.trainer import EvidenceTrainerMixin
 from .flow import WindowCallbackHandler
 from .learning_rate import LearningRateTrainerMixin
+from .loss_probe import divides_by_items, is_in_doubt
+from .loss_scaling import own_loss_ignoring_num_items
 from .out_of_memory.trainer import OutOfMemoryTrainerMixin
 from .placement.trainer import PlacementTrainerMixin
 from .precision.trainer import PrecisionTrainerMixin
@@ -69,6 +72,12 @@ from .schedule import (
 
 
 logger = logging.getLogger(__name__)
+
+_IGNORES_ITEMS = (
+    "The loss of %s ignores num_items_in_batch, so that in stock Trainer gradients and losses are k times too large: "
+    "here they are means over the micro-batches. Set `accepts_loss_kwargs = False` on the model to have that in both, "
+    "without this warning."
+)
 
 
 class EfficientTrainerMixin(
@@ -87,13 +96,14 @@ class EfficientTrainerMixin(
     `accumulation_policy="fixed"` (nothing measured, no `auto_micro_batch`) none of this is in play: the loop is stock.
 
     Args:
-        *args: As for `Trainer`.
+        *args: As for `Trainer`. Training arguments that lack our settings, and those that the class below makes where
+            it is given none, get them at their defaults.
         accumulation_policy (`AccumulationPolicy`, *optional*): Your own policy in place of the one that
             `args.accumulation_policy` names: a callable from `Observation` to the k it would like (`None`: hold).
         **kwargs: As for `Trainer`.
 
     Raises:
-        ValueError: `args` is no `EfficientTrainingArguments`, or something asked for cannot work with varying k.
+        ValueError: Something asked for cannot work with varying k.
     """
 
     def __init__(self, *args, accumulation_policy: AccumulationPolicy | None = None, **kwargs):
@@ -103,11 +113,6 @@ class EfficientTrainerMixin(
                 "Observation, or name a policy in EfficientTrainingArguments(accumulation_policy=...)."
             )
         super().__init__(*args, **kwargs)
-        if not isinstance(self.args, EfficientTrainingArgumentsMixin):
-            raise ValueError(
-                f"args is a {type(self.args).__name__}; pass EfficientTrainingArguments (or a subclass of "
-                "EfficientTrainingArgumentsMixin and your TrainingArguments)."
-            )
         self._takes_num_items = self._accepts_as_set = self.model_accepts_loss_kwargs
         self._has_own_policy = accumulation_policy is not None
         self.accumulation_policy = accumulation_policy
@@ -118,6 +123,7 @@ class EfficientTrainerMixin(
         self._items: list[tuple[int, Any]] = []
         self._epoch_examples = 0
         self._last_window: tuple[int, int] | None = None
+        self._mean_loss = MeanLoss()
         self._epoch_is_over = False
         self._was_bounded = False
         self._train_loader: Any = None
@@ -125,18 +131,14 @@ class EfficientTrainerMixin(
         self._fetches_together = False
         self._warned_of_uneven_ranks = False
         self._warned_of_other_steps = False
+        self._tried_loss = False
         self._committed_state: dict[str, Any] | None = None
         self._read_arguments()
         warn_of_ignored_settings(self, self._measures, self._has_own_policy)
         if self._adapts:
             warn_of_adaptive_setup(self, self._measures)
             if self.model_accepts_loss_kwargs != self._takes_num_items:
-                logger.warning(
-                    "The loss of %s ignores num_items_in_batch, so that in stock Trainer gradients and losses are k "
-                    "times too large: here they are means over the micro-batches. Set `accepts_loss_kwargs = False` "
-                    "on the model to have that in both, without this warning.",
-                    type(self.model).__name__,
-                )
+                logger.warning(_IGNORES_ITEMS, type(self.model).__name__)
         self.callback_handler = WindowCallbackHandler(
             self.callback_handler,
             self._reference_steps_shown,
@@ -145,6 +147,11 @@ class EfficientTrainerMixin(
             self._has_failed_save,
             self._after_save,
         )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`, which calls it as soon as there are arguments."""
+        make_efficient(self.args)
+        super().create_accelerator_and_postprocess()
 
     # ---- What is in play -------------------------------------------------------------------------------------------
 
@@ -181,12 +188,15 @@ class EfficientTrainerMixin(
         if self.model_accepts_loss_kwargs != self._accepts_as_set:  # the user has, since
             self._takes_num_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = self._takes_num_items
+        if self._adapts and loss_ignores_num_items(self):
+            # In stock gradients grow with k, which is a constant there. A mean of micro-batch means does not.
+            self.model_accepts_loss_kwargs = False
+        self._accepts_as_set = self.model_accepts_loss_kwargs
+
+    def _check_setup(self) -> None:
+        """Refuse what cannot work in training; a Trainer that only evaluates or predicts is none of this."""
         if self._adapts:
             check_adaptive_setup(self, self._measures, self._has_own_policy)
-            if loss_ignores_num_items(self):
-                # In stock gradients grow with k, which is a constant there. A mean of micro-batch means does not.
-                self.model_accepts_loss_kwargs = False
-        self._accepts_as_set = self.model_accepts_loss_kwargs
 
     @property
     def _most_accumulation_steps(self) -> int:
@@ -222,13 +232,19 @@ class EfficientTrainerMixin(
         Raises:
             ValueError: There are no rows.
         """
-        if self.train_dataset is not None and has_length(self.train_dataset) and len(self.train_dataset) == 0:
-            raise ValueError("train_dataset is empty, so that nothing would be trained; pass one with rows.")
-        return super().get_train_dataloader(*args, **kwargs)
+        try:
+            return super().get_train_dataloader(*args, **kwargs)
+        except ValueError as error:
+            if self.train_dataset is None or not has_length(self.train_dataset) or len(self.train_dataset):
+                raise
+            raise ValueError(
+                "train_dataset is empty, so that nothing would be trained; pass one with rows."
+            ) from error
 
     def set_initial_training_values(self, args, dataloader, *other, **kwargs):
         """Let the loop run as many steps as there can be windows; schedules stay in reference windows."""
         self._read_arguments()  # a trial of a hyperparameter search is applied after `train` was entered
+        self._check_setup()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, GradientStatisticsCallback):
                 callback.is_redundant, callback.k_varies = self._measures, self._varies
@@ -274,7 +290,8 @@ class EfficientTrainerMixin(
             ),
         )
         self._norms = MicroBatchNorms(self.model, device) if self._measures else None
-        self._last_window = None
+        self._last_window, self._tried_loss = None, False
+        self._mean_loss = MeanLoss()
         logger.info(
             "%s: in what is logged next, steps are reference windows of %d micro-batches, and 'update steps per "
             "epoch' are micro-batches.",
@@ -286,6 +303,7 @@ class EfficientTrainerMixin(
 
     def _check_start(self, *args, **kwargs):
         self._reference_steps = self.args.gradient_accumulation_steps  # it may have changed since the last run
+        self._check_setup()
         return super()._check_start(*args, **kwargs)
 
     def _init_training_state(
@@ -302,7 +320,8 @@ class EfficientTrainerMixin(
         cursor = self._cursor
         if resumed is not None:
             restore(resumed, cursor, self._controller, self._setup)
-            self._was_bounded = resumed["controller"]["accumulation_steps"] != self._controller.accumulation_steps
+            is_same_k = resumed["controller"]["accumulation_steps"] == self._controller.accumulation_steps
+            self._was_bounded = not is_same_k or resumed["setup"] != self._setup
         elif self.state.global_step:
             place_after_stock_steps(
                 cursor,
@@ -324,7 +343,7 @@ class EfficientTrainerMixin(
             return super()._run_epoch(*args, **kwargs)
         if epoch > self._cursor.epoch:  # a callback has stopped the last one early
             self._cursor.close_epoch()
-        if self._was_bounded:  # the checkpoint's rate is that of a k which the bounds of this run exclude
+        if self._was_bounded:  # the checkpoint's rate is that of a k or of a micro-batch that this run does not have
             self._was_bounded = False
             self._set_learning_rate()
         self._epoch_is_over = False
@@ -404,12 +423,32 @@ class EfficientTrainerMixin(
         def run(window: Window) -> torch.Tensor:
             return self._run_window(model, window, num_items_in_batch, *args, **kwargs)
 
+        if self._controller.num_windows == 0 and not self._tried_loss:
+            self._try_loss(model, inputs, num_items_in_batch)
         window, loss = self._until_it_fits(inputs, num_items_in_batch, run, self._forget_window)
         timer = self._controller.timer
         timer.micro_batch_done(last=True)
-        self._finish_window(window, num_items_in_batch)
+        self._finish_window(window, num_items_in_batch, loss)
         timer.restart()
         return loss
+
+    def _try_loss(self, model, window: Window, num_items_in_batch: Any) -> None:
+        """Try on the first micro-batch whether a loss of the user's is divided by the items of the step."""
+        self._tried_loss = True
+        if (
+            not is_in_doubt(self)
+            or divides_by_items(self, model, window.micro_batches[0], num_items_in_batch) is not False
+        ):
+            return
+        if self.compute_loss_func is None:
+            self.model_accepts_loss_kwargs = self._accepts_as_set = False
+            logger.warning(_IGNORES_ITEMS, type(self.model).__name__)
+        elif own_loss_ignoring_num_items(self) is None:  # of which a warning has told
+            logger.warning(
+                "compute_loss_func returns the same loss whatever num_items_in_batch is, by which Trainer expects it "
+                "to be divided: gradients grow with k. Divide a sum by it, or set `loss_is_scaled_for_ga = False` on "
+                "the Trainer if the loss is a mean."
+            )
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`.
@@ -440,11 +479,13 @@ class EfficientTrainerMixin(
                     self._items.append(
                         (count_samples(part.inputs), count_target_tokens(part.inputs, loss_shifts_labels(self)))
                     )
-                lacks.append(lacks_targets(part.inputs, self._loss_shifts_labels))
+                lacks.append(lacks_targets(part.inputs, loss_shifts_labels(self)))
                 self.current_gradient_accumulation_steps = window.divisor(part)
                 self.accelerator.sync_gradients = last
                 with contextlib.nullcontext() if self._syncs_in(last) else self._without_reduction(model):
-                    part_loss = super().training_step(model, part.inputs, num_items_in_batch, *args, **kwargs)
+                    part_loss = super().training_step(
+                        model, self._inputs_of_try(part), num_items_in_batch, *args, **kwargs
+                    )
                 losses.append(part_loss)
                 if window.measured:
                     self._norms.end_micro_batch()
@@ -475,7 +516,7 @@ class EfficientTrainerMixin(
             return deferred_fsdp_reduction(self)
         return self.accelerator.no_sync(model)
 
-    def _finish_window(self, window: Window, num_items_in_batch: Any) -> None:
+    def _finish_window(self, window: Window, num_items_in_batch: Any, loss: torch.Tensor) -> None:
         """Count the window, take in its statistics, choose k and place the learning rate for the next one."""
         cursor, controller = self._cursor, self._controller
         if controller.num_windows == 0:
@@ -496,9 +537,11 @@ class EfficientTrainerMixin(
             square_norm = share * self._unscale**2
         vector = to_vector(next_k, window.num_samples, square_norm, sums)
         if self.args.world_size > 1:
-            vector = torch.cat([vector, self._window_flags()])
+            share = loss.detach().double().cpu().reshape(1) / self.args.world_size
+            vector = torch.cat([vector, self._window_flags(), share])
             vector = self.accelerator.reduce(vector.to(self.args.device), reduction="sum").cpu()
-            self._agree_on_flags(vector[len(REDUCED) :].tolist())
+            self._agree_on_flags(vector[len(REDUCED) : -1].tolist())
+            loss = vector[-1]
         next_k, statistics = from_vector(vector[: len(REDUCED)].tolist())
         if next_k == POLICY_FAILED:
             raise failure or RuntimeError("accumulation_policy has failed on rank 0, which says how.")
@@ -511,6 +554,7 @@ class EfficientTrainerMixin(
         if not self._epoch_is_over:  # the last micro-batch of an epoch may be short
             controller.calibrate(statistics.num_samples, len(window))
         controller.finish_window(window.planned, statistics, window.measured, next_k, rate)
+        self._mean_loss.add(loss, len(window), window.planned, self.args.logging_nan_inf_filter)
         self._last_window = (window.planned, statistics.num_samples)
         self._place_learning_rate()
 
@@ -542,6 +586,11 @@ class EfficientTrainerMixin(
         shares = [part.share for part in window.parts]
         weights = micro_batch_weights(items, world_size, by_tokens, total, shares)
         return local_sums(self._norms.finish(), items, weights, self._unscale / world_size), total
+
+    def _finalize_training(self, *args, **kwargs):
+        output = super()._finalize_training(*args, **kwargs)
+        mean = None if self._cursor is None else self._mean_loss.overall()
+        return output if mean is None else output._replace(training_loss=mean)
 
     # ---- What callbacks, logs and checkpoints see ------------------------------------------------------------------
 

@@ -234,8 +234,6 @@ CLM = [
     # runs
     case("--resume_from_checkpoint", "nowhere", resume_from_checkpoint="{files}/nowhere"),
     case("num_train_epochs is 0", "raise it", num_train_epochs=0, max_steps=-1),
-    case("gradient_accumulation_steps=500", "lower one of the two", gradient_accumulation_steps=500),
-    case("per_device_train_batch_size=5000", "add data", per_device_train_batch_size=5000),
     case("dataloader_drop_last", "set dataloader_drop_last=False", "--dataloader_drop_last",
          per_device_train_batch_size=5000),
     case("train_sampling_strategy='group_by_length'", "set it to 'random'", train_sampling_strategy="group_by_length"),

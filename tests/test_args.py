@@ -1,13 +1,21 @@
 """Settings that cannot work are refused before training, with the remedy."""
 
+import copy
 import dataclasses
+import pickle
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from helpers import Rows, arguments, quiet, tiny_gpt2
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from hf_trainopt import EfficientTrainer, EfficientTrainingArguments, EfficientTrainingArgumentsMixin
+from hf_trainopt import (
+    EfficientTrainer,
+    EfficientTrainerMixin,
+    EfficientTrainingArguments,
+    EfficientTrainingArgumentsMixin,
+)
 from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.accumulation import FixedPolicy, GoodputPolicy, NoiseScalePolicy, RampPolicy
 
@@ -55,8 +63,9 @@ def test_bad_arguments(tmp_path, bad, message):
 def test_what_cannot_work_with_varying_k(tmp_path, bad, message):
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert set(bad) <= names  # renamed upstream: our check would silently stop working
+    trainer = EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, **bad), train_dataset=Rows())
     with pytest.raises(ValueError, match=message):
-        EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, **bad), train_dataset=Rows())
+        trainer.train()
     fixed = arguments(tmp_path, accumulation_policy="fixed", **bad)
     EfficientTrainer(model=tiny_gpt2(), args=fixed, train_dataset=Rows())
 
@@ -165,9 +174,59 @@ def test_a_loss_function_that_is_not_told_the_items_is_warned_of(tmp_path, caplo
     assert caplog.text.count("is not told it, since the batches have no `labels`") == 1
 
 
-def test_stock_arguments_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="pass EfficientTrainingArguments"):
-        EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, TrainingArguments), train_dataset=Rows())
+def test_stock_arguments_get_our_settings_at_their_defaults(tmp_path):
+    ours = arguments(tmp_path)
+    args = arguments(tmp_path, TrainingArguments, max_steps=2, report_to="none", save_strategy="steps", save_steps=2)
+    before = dict(vars(args))
+    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows()))
+    assert trainer.args is args  # as in stock: who holds them changes those of the Trainer
+    assert {name: getattr(args, name) for name in before} == before
+    for setting in fields(EfficientTrainingArguments):
+        if setting.name not in before and setting.name != "measurements":
+            assert getattr(args, setting.name) == getattr(ours, setting.name), setting.name
+    trainer.train()
+    assert trainer.state.log_history[-1]["accumulation_steps"]
+    saved = torch.load(next(tmp_path.glob("checkpoint-*/training_args.bin")), weights_only=False)
+    assert type(saved) is EfficientTrainingArguments
+
+
+def test_no_arguments_at_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = EfficientTrainer(tiny_gpt2(), eval_dataset=Rows(6))
+    assert trainer.args.output_dir == Trainer(tiny_gpt2(), eval_dataset=Rows(6)).args.output_dir
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@dataclass
+class OwnArguments(TrainingArguments):
+    own: int = 3
+    made: list = dataclasses.field(default_factory=lambda: [1])
+
+
+class OwnTrainer(Trainer):
+    """Makes arguments of its own class where it is given none, as the classes of TRL do."""
+
+    def __init__(self, model=None, args=None, **kwargs):
+        super().__init__(model, OwnArguments("own") if args is None else args, **kwargs)
+
+
+class EfficientOwn(EfficientTrainerMixin, OwnTrainer):
+    pass
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_arguments_of_another_class(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = OwnArguments("given", own=5, made=[2]) if given else None
+    trainer = EfficientOwn(tiny_gpt2(), args, train_dataset=Rows())
+    assert isinstance(trainer.args, OwnArguments)
+    assert (trainer.args.own, trainer.args.made) == ((5, [2]) if given else (3, [1]))
+    assert trainer.args.accumulation_policy == "goodput"
+    assert "placement_stages" in trainer.args.to_dict()
+    # Neither `training_args.bin` nor a copy depends on where the class was made.
+    for copied in (pickle.loads(pickle.dumps(trainer.args)), copy.deepcopy(trainer.args)):
+        assert type(copied) is type(trainer.args)
+        assert copied.to_dict() == trainer.args.to_dict()
 
 
 def test_metric_driven_schedules_set_the_rate_themselves(tmp_path, caplog):

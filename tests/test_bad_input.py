@@ -141,7 +141,7 @@ def test_the_table_is_long_enough():
 @pytest.mark.parametrize(
     ("script", "base", "case"),
     [
-        ("run_clm.py", CLM, cases.case("gradient_accumulation_steps=500", "lower", gradient_accumulation_steps=500)),
+        ("run_clm.py", CLM, cases.case("num_train_epochs is 0", "raise it", num_train_epochs=0, max_steps=-1)),
         ("run_image.py", IMAGE, cases.case("--image_size", "must be positive", image_size=-3)),
     ],
 )
@@ -178,7 +178,6 @@ def train(tmp_path, dataset, trainer=None, **kwargs) -> None:
         (None, {}, "train_dataset", "requires"),
         (Rows(20), {"max_steps": 0}, "max_steps is 0", "give at least 1"),
         (Rows(20), {"num_train_epochs": 0}, "num_train_epochs is 0", "raise it"),
-        (Rows(20), {"gradient_accumulation_steps": 8}, "gradient_accumulation_steps=8", "lower one of the two"),
         (Rows(2), {"dataloader_drop_last": True}, "dataloader_drop_last", "set dataloader_drop_last=False"),
         (
             Rows(2),

@@ -53,7 +53,7 @@ def test_private_names_are_there(name):
 def test_no_other_private_names_are_touched():
     """Names that begin with an underscore on `self`, `super()` or `trainer`: ours, or in the list."""
     names = (
-        "trainer.py", "checks.py", "learning_rate.py", "_versions.py", "accumulation/logs.py",
+        "trainer.py", "checks.py", "learning_rate.py", "loss_probe.py", "_versions.py", "accumulation/logs.py",
         "reliability/checkpoints.py", "reliability/random_data.py",
     )  # fmt: skip
     files = [PACKAGE / name for name in names]
@@ -238,3 +238,13 @@ def test_another_version_is_warned_of(monkeypatch, package, name):
     monkeypatch.setattr(_versions, name, Version("99.0"))
     with pytest.warns(UserWarning, match=f"tested with {package}"):
         check_versions()
+
+
+def test_what_depends_on_a_version_stands_in_one_file():
+    names = [name.rpartition(".")[2] for name in VERSIONS]
+    names += ["is_distributed_loading_by_transformers", "activation_checkpointing_kwargs"]
+    words = re.compile(rf"\.({'|'.join(names)}|loss_is_scaled_for_ga)\b|\bTRANSFORMERS\b|\bTORCH\b|__version__ *[<>]")
+    for path in PACKAGE.rglob("*.py"):
+        if path.name not in ("_versions.py", "_compat.py"):
+            for line in path.read_text().splitlines():
+                assert not words.search(line.partition("#")[0]), f"{path}: {line.strip()}"

@@ -286,8 +286,9 @@ def test_a_problem_type_that_only_labels_tell_is_refused_at_once(tmp_path):
 
 
 def test_optimizers_that_step_inside_backward_are_refused(tmp_path):
+    trainer = EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, optim="lomo"), train_dataset=Rows())
     with pytest.raises(ValueError, match="inside the backward pass"):
-        EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, optim="lomo"), train_dataset=Rows())
+        trainer.train()
 
 
 def test_a_loader_that_is_not_of_accelerate_after_one_that_is(tmp_path):
@@ -342,9 +343,11 @@ def test_arguments_that_have_changed_count_when_a_run_is_resumed(tmp_path, polic
     resumed.args.gradient_accumulation_steps = 2
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == first.state.global_step
+    if policy != "fixed":  # where k varies the place in the data is counted in samples
+        return
     refused = trainer(2)
     refused.args.gradient_accumulation_steps = 4
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 4 but .* was written with 2"):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 4 \(there 2\)"):
         refused.train(resume_from_checkpoint=True)
 
 

@@ -200,14 +200,14 @@ def test_the_flag_of_the_scripts(tmp_path, capsys):
 def test_half_weights_are_refused(tmp_path, monkeypatch, precision, dtype, message):
     pretend(monkeypatch, VOLTA)
     with pytest.raises(ValueError, match=message):
-        make(tmp_path, Points([1.0] * 4), model=Network().to(dtype), precision=precision)
+        make(tmp_path, Points([1.0] * 4), model=Network().to(dtype), precision=precision).train()
 
 
 def test_half_weights_under_the_flag_of_trainer(tmp_path, monkeypatch):
     """Which stock Trainer finds out at the first step."""
     pretend(monkeypatch, VOLTA)
     with pytest.raises(ValueError, match=r"fp16=True needs weights in fp32.*dtype=torch\.float32"):
-        make(tmp_path, Points([1.0] * 4), model=Network().half(), fp16=True)
+        make(tmp_path, Points([1.0] * 4), model=Network().half(), fp16=True).train()
 
 
 def test_frozen_half_weights_and_bf16_weights_under_bf16_are_fine(tmp_path, monkeypatch, caplog):

@@ -1,8 +1,11 @@
 """Learning rates: stock at constant k, right where k varies, and scaled with the batch as the papers say."""
 
+import collections
 import copy
+import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
@@ -297,3 +300,43 @@ def test_auto_takes_the_noise_scale_where_it_is_measured():
 def test_which_optimizers_are_adaptive():
     assert is_adaptive_optimizer(optimizer(torch.optim.AdamW))
     assert not is_adaptive_optimizer(optimizer(torch.optim.SGD))
+
+
+class Lookup:
+    def __init__(self, *values):
+        self.values = values
+
+    def __call__(self, step):
+        if not isinstance(step, int):
+            raise RuntimeError("steps are whole")
+        return self.values[step]
+
+
+VALUES = [1.0, 0.5, 0.25, 0.125]
+TABLES = {
+    "list": VALUES.__getitem__,
+    "tuple": tuple(VALUES).__getitem__,
+    "dictionary": dict(enumerate(VALUES)).__getitem__,
+    "get": dict(enumerate(VALUES)).get,  # None between two steps
+    "deque": collections.deque(VALUES).__getitem__,
+    "array": np.array(VALUES).__getitem__,
+    "tensor": torch.tensor(VALUES, dtype=torch.float64).__getitem__,
+    "object": Lookup(*VALUES),
+    "partial": functools.partial(lambda table, step: table[step], dict(enumerate(VALUES))),
+    "assertion": lambda step: VALUES[step] if step == int(step) and isinstance(step, int) else int("no number"),
+}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_a_table_of_any_kind_is_constant_between_whole_steps(table, caplog):
+    ours = DataIndexedLR(torch.optim.lr_scheduler.LambdaLR(optimizer(), table))
+    for position in (0, 0.75, 1.5, 2, 2.25, 3):
+        ours.set_position(position, 1.0)
+        ours.step()
+        assert float(ours.get_last_lr()[0]) == pytest.approx(0.1 * VALUES[int(position)])
+        assert ours.factor(position) == VALUES[int(position)]
+    assert len([record for record in caplog.records if "whole steps only" in record.message]) == 1
+    ours.set_position(4, 1.0)
+    if table is not TABLES["get"]:
+        with pytest.raises((LookupError, RuntimeError)):
+            ours.step()  # a step that the table lacks is an error, as in stock

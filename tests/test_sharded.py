@@ -106,21 +106,21 @@ def sharded_trainer(tmp_path, monkeypatch, version: int = 2, **options):
 
 def test_fsdp1_is_refused_with_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"does not work with FSDP1.*fsdp_version: 2"):
-        sharded_trainer(tmp_path, monkeypatch, version=1)
+        sharded_trainer(tmp_path, monkeypatch, version=1).train()
 
 
 def test_fsdp2_is_taken(tmp_path, monkeypatch):
-    sharded_trainer(tmp_path, monkeypatch)
+    sharded_trainer(tmp_path, monkeypatch)._check_setup()
 
 
 def test_fsdp2_with_torch_compile_is_refused_where_norms_are_measured(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="set torch_compile to False"):
-        sharded_trainer(tmp_path, monkeypatch, torch_compile=True)
+        sharded_trainer(tmp_path, monkeypatch, torch_compile=True).train()
 
 
 def test_fsdp2_with_torch_compile_and_a_ramp_is_taken(tmp_path, monkeypatch):
     ramp = {"accumulation_policy": "ramp", "accumulation_ramp": "0:2"}
-    sharded_trainer(tmp_path, monkeypatch, torch_compile=True, **ramp)
+    sharded_trainer(tmp_path, monkeypatch, torch_compile=True, **ramp)._check_setup()
 
 
 @pytest.mark.parametrize("name", ["ep_size", "pp_size"])
@@ -128,7 +128,7 @@ def test_experts_and_stages_on_different_ranks_are_refused(name, tmp_path):
     model = tiny_gpt2()
     model.config.distributed_config = SimpleNamespace(**{name: 2})
     with pytest.raises(ValueError, match=rf"DistributedConfig\({name}=2\)"):
-        EfficientTrainer(model=model, args=arguments(tmp_path), train_dataset=Rows(8))
+        EfficientTrainer(model=model, args=arguments(tmp_path), train_dataset=Rows(8)).train()
 
 
 def test_deepspeed_is_refused_with_the_reason(tmp_path, monkeypatch):
@@ -142,4 +142,4 @@ def test_deepspeed_is_refused_with_the_reason(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "__init__", init)
     with pytest.raises(ValueError, match=r"DeepSpeed, whose engine reads gradient_accumulation_steps once.*DDP or"):
-        EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=Rows(8))
+        EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=Rows(8)).train()

@@ -47,14 +47,13 @@ def read_state(folder: str, setup: dict[str, int], adapts: bool, keeps_place: bo
         folder: Checkpoint.
         setup: What this run counts its position in the data in.
         adapts: Whether this run goes through windows.
-        keeps_place: Whether it goes on at the same sample (not with `ignore_data_skip`), for which the set-up must be
-            the same.
+        keeps_place: Whether it goes on at the same sample (not with `ignore_data_skip`).
 
     Returns:
         The state, or `None` if the checkpoint has none.
 
     Raises:
-        ValueError: Another version or set-up wrote it, or k has varied and this run is stock.
+        ValueError: Another version wrote it, or this run is stock and k has varied or steps are of another size.
     """
     path = os.path.join(folder, STATE_NAME)
     if not os.path.isfile(path):
@@ -66,13 +65,8 @@ def read_state(folder: str, setup: dict[str, int], adapts: bool, keeps_place: bo
             f"{path} has version {state.get('version')}, this hf_trainopt reads version {STATE_VERSION}; resume with "
             "the version that wrote it."
         )
-    for name, value in setup.items():
-        if keeps_place and state["setup"][name] != value:
-            raise ValueError(
-                f"{name} is {value} but the checkpoint was written with {state['setup'][name]}: its position in the "
-                "data is counted in these micro-batches; resume with the same value, or set ignore_data_skip=True to "
-                "begin the epoch anew."
-            )
+    if keeps_place and not adapts:
+        check_step_size(path, state["setup"], setup)
     reference = state["setup"]["gradient_accumulation_steps"]
     if not adapts and state["controller"]["used_range"] not in ([], [reference, reference]):
         raise ValueError(
@@ -83,29 +77,77 @@ def read_state(folder: str, setup: dict[str, int], adapts: bool, keeps_place: bo
     return state
 
 
+def samples_in_step(setup: dict[str, int]) -> int:
+    """Samples of a reference window over all ranks."""
+    return math.prod(setup.values())
+
+
+def check_step_size(path: str, saved: dict[str, int], setup: dict[str, int]) -> None:
+    """Refuse a checkpoint whose optimizer steps have other samples than those of a run with constant k.
+
+    How they are split into ranks, micro-batches and accumulation makes no difference to the place in the data.
+
+    Args:
+        path: For the error.
+        saved: Micro-batch size, ranks and k_ref that it was written with; what is missing is taken to be the same.
+        setup: Those of this run.
+
+    Raises:
+        ValueError: Their products differ.
+    """
+    saved = {**setup, **saved}
+    if samples_in_step(saved) == samples_in_step(setup):
+        return
+    differing = " and ".join(f"{n} is {v} (there {saved[n]})" for n, v in setup.items() if saved[n] != v)
+    raise ValueError(
+        f"an optimizer step of this run has {samples_in_step(setup)} samples, but {path} was written with "
+        f"{samples_in_step(saved)}: {differing}. Its place in the data is counted in steps; choose values with the "
+        "same product, or set ignore_data_skip=True to begin the epoch anew."
+    )
+
+
 def restore(
     state: dict[str, Any], cursor: DataCursor, controller: AccumulationController, setup: dict[str, int]
 ) -> None:
     """Put a run where `state` was. Budget and length of the data are those of this run, which may have been raised.
 
-    Where its micro-batches or reference windows are of another size, it is put after as many samples.
+    The place is in samples: where micro-batches are of another size or ranks of another number, the run goes on at the
+    same sample if it is one at which a micro-batch can begin, and else at the last such one before it.
     """
-    same_units = state["setup"] == setup
-    if same_units and state["micro_batches_per_epoch"] != cursor.micro_batches_per_epoch:
+    saved = state["setup"]
+    length = state["micro_batches_per_epoch"]
+    if saved == setup and length != cursor.micro_batches_per_epoch:
         logger.warning(
             "An epoch has %s micro-batches, in the run that is resumed it had %s: the place in the data is counted "
             "from the start of the epoch and need not be the same samples.",
             cursor.micro_batches_per_epoch,
-            state["micro_batches_per_epoch"],
+            length,
         )
     cursor.load_state_dict(state["cursor"])
     controller.load_state_dict(state["controller"])
-    if not same_units:
-        finished = cursor.finished_windows + cursor.micro_batch / state["setup"]["gradient_accumulation_steps"]
-        cursor.finished_windows = round(finished * math.prod(state["setup"].values()) / math.prod(setup.values()))
-        cursor.micro_batch = 0
-        cursor.reported_units = cursor.previous_units = cursor.units
-        controller.forget_size()
+    if saved == setup:
+        return
+    reference = saved["gradient_accumulation_steps"]
+    before, now = (samples_in_step(s) // s["gradient_accumulation_steps"] for s in (saved, setup))
+    cursor.micro_batch, again = divmod(cursor.micro_batch * before, now)
+    if again:
+        logger.warning(
+            "The checkpoint was written %d samples into a micro-batch of this run (%d samples over all ranks): these "
+            "%d are trained on again. A size that divides %d resumes at the very sample.",
+            again,
+            now,
+            again,
+            before,
+        )
+    is_regular = length is not None and cursor.finished_windows == cursor.epoch * -(-length // reference)
+    if is_regular and cursor.micro_batches_per_epoch is not None:
+        cursor.finished_windows = cursor.epoch * -(-cursor.micro_batches_per_epoch // cursor.reference_steps)
+    else:  # an epoch was stopped early, or has no length
+        ratio = samples_in_step(saved) / samples_in_step(setup)
+        cursor.finished_windows = round(cursor.finished_windows * ratio)
+    cursor.reported_units = cursor.previous_units = cursor.units
+    if before != now:
+        controller.convert_size(before / now)
 
 
 def place_after_stock_steps(

@@ -99,10 +99,16 @@ class AccumulationController:
             )
         self._scale_half_life()
 
-    def forget_size(self) -> None:
-        """Begin `calibrate` anew: batches are others now."""
+    def convert_size(self, ratio: float) -> None:
+        """Count in micro-batches of another size: k keeps its samples, as far as bounds and rounding allow.
+
+        Args:
+            ratio: Samples of the micro-batches that were counted so far, over those from now on.
+        """
         self.counted = [0, 0]
         self._scale_half_life()
+        self.used_range = [max(1, round(k * ratio)) for k in self.used_range]
+        self.accumulation_steps = min(max(round(self.accumulation_steps * ratio), self.minimum), self.maximum)
 
     def _scale_half_life(self) -> None:
         if self.tracker is not None:

@@ -34,7 +34,8 @@ class AccumulationLogsTrainerMixin:
 
         Logged keys: `accumulation_steps` (k decided for the last window), `effective_batch_size` (samples that it had
         over all ranks), `samples_seen` (over all ranks), and once measured `noise_scale`, `noise_scale_low`,
-        `noise_scale_high` (B_noise and its 95 % interval, in samples; absent where infinite). Where memory was too
+        `noise_scale_high` (B_noise and its 95 % interval, in samples; absent where infinite). `loss` and `train_loss`
+        are means over equal data where k has varied since the last line or in the run. Where memory was too
         short for the micro-batches of the data loader there is `micro_batch_size`, in which k is counted then.
         """
         if self._cursor is not None and "train_samples_per_second" in logs and logs.get("train_runtime"):
@@ -46,11 +47,21 @@ class AccumulationLogsTrainerMixin:
             else:  # rows are no samples
                 share = (cursor.units - self._initial_units) / cursor.budget_units
                 logs["train_samples_per_second"] = round(logs["train_samples_per_second"] * share, 3)
+        if self._cursor is not None:
+            self._weigh_losses(logs)
         ours = self._accumulation_logs()
         line = {**logs, **ours}
         with self._reference_steps_shown():
             super().log(line, *args, **kwargs)
         give_back(logs, line, ours)
+
+    def _weigh_losses(self, logs: dict[str, float]) -> None:
+        """Make means over steps of different k, which upstream has computed, means over equal data."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._mean_loss.overall() or logs["train_loss"]
+        elif "loss" in logs and "learning_rate" in logs:  # a line of training, not the user's
+            mean = self._mean_loss.take()
+            logs["loss"] = logs["loss"] if mean is None else mean
 
     def _accumulation_logs(self) -> dict[str, float]:
         if self._cursor is None or self._last_window is None:

@@ -60,6 +60,23 @@ def split_batch(batch: Any, size: int) -> list[Any]:
     return [_part(batch, "", rows, start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+def copy_batch(batch: Any) -> Any:
+    """Return a batch that can be taken apart or changed in place without a trace in this one.
+
+    Containers, tensors and arrays are copied; other objects, which are the user's own, are shared.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch.detach().clone().requires_grad_(batch.requires_grad)
+    if isinstance(batch, np.ndarray):
+        return batch.copy()
+    if isinstance(batch, Mapping):
+        return type(batch)({name: copy_batch(value) for name, value in batch.items()})
+    if isinstance(batch, list | tuple):
+        values = [copy_batch(value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
+
+
 def _has_rows(value: Any) -> bool:
     return isinstance(value, torch.Tensor | np.ndarray) and value.ndim > 0
 

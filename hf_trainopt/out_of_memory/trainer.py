@@ -15,7 +15,7 @@ from ..accumulation.window import Part, Window
 from .checks import check_auto_micro_batch, find_ddp
 from .detection import first_line, is_out_of_memory, release_memory
 from .ranks import Ranks
-from .split import count_rows, split_batch
+from .split import copy_batch, count_rows, split_batch
 from .window_start import WindowStart
 
 
@@ -171,6 +171,10 @@ class OutOfMemoryTrainerMixin:
             if self._ranks is not None:
                 self._ranks.begin_try()
             forget()
+
+    def _inputs_of_try(self, part: Part) -> Any:
+        """Return the inputs of a part for one try, which may change them; a later one begins with the same."""
+        return part.inputs if self._window_start is None else copy_batch(part.inputs)
 
     def _drop_gradients(self) -> None:
         """Give up the gradients of a window, which had none when it began, and hand back memory."""

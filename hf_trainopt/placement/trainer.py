@@ -61,7 +61,6 @@ class PlacementTrainerMixin:
         self._resumes = False
         self._warned_of_lost_placement = False
         if getattr(self.args, "places_checkpoints", False):
-            self._check_placement()
             self._peak_measurement = PeakMeasurement(self._peak_measured)
             self.add_callback(self._peak_measurement)
             self.add_callback(_KeepsPlacement(self))
@@ -93,6 +92,8 @@ class PlacementTrainerMixin:
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As in `Trainer`; the placement is on the model for as long."""
         self._resumes = bool(resume_from_checkpoint)
+        if getattr(self.args, "places_checkpoints", False):
+            self._check_placement()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:

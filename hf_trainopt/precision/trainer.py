@@ -38,11 +38,8 @@ class PrecisionTrainerMixin:
         self._is_stuck = False
         super().__init__(*args, **kwargs)
         if self._precision_choice is not None:
-            check_weights(self.model, self.args.precision, self._precision_choice.precision)
             adopt(self.model, self._precision_choice.precision)
             self._explain_precision(self._precision_choice)
-        elif self._scaler is not None:
-            check_weights(self.model, None, "fp16")
         self.add_callback(_RunEvents(self._run_begins, self._step_ended))
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -78,6 +75,10 @@ class PrecisionTrainerMixin:
 
     def set_initial_training_values(self, *args, **kwargs):
         """As in `Trainer`; every run begins in the precision of the launch, whatever became of the last one."""
+        if self._precision_choice is not None:
+            check_weights(self.model, self.args.precision, self._precision_choice.precision)
+        elif self._scaler is not None:
+            check_weights(self.model, None, "fp16")
         if self._precision_switch is not None:
             self._precision_switch.undo(self.optimizer)
         elif self._may_leave_fp16 and self._scaler is not None:

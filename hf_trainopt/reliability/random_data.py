@@ -131,7 +131,7 @@ class RandomDataTrainerMixin:
             self._load_rng_state(checkpoint)
             self._random_state_is_loaded = True
 
-        if saved["batch_size"] != rank_batch_size(self):
+        if saved["batch"] != self._batch:
             return {}  # rows are read in other groups: their order is known, what they drew is not
         if first in saved["before_reading"]:  # it was read before the checkpoint was written
             return {first: lambda: HostGenerators.write(saved["before_reading"][first]), first + 1: go_on}
@@ -151,17 +151,24 @@ class RandomDataTrainerMixin:
             state = {
                 "epoch_start": self._epoch_start,
                 "before_reading": self._before_reading,
-                "batch_size": rank_batch_size(self),
+                "batch": self._batch,
             }
             torch.save(state, self._data_state_path(output_dir))
+
+    @property
+    def _batch(self) -> tuple[int, int]:
+        """What batches are counted in."""
+        return rank_batch_size(self), self.args.world_size
 
     def _data_state_path(self, folder: str) -> str:
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
         return os.path.join(folder, f"{FILE_NAME}{rank}.pth")
 
     def _saved_data_state(self, checkpoint: str) -> dict[str, Any] | None:
-        path = self._data_state_path(checkpoint)
-        return torch.load(path, weights_only=True) if os.path.isfile(path) else None
+        # Written by another number of ranks, all of which began the epoch in the order of the first.
+        others = [os.path.join(checkpoint, f"{FILE_NAME}{rank}.pth") for rank in ("", "_0")]
+        paths = [path for path in (self._data_state_path(checkpoint), *others) if os.path.isfile(path)]
+        return torch.load(paths[0], weights_only=True) if paths else None
 
     def _say_what_differs(self, dataloader: Any, epoch: int, first: int) -> None:
         """Warn once where rows that draw random numbers cannot get the same ones again."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..accumulation.checkpoint import check_step_size
 from .manifest import MANIFEST_NAME, find_fault, is_leftover, read_manifest
 
 
@@ -130,16 +131,11 @@ def check_setup(path: str, setup: dict[str, int]) -> None:
         setup: What this run counts its position in the data in.
 
     Raises:
-        ValueError: It was written with another one.
+        ValueError: Its steps have another number of samples.
     """
     manifest = read_manifest(path)
-    for name, value in setup.items() if not manifest.get("k_varies") else ():
-        saved = manifest.get("setup", {}).get(name, value)
-        if saved != value:
-            raise ValueError(
-                f"{name} is {value} but {path} was written with {saved}: its place in the data is counted in steps of "
-                "that size; resume with the same value, or set ignore_data_skip=True to begin the epoch anew."
-            )
+    if not manifest.get("k_varies"):
+        check_step_size(path, manifest.get("setup", {}), setup)
 
 
 def check_named(path: str) -> Checkpoint:
