@@ -159,6 +159,21 @@ def test_the_most_files_that_come_back():
     assert sum(stage.seconds for stage in gpu_run.STAGES if not stage.background) <= 540
 
 
+def test_nobody_waits_for_plans_that_will_not_come(tmp_path):
+    program = (
+        "import pathlib, types; from cases import wait_for_plans\n"
+        f"context = types.SimpleNamespace(folder=pathlib.Path({str(tmp_path)!r}))\n"
+        "wait_for_plans(context, 'gpt2', 600)"
+    )
+    (tmp_path / "plans.ended").touch()
+    paths = [str(folder) for folder in (BENCHMARKS.parent, SCRIPT.parent, BENCHMARKS, BENCHMARKS.parent / "tests")]
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, timeout=120,
+    )  # fmt: skip
+    assert "no plans for gpt2, planning has ended" in done.stderr
+
+
 # ---- The page -------------------------------------------------------------------------------------------------------
 
 

@@ -73,8 +73,10 @@ def wait_for_plans(context: Context, name: str, seconds: float) -> dict[str, Any
     """
     path, waited = context.folder / f"plans-{name}.json", time.monotonic()
     while not path.exists():
-        if time.monotonic() - waited > seconds:
-            raise RuntimeError(f"no plans for {name} after {seconds:.0f} s of waiting: see the record of plans.")
+        ended = (context.folder / "plans.ended").exists()
+        if (ended and not path.exists()) or time.monotonic() - waited > seconds:
+            why = "planning has ended" if ended else f"{seconds:.0f} s of waiting are over"
+            raise RuntimeError(f"no plans for {name}, {why}: see the record of plans.")
         time.sleep(0.1)
     values = json.loads(path.read_text())
     if "error" in values:

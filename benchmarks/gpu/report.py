@@ -100,6 +100,11 @@ def environment(record: dict[str, Any]) -> str:
             rows.append([what, seconds(parts[name]["gigabytes_per_second"], 1, form)])
     if "microseconds" in parts.get("launches", {}):
         rows.append(["a small operator, µs", seconds(parts["launches"]["microseconds"], 1)])
+    rows += [
+        [f"attention with dropout, {name}", f"`{kernel}`"]
+        for name, kernel in parts.get("attention", {}).items()
+        if isinstance(kernel, str)
+    ]
     return table(["what", "median (range)"], rows)
 
 

@@ -60,6 +60,7 @@ def main() -> int:
             module.run(context, record, prepared)
         except Exception:
             record.fail("run", traceback.format_exc())
+    (context.folder / f"{context.name}.ended").touch()  # whoever waits for what it has not made need not
     record.close()
     print(f"{options.name}: {record.values['status']}", flush=True)
     return 0

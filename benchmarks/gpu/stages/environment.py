@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from common import Context, Record, spread, synchronize, timed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def run(context: Context, record: Record, prepared: Any) -> None:
@@ -24,6 +25,9 @@ def run(context: Context, record: Record, prepared: Any) -> None:
         part["microseconds"] = launch_time(context)
     with record.part("from the host") as part:
         part["gigabytes_per_second"] = host_rate(context)
+    with record.part("attention") as part:
+        for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+            part[name] = attention_kernel(device, dtype)
     record.check("products are right", products_are_right(device))
     record.check("bf16 rate was measured", "bfloat16" in record.values["parts"]["matrix products"]["teraflops"])
 
@@ -72,6 +76,26 @@ def host_rate(context: Context) -> dict[str, float]:
     target.copy_(source)
     seconds = timed(lambda: target.copy_(source, non_blocking=True), context.pick(5, 3), context.device)
     return {"bytes": count, **spread([count / value / 1e9 for value in seconds])}
+
+
+class _Names(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.append(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """Return which operator causal attention with dropout runs by default; plans count on flash in half precision."""
+    query, key, value = (torch.randn(2, 4, 256, 64, device=device).to(dtype).requires_grad_() for _ in range(3))
+    with _Names() as names:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=0.1, is_causal=True)
+    return ", ".join(dict.fromkeys(name for name in names.found if "attention" in name)) or "separate operators"
 
 
 def products_are_right(device: torch.device) -> bool:
