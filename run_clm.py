@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
+from hf_trainopt.models.hub import hub_errors
 from hf_trainopt.scripting import text_data
 from hf_trainopt.scripting.metrics import accuracy_of_next_tokens, perplexity_of_loss, predicted_classes
 from hf_trainopt.scripting.parser import parse_script_arguments
@@ -36,7 +37,6 @@ from hf_trainopt.scripting.session import (
     check_one_source,
     check_something_to_do,
     checkpoint_to_resume,
-    hub_errors,
     report_user_errors,
     set_up_logging,
     train_and_evaluate,

@@ -12,11 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
-from timm.data import Mixup
 from transformers import TimmWrapperConfig, default_data_collator, set_seed
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
+from hf_trainopt.models.timm_model import (
+    DEFAULT_MODEL,
+    check_timm_name,
+    load_timm_config,
+    load_timm_model,
+    parse_model_args,
+    pretrained_cfg_of,
+)
 from hf_trainopt.scripting import image_data
 from hf_trainopt.scripting.metrics import accuracy_of_classes, predicted_classes
 from hf_trainopt.scripting.parser import parse_script_arguments
@@ -31,14 +37,6 @@ from hf_trainopt.scripting.session import (
     write_model_card,
 )
 from hf_trainopt.scripting.summary import print_summary
-from hf_trainopt.scripting.timm_model import (
-    DEFAULT_MODEL,
-    check_timm_name,
-    load_timm_config,
-    load_timm_model,
-    parse_model_args,
-    pretrained_cfg_of,
-)
 
 
 FULL_SIZE_COMMAND = (
@@ -181,7 +179,7 @@ def build_datasets(
     data_args: DataTrainingArguments,
     training_args: EfficientTrainingArguments,
     config: TimmWrapperConfig,
-    splits: dict[str, Dataset],
+    splits: dict[str, image_data.Dataset],
 ) -> dict[str, image_data.ImageDataset]:
     """Return the datasets asked for; their classes and transforms become part of `config`."""
     wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
@@ -222,7 +220,7 @@ def build_datasets(
 
     mixup = None
     if data_args.mixes:
-        mixup = Mixup(
+        mixup = image_data.Mixup(
             data_args.mixup_alpha,
             data_args.cutmix_alpha,
             prob=data_args.mixup_prob,

@@ -20,6 +20,11 @@ def floors(project: dict) -> list[str]:
     return pinned
 
 
-if __name__ == "__main__":
+def project() -> dict:
+    """Return the table `project` of `pyproject.toml`."""
     path = Path(__file__).resolve().parent.parent / "pyproject.toml"
-    sys.stdout.write("\n".join(floors(tomllib.loads(path.read_text())["project"])) + "\n")
+    return tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(floors(project())) + "\n")

@@ -37,7 +37,11 @@ def curve(record: dict) -> list[Evaluation]:
 
 def loss_at(record: dict, share: float) -> float:
     """Return the loss of a run at a share of its data, linear between evaluations."""
-    points = curve(record)
+    return value_at(curve(record), share)
+
+
+def value_at(points: Sequence[Evaluation], share: float) -> float:
+    """Return the metric at a share of the data of a run, linear between evaluations."""
     wanted = share * points[-1].samples
     for before, after in itertools.pairwise(points):
         if before.samples <= wanted <= after.samples:

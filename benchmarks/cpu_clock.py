@@ -23,6 +23,11 @@ class CpuClock(TrainerCallback):
         self._at.setdefault(state.global_step, self.seconds)
         self._mark = time.process_time()
 
+    @property
+    def last_step(self) -> int | None:
+        """Step of the last evaluation."""
+        return max(self._at, default=None)
+
     def curve(self, history: list[dict]) -> list[dict]:
         keys = {"step": "step", "samples": "samples_seen", "wall_s": "train_time_s", "loss": "eval_loss",
                 "accuracy": "eval_accuracy"}  # fmt: skip

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +32,41 @@ REWRITES = ("none", "auto")
 # ---- Plans ---------------------------------------------------------------------------------------------------------
 
 
-def plans_for(planner: PlacementPlanner) -> list[tuple[str, PlacementPlan]]:
-    """Return the named placements and those of the budgets; a budget that cannot be had becomes the floor."""
+def plans_for(
+    planner: PlacementPlanner, budgets: Sequence[str] = BUDGETS, points: int = 0
+) -> list[tuple[str, PlacementPlan]]:
+    """Return the named placements, those of the budgets, and as many of the frontier.
+
+    A budget that cannot be had becomes the floor.
+    """
     plans = []
     if not planner.allowed[0].names():
         plans = [(policy, planner.named(policy)) for policy in NAMED]
-    for budget in BUDGETS:
+    for budget in budgets:
         try:
             plans.append((budget, planner.for_budget(budget)))
         except ValueError:
             plans.append(("floor", planner.for_budget(f"{planner.floor.peak_bytes}B")))
             break
+    if points:
+        plans += [(f"frontier {number}", plan) for number, plan in enumerate(planner.frontier(points))]
     return plans
 
 
-def all_plans(case: Case, device: DeviceSpec | None = None) -> list[dict[str, Any]]:
+def all_plans(
+    case: Case,
+    device: DeviceSpec | None = None,
+    budgets: Sequence[str] = BUDGETS,
+    allowed: Sequence[str] = REWRITES,
+    points: int = 0,
+) -> list[dict[str, Any]]:
     """Return the plans of a case with what was predicted for them, equal ones once."""
     found: dict[Any, dict[str, Any]] = {}
-    for rewrites in REWRITES:
+    for rewrites in allowed:
         planner = case.planner(rewrites, device)
         if rewrites == "auto" and len(planner.allowed) == 1:
             continue
-        for name, plan in plans_for(planner):
+        for name, plan in plans_for(planner, budgets, points):
             key = (plan.rewrites, tuple(plan.stages.items()))
             label = name if rewrites == "none" else f"{name}, rewrites"
             if key in found:
@@ -67,6 +81,7 @@ def all_plans(case: Case, device: DeviceSpec | None = None) -> list[dict[str, An
                 "replayed_flops": replay.cost.flops, "extra_time_ratio": plan.extra_time_ratio,
                 "rewritten_time_ratio": plan.details["rewritten_time_ratio"],
                 "extra_flops_ratio": plan.details["extra_flops_ratio"],
+                "baseline_seconds": planner.step_seconds, "baseline_flops": planner.flops,
             }  # fmt: skip
     return list(found.values())
 

@@ -1,11 +1,14 @@
 """Writes what of the docs is read from the code: compatibility.md, and the layout in CONTRIBUTING.md."""
 
 import ast
+import json
 import re
 import tomllib
 from pathlib import Path
 
-from hf_trainopt import _compat
+from packaging.version import Version
+
+from hf_trainopt import _compat, _versions
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,27 +25,49 @@ TITLES = {
 HEAD = """<!-- Written by docs/generate.py: change that, or hf_trainopt/_compat.py, and run it. -->
 # Compatibility
 
-hf_trainopt is tested with transformers >={first} and below {last}; with another version it warns once and goes on.
-It overrides public hooks of `Trainer`, calls `super()` in each, and hands arguments that it does not know through. The
-few private names that it touches are listed here with the reason, and `tests/test_compat.py` fails as soon as one is
-gone, has other parameters, or one is touched that is not listed.
+hf_trainopt works with PyTorch {torch} and transformers {transformers}; with another version it warns once and goes on.
+It overrides public hooks of `Trainer`, calls `super()` in each, and passes on arguments that it doesn't know. The few
+private names that it touches are listed here with the reason. `tests/test_compat.py` fails as soon as one of them is
+gone or has other parameters, and as soon as one is touched that isn't listed.
 
 ## Versions
 
-Python 3.11 or newer. Floors are those of `pyproject.toml`, tested versions those of `constraints.txt`, with which the
-figures of the README were made (`pip install -c constraints.txt .`).
+Python 3.11 or newer. The floors come from `pyproject.toml`. The README's figures were made with the versions in
+`constraints.txt` (`pip install -c constraints.txt '.[scripts]'`).
 
-package | floor | tested
---- | --- | ---
+package | needed for | floor | README's figures
+--- | --- | --- | ---
+"""
+
+SETS_HEAD = """
+The whole test suite and short runs of both scripts, on a CPU (`python .ci/sets.py SET`; CI runs the newest set for
+every change):
+
+set | versions | tests | scripts
+--- | --- | --- | ---
+"""
+
+FEATURES = """
+Some features need a newer version than the floor:
+
+feature | needs
+--- | ---
+`loss_is_scaled_for_ga` on a Trainer | transformers 5.19
+models that `from_pretrained` shards itself (FSDP2 at load time) | transformers 5.23
+`activation_checkpointing` by this name (before: `gradient_checkpointing`) | transformers 5.23
+`lr_scheduler_type="greedy"` | transformers 5.4
+resuming a run of several CPU ranks (stock `Trainer` fails too) | transformers 5.18
+
+`hf_trainopt/_versions.py` holds every branch that depends on a version, with the version it can go with.
 """
 
 MIDDLE = """
 ## What to do when something breaks
 
 - A warning about the version: install a tested one, `pip install -c constraints.txt .`.
-- An error within `Trainer` after an upgrade: run `python -m pytest tests/test_compat.py`; what fails names what moved.
+- An error inside `Trainer` after an upgrade: run `python -m pytest tests/test_compat.py`. What fails names what moved.
 - See whether the error stays with `accumulation_policy="fixed"`, `measurements="none"`, `max_skipped_windows=0` and no
-  placement: then the loop is that of stock `Trainer`.
+  placement: then the loop is stock `Trainer`'s.
 
 ## Arguments
 
@@ -56,34 +81,63 @@ Every part reads what it needs of transformers and PyTorch through public names 
 TAIL = """
 ## With the other parts
 
-- **Reliability.** The versions of a run are in the manifest of each of its checkpoints
-  ([reliability.md](reliability.md)).
-- **Compare.** Runs of other versions are not compared with each other ([compare.md](compare.md)).
+- **Reliability.** The manifest of each checkpoint holds the versions of its run ([reliability.md](reliability.md)).
+- **Compare.** Runs of different versions aren't compared with each other ([compare.md](compare.md)).
 
 ## Caveats
 
-- Private names change without notice. transformers and accelerate are held below their next major version,
-  torch is not.
-- The whole suite was run on the tested versions and on the floors (`python .ci/floors.py`), nothing in between.
+- Private names change without notice. transformers and accelerate are held below their next major version
+  (torch isn't).
+- Nothing ran on a GPU unless [benchmarks/gpu.md](../benchmarks/gpu.md) says so.
+- Before 5.10, transformers counts the first label of each row in `num_items_in_batch` for every model, so losses of
+  causal language models are (T-1)/T of the true ones, with stock `Trainer` and with ours.
 
 ## Logged keys
 
 There are none.
 """
 
+SETS = {"newest": "newest", "gpu": "GPU machine's", "floor": "floor"}
+
 
 def versions() -> list[str]:
     """Return the rows of the table of versions."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    tested = dict(line.split("==") for line in lines if "==" in line)
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    extras = {f"`[{name}]`": project["optional-dependencies"][name] for name in ("scripts", "plot", "examples")}
     rows = []
-    for text in project["dependencies"]:
-        name, conditions = re.match(r"([\w-]+)(.*)", text).groups()
-        rows.append(
-            f"{name} | {conditions.replace('>=', '', 1).replace(',<', ', below ')} | {tested.get(name, 'newest')}"
-        )
+    for needed_for, requirements in {"everything": project["dependencies"], **extras}.items():
+        for text in requirements:
+            name, conditions = re.match(r"([\w-]+)(.*)", text).groups()
+            if name != project["name"]:
+                floor = conditions.replace(">=", "", 1).replace(",<", ", below ")
+                rows.append(f"{name} | {needed_for} | {floor} | {pinned.get(name, 'any')}")
     return rows
+
+
+def tested_sets() -> list[str]:
+    """Return the rows of the table of sets that the suite was run on."""
+    rows = []
+    for name, title in SETS.items():
+        path = ROOT / "docs" / "versions" / f"{name}.json"
+        if not path.exists():
+            rows.append(f"{title} | | not run yet | ")
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        suite, packages = record["suite"], ", ".join(f"{key} {value}" for key, value in record["packages"].items())
+        counts = f"{suite['passed']:,} passed, {suite['failed']} failed, {suite['skipped']} skipped"
+        scripts = ", ".join(f"{script}: {outcome}" for script, outcome in record["scripts"].items())
+        rows.append(f"{title} | {packages} | {counts} ({record['date']}, {record['commit']}) | {scripts}")
+    return rows
+
+
+def of_versions(name: str) -> str:
+    """Return the versions that a private name is used with, if not with all."""
+    package, first, end = _compat.VERSIONS.get(name, (None, None, None))
+    if first is not None:
+        return f" ({package} {first} or newer)"
+    return f" ({package} before {end})" if end is not None else ""
 
 
 def private_names() -> list[str]:
@@ -96,8 +150,14 @@ def private_names() -> list[str]:
             for name, entry in entries:
                 reason = entry if isinstance(entry, str) else entry[-1]
                 full = place if name is None else f"{place}.{name}"
-                parts.append(f"`{full}` | {reason}")
+                parts.append(f"`{full}` | {reason}{of_versions(full)}")
     return parts
+
+
+def between(bounds: tuple[str, str]) -> str:
+    """Return a range of versions in words: the first, and the last minor version below the end."""
+    first, end = map(Version, bounds)
+    return f"{first.major}.{first.minor} to {end.major}.{end.minor - 1}"
 
 
 def page() -> str:
@@ -109,9 +169,9 @@ def page() -> str:
     unknown = {name for name in vars(_compat) if name.startswith("PRIVATE_")} ^ TITLES.keys()
     if unknown:
         raise ValueError(f"docs/generate.py has no title for {', '.join(sorted(unknown))}, or one too many.")
-    first, last = _compat.TESTED_TRANSFORMERS
-    head = HEAD.format(first=first, last=last).rstrip("\n")
-    lines = [head, *versions(), MIDDLE.rstrip("\n"), *private_names(), TAIL.rstrip("\n")]
+    head = HEAD.format(torch=between(_versions.TESTED_TORCH), transformers=between(_versions.TESTED_TRANSFORMERS))
+    parts = [head, versions(), SETS_HEAD, tested_sets(), FEATURES, MIDDLE, private_names(), TAIL]
+    lines = [line for part in parts for line in ([part.rstrip("\n")] if isinstance(part, str) else part)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,14 +1,7 @@
 """What of transformers' and PyTorch's inside we touch, and why. `tests/test_compat.py` checks every entry."""
 
-import warnings
 from typing import Any
 
-import transformers
-from packaging.version import Version
-
-
-# Versions that the tests were run with: [first, last).
-TESTED_TRANSFORMERS = ("5.23.0", "5.24.0")
 
 # Private attributes of `transformers.Trainer` that we override or read: name -> (parameters that we rely on, why).
 PRIVATE_API: dict[str, tuple[tuple[str, ...], str]] = {
@@ -71,6 +64,7 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
     },
     "torch._C": {
         "_ExcludeDispatchKeyGuard": (None, "Calls an operator beneath autocast."),
+        "_SetExcludeDispatchKeyGuard": (None, "Detaches a saved output such that it shares the version counter."),
         "DispatchKey": (None, "Names autocast of the CPU."),
         "DispatchKeySet": (None, "As above."),
         "_current_graph_task_id": (None, "-1 outside a backward pass: tells a recomputation from a forward pass."),
@@ -85,7 +79,7 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
             "several calls, so its frame is made and entered by hand (`save_inputs`, `recompute_fn`).",
         ),
         "_checkpoint_hook": (("frame",), "Context in which saved tensors go to a frame."),
-        "_detach_helper": (("x",), "How selective checkpointing detaches a cached output and keeps its version."),
+        "_NoopSaveInputs": (None, "Holds the inputs of a frame in torch before 2.12."),
     },
     "torch.utils._python_dispatch": {
         "_disable_current_modes": ((), "Compares activation functions on real numbers while tensors are fake."),
@@ -99,6 +93,10 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
         "tree_leaves": (("tree",), "Finds the tensors in what a stage returns."),
         "tree_map": (("func", "tree"), "Saves and returns the tensors in what an operator returns."),
     },
+    "torch.cpu": {
+        "_is_avx512_bf16_supported": ((), "Whether the processor computes in bf16, in torch before 2.11."),
+        "_is_amx_tile_supported": ((), "As above."),
+    },
     "torch._C._dynamo.eval_frame": {
         "get_eval_frame_callback": (None, "Whether torch.compile runs around us, between two compiled pieces."),
     },
@@ -109,6 +107,16 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
         "_compiled_call_impl": (None, "What Module.compile leaves on a module, to refuse it."),
         "_modules": (None, "Where a compiled module holds the original one, as `_orig_mod`."),
     },
+}
+
+# Private names that not all supported versions have: name -> (package, first version, first version without it).
+VERSIONS: dict[str, tuple[str, str | None, str | None]] = {
+    "_loss_shifts_labels": ("transformers", "5.10", None),
+    "_defer_fsdp_gradient_reduction": ("transformers", "5.23", None),
+    "transformers.initialization.meta_device_safe_creation_ops": ("transformers", "5.6", None),
+    "torch.utils.checkpoint._NoopSaveInputs": ("torch", None, "2.12"),
+    "torch.cpu._is_avx512_bf16_supported": ("torch", None, "2.11"),
+    "torch.cpu._is_amx_tile_supported": ("torch", None, "2.11"),
 }
 
 # What a change of precision in a run reads and sets on objects of Accelerate and PyTorch: class -> name -> why.
@@ -142,14 +150,3 @@ def rank_batch_size(trainer: Any) -> int:
         trainer: A `transformers.Trainer`. With `split_batches` in `accelerator_config` the ranks share each batch.
     """
     return trainer._train_batch_size // (trainer.args.world_size if trainer.accelerator.split_batches else 1)
-
-
-def check_transformers_version() -> None:
-    """Warn once if transformers is not of the tested range."""
-    first, last = TESTED_TRANSFORMERS
-    if not Version(first) <= Version(transformers.__version__) < Version(last):
-        warnings.warn(
-            f"hf_trainopt was tested with transformers >={first},<{last}, not with {transformers.__version__}. If "
-            "training misbehaves, install a tested version.",
-            stacklevel=3,
-        )

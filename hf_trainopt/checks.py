@@ -11,6 +11,15 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
+from ._versions import (
+    ACTIVATION_CHECKPOINTING,
+    MEAN_LOSS_REMEDY,
+    activation_checkpointing,
+    activation_checkpointing_kwargs,
+    check_sharding_at_load,
+    is_sharded_at_load,
+    loss_is_scaled_for_ga,
+)
 from .loss_scaling import (
     base_model,
     calls_super,
@@ -70,10 +79,10 @@ def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool)
             f"optim='{optim}' takes its steps inside the backward pass, so that gradients cannot be accumulated; "
             f"choose another optimizer, or {remedy}."
         )
-    reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant")
-    if measures and args.activation_checkpointing and reentrant:
+    reentrant = activation_checkpointing_kwargs(args).get("use_reentrant")
+    if measures and activation_checkpointing(args) and reentrant:
         raise ValueError(
-            "activation_checkpointing_kwargs: use_reentrant=True hands out gradients in pieces, so that their norms "
+            f"{ACTIVATION_CHECKPOINTING}_kwargs: use_reentrant=True hands out gradients in pieces, so their norms "
             f"cannot be measured; set it to False, or {remedy}."
         )
 
@@ -101,12 +110,12 @@ def check_first_loss(trainer: Trainer, num_items_in_batch: torch.Tensor | int | 
             f"the loss of {type(model).__name__} for {model.config.problem_type} ignores num_items_in_batch, so that "
             "gradients would grow with k; set `model.config.problem_type` before you make the Trainer."
         )
-    unset = trainer.loss_is_scaled_for_ga is None
+    unset = loss_is_scaled_for_ga(trainer) is None
     if unset and trainer.compute_loss_func is not None and num_items_in_batch is None:
         logger.warning(
             "compute_loss_func is to divide the loss by num_items_in_batch, but is not told it, since the batches "
-            "have no `labels`: gradients grow with k. Name the targets `labels`, or, if the loss is a mean, set "
-            "`loss_is_scaled_for_ga = False` on the Trainer."
+            f"have no `labels`: gradients grow with k. Name the targets `labels`, or, if the loss is a mean, "
+            f"{MEAN_LOSS_REMEDY}."
         )
 
 
@@ -148,7 +157,8 @@ def check_amount_of_data(args: TrainingArguments, num_micro_batches: int | None,
 
 
 def _check_sharding(trainer: Trainer, measures: bool, what: str, remedy: str) -> None:
-    sharded = trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers
+    check_sharding_at_load(trainer.model)
+    sharded = trainer.is_fsdp_enabled or is_sharded_at_load(trainer)
     if sharded and trainer.args.auto_micro_batch:
         raise ValueError(
             "auto_micro_batch does not work with sharded models (FSDP, DistributedConfig), whose ranks communicate in "
@@ -237,8 +247,9 @@ def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
     if own_loss is not None:
         logger.warning(
             "%s does not read num_items_in_batch, by which Trainer expects it to divide the loss: gradients grow with "
-            "k. Divide a sum by it, or set `loss_is_scaled_for_ga = False` on the Trainer if the loss is a mean.",
+            "k. Divide a sum by it, or, if the loss is a mean, %s.",
             own_loss,
+            MEAN_LOSS_REMEDY,
         )
 
 
@@ -265,7 +276,7 @@ def warn_of_ignored_settings(trainer: Trainer, measures: bool, has_own_policy: b
 
 def _takes_loss_kwargs_unasked(trainer: Trainer) -> bool:
     """Whether Trainer concludes from the signature of `forward` that the loss is divided by `num_items_in_batch`."""
-    unset = not hasattr(trainer.model, "accepts_loss_kwargs") and trainer.loss_is_scaled_for_ga is None
+    unset = not hasattr(trainer.model, "accepts_loss_kwargs") and loss_is_scaled_for_ga(trainer) is None
     own = own_compute_loss(trainer)
     # Label smoothing and a loss function of the user's take the place of the model's loss.
     is_the_models = trainer.compute_loss_func is None and trainer.label_smoother is None

@@ -2,19 +2,32 @@
 
 import argparse
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
-
-from hf_trainopt.compare import cli as compare
-from hf_trainopt.doctor import cli as doctor
-from hf_trainopt.placement import cli as plan
-from hf_trainopt.report import cli as report
+from typing import NamedTuple, NoReturn
 
 
-# Modules with `add_parser(subparsers)`, which sets `run`: arguments -> text for stdout.
-COMMANDS = (plan, doctor, compare, report)
+class Command(NamedTuple):
+    """A subcommand.
+
+    Args:
+        module: Has `add_parser(subparsers, **options)`, which sets `run`: arguments -> text for stdout. It is imported
+            only when the command is used: most of these import PyTorch.
+        help: What `hf-trainopt --help` says.
+    """
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "plan": Command("placement.cli", "choose the activations to store and to recompute, for a memory budget"),
+    "doctor": Command("doctor.cli", "say what each part will do in a run, before any training"),
+    "compare": Command("compare.cli", "run a training script with stock settings and with ours, and compare"),
+    "report": Command("report.cli", "show runs as a page, pictures and a table, from their output folders"),
+}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -58,14 +71,29 @@ class CommandParser(argparse.ArgumentParser):
                 self.error(f"unrecognized arguments: {flag}{f'; did you mean {close[0]}?' if close else ''}")
 
 
-def build_parser() -> CommandParser:
-    """Return the parser of all subcommands."""
+def build_parser(used: str) -> CommandParser:
+    """Return the parser of all subcommands. Only the one that is used gets its flags.
+
+    Args:
+        used: Name of the subcommand on the command line. Any other word will do where there is none.
+    """
     parser = CommandParser(prog="hf-trainopt", description="The Hugging Face Trainer, cheaper.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in COMMANDS:
-        module.add_parser(subparsers)
+    for name, command in COMMANDS.items():
+        if name == used:
+            importlib.import_module(f"hf_trainopt.{command.module}").add_parser(subparsers, help=command.help)
+        else:
+            subparsers.add_parser(name, help=command.help)
     parser.commands = subparsers.choices
     return parser
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return a command line up to its first `--`, and the rest."""
+    if "--" not in argv:
+        return list(argv), []
+    place = list(argv).index("--")
+    return list(argv[:place]), list(argv[place + 1 :])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program name; `None`: those of the process.
     """
     try:
-        own, script_arguments = compare.split_arguments(sys.argv[1:] if argv is None else argv)
-        arguments = build_parser().parse_command(own)
+        own, script_arguments = split_arguments(sys.argv[1:] if argv is None else argv)
+        arguments = build_parser(own[0] if own else "").parse_command(own)
         if hasattr(arguments, "script_arguments"):
             arguments.script_arguments = [*arguments.script_arguments, *script_arguments]
         elif script_arguments:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ._versions import loss_is_scaled_for_ga
 from .loss_scaling import base_model, calls_super, own_compute_loss
 from .out_of_memory.split import copy_batch
 from .placement.global_state import devices_of, forked_random_state
@@ -30,7 +31,7 @@ def is_in_doubt(trainer: Trainer) -> bool:
             anything with the batch, and what it is to do with the items stands in the documentation of `Trainer`.
     """
     own = own_compute_loss(trainer)
-    if trainer.loss_is_scaled_for_ga is not None or (own is not None and not calls_super(own)):
+    if loss_is_scaled_for_ga(trainer) is not None or (own is not None and not calls_super(own)):
         return False
     if trainer.compute_loss_func is not None:
         return True

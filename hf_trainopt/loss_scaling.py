@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ._versions import loss_is_scaled_for_ga
+
 
 _ITEMS = "num_items_in_batch"
 
@@ -83,7 +85,7 @@ def own_loss_ignoring_num_items(trainer: Trainer) -> str | None:
         trainer: Its `compute_loss_func` and, where a class of the user's overrides it, its `compute_loss` are looked
             at.
     """
-    if trainer.loss_is_scaled_for_ga is not None:
+    if loss_is_scaled_for_ga(trainer) is not None:
         return None
     method = own_compute_loss(trainer)
     if method is not None and trainer.model_accepts_loss_kwargs and _never_reads_items(method):

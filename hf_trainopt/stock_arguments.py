@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
+from ._versions import ACTIVATION_CHECKPOINTING
 from .removed_names import REMOVED_NAMES
 
 
@@ -117,8 +118,8 @@ CHOICES = {
     "optim": OptimizerNames,
 }
 
-# Mappings, as JSON on a command line; those that may be files too.
-MAPPINGS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+# Mappings, as JSON on a command line; those that may be files too. The old name stays until transformers 6.
+MAPPINGS = {"lr_scheduler_kwargs", f"{ACTIVATION_CHECKPOINTING}_kwargs", "gradient_checkpointing_kwargs"}
 MAPPINGS_OR_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 
 

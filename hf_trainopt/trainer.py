@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.trainer_utils import has_length
 
 from ._compat import rank_batch_size
+from ._versions import (
+    deferred_fsdp_reduction,
+    is_fsdp_managed_module,
+    is_sharded_at_load,
+    loss_is_scaled_for_ga,
+    loss_shifts_labels,
+)
 from .accumulation.checkpoint import place_after_stock_steps, read_state, restore, run_state, write_state
 from .accumulation.controller import AccumulationController
 from .accumulation.cursor import DataCursor
@@ -59,7 +65,6 @@ from .out_of_memory.trainer import OutOfMemoryTrainerMixin
 from .placement.trainer import PlacementTrainerMixin
 from .precision.trainer import PrecisionTrainerMixin
 from .reliability.trainer import ReliabilityTrainerMixin
-from .report.trainer import ReportTrainerMixin
 from .schedule import (
     NOISE_SCALING_RULES,
     DataIndexedLR,
@@ -83,7 +88,6 @@ class EfficientTrainerMixin(
     PlacementTrainerMixin,
     EvidenceTrainerMixin,
     PrecisionTrainerMixin,
-    ReportTrainerMixin,
 ):
     """Adaptive gradient accumulation for any `Trainer` class: put it before that class.
 
@@ -473,9 +477,9 @@ class EfficientTrainerMixin(
                 last = index == steps - 1
                 if window.measured:  # now: a `training_step` of one's own may take the batch apart
                     self._items.append(
-                        (count_samples(part.inputs), count_target_tokens(part.inputs, self._loss_shifts_labels))
+                        (count_samples(part.inputs), count_target_tokens(part.inputs, loss_shifts_labels(self)))
                     )
-                lacks.append(lacks_targets(part.inputs, self._loss_shifts_labels))
+                lacks.append(lacks_targets(part.inputs, loss_shifts_labels(self)))
                 self.current_gradient_accumulation_steps = window.divisor(part)
                 self.accelerator.sync_gradients = last
                 with contextlib.nullcontext() if self._syncs_in(last) else self._without_reduction(model):
@@ -507,9 +511,9 @@ class EfficientTrainerMixin(
 
     def _without_reduction(self, model):
         """Context in which gradients are not reduced over ranks."""
-        if self.is_distributed_loading_by_transformers and is_fsdp_managed_module(self.model):
+        if is_sharded_at_load(self) and is_fsdp_managed_module(self.model):
             # Accelerate did not wrap it, so that its `no_sync` does nothing.
-            return self._defer_fsdp_gradient_reduction()
+            return deferred_fsdp_reduction(self)
         return self.accelerator.no_sync(model)
 
     def _finish_window(self, window: Window, num_items_in_batch: Any, loss: torch.Tensor) -> None:
@@ -568,7 +572,7 @@ class EfficientTrainerMixin(
     def _measured_sums(self, window: Window, num_items_in_batch: Any) -> tuple[LocalSums, float | None]:
         """This rank's terms of the window's statistics, and what all ranks have divided their losses by, if known."""
         world_size = self.args.world_size
-        scaled = self.loss_is_scaled_for_ga
+        scaled = loss_is_scaled_for_ga(self)
         if scaled is None:
             scaled = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         samples, tokens = zip(*self._items, strict=True)

@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
+
 
 @dataclass(frozen=True)
 class Case:
@@ -149,8 +151,8 @@ ARGUMENTS = [
     case("precision='fp32' contradicts bf16=True", "set bf16=False", precision="fp32", bf16=True),
     case("checkpoint_placement is 'all'", "leave it unset", memory_budget="50%", checkpoint_placement="all"),
     case("checkpoint_placement='budget'", "such as '12GiB'", checkpoint_placement="budget"),
-    case("activation_checkpointing", "set activation_checkpointing=False", memory_budget="50%",
-         activation_checkpointing=True),
+    case(ACTIVATION_CHECKPOINTING, f"set {ACTIVATION_CHECKPOINTING}=False", memory_budget="50%",
+         **{ACTIVATION_CHECKPOINTING: True}),
     case("gradient_checkpointing", "gradient_checkpointing=False", memory_budget="50%", gradient_checkpointing=True),
     case("torch_compile", "set torch_compile=False", checkpoint_placement="all", torch_compile=True),
     case("target_metric", "set both or none", target_metric="eval_loss", eval_strategy="steps"),
@@ -236,8 +238,8 @@ CLM = [
          per_device_train_batch_size=5000),
     case("train_sampling_strategy='group_by_length'", "set it to 'random'", train_sampling_strategy="group_by_length"),
     case("auto_find_batch_size", "set it to False", "--auto_find_batch_size"),
-    case("use_reentrant", "set it to False", "--activation_checkpointing",
-         activation_checkpointing_kwargs='{"use_reentrant": true}'),
+    case("use_reentrant", "set it to False", f"--{ACTIVATION_CHECKPOINTING}",
+         **{f"{ACTIVATION_CHECKPOINTING}_kwargs": '{"use_reentrant": true}'}),
     case("optim='lomo'", "choose another optimizer", optim="lomo"),
     case("placement_stages", "mend it", checkpoint_placement="all", placement_stages="(["),
     case("lr_scheduler_kwargs", "leave out what it does not take", lr_scheduler_type="cosine_with_restarts",

@@ -3,7 +3,9 @@
 import socket
 from typing import Any
 
+import pytest
 import torch
+from packaging.version import Version
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -14,6 +16,26 @@ from transformers import (
 )
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
+from hf_trainopt._versions import TORCH, TRANSFORMERS
+from hf_trainopt.scripting.requirements import PACKAGES
+
+
+def skip_without_scripts() -> None:
+    """Skip a test, or a module that calls it while it is imported, where the extra `scripts` is not installed."""
+    for module in PACKAGES.values():
+        pytest.importorskip(module, reason=f"{module} is in the extra 'scripts'")
+
+
+def skip_below(package: str, first: str, what: str) -> None:
+    """Skip a test of something that needs a newer PyTorch or transformers than the installed one."""
+    installed = {"torch": TORCH, "transformers": TRANSFORMERS}[package]
+    if installed < Version(first):
+        pytest.skip(f"{what} needs {package} >= {first}")
+
+
+def table(columns: dict[str, list]) -> Any:
+    """Return a `datasets.Dataset`; skip the test where datasets is not installed."""
+    return pytest.importorskip("datasets", reason="datasets is in the extra 'scripts'").Dataset.from_dict(columns)
 
 
 class Rows(torch.utils.data.Dataset):

@@ -20,7 +20,7 @@ def scales_fp16(native_bf16: bool = False) -> DeviceAbilities:
 
 
 class HalfOnCPU:
-    """For a `Trainer` class: does with fp16 on a CPU what Accelerate does on a GPU."""
+    """For a `Trainer` class: does with fp16 on a CPU what Accelerate does on a GPU. There it sets the scaler alone."""
 
     scaler: dict = {}  # noqa: RUF012
 
@@ -28,7 +28,7 @@ class HalfOnCPU:
         super().create_accelerator_and_postprocess()
         if self.accelerator.mixed_precision == "fp16":
             self.accelerator.native_amp = True
-            self.accelerator.scaler = torch.amp.GradScaler("cpu", **self.scaler)
+            self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type, **self.scaler)
 
 
 class HalfTrainer(HalfOnCPU, EfficientTrainer):

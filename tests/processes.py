@@ -28,7 +28,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "hf_trainopt", "hf_trainopt.scripting.image_data", "hf_trainopt.scripting.session",
-        "hf_trainopt.scripting.text_data", "hf_trainopt.scripting.timm_model",
+        "hf_trainopt.scripting.text_data", "hf_trainopt.models.timm_model",
         "transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2",
     ]
 )  # fmt: skip

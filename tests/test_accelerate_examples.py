@@ -9,7 +9,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from helpers import free_port
+from helpers import free_port, skip_without_scripts
 from safetensors.torch import load_file
 from scripts_helpers import ENVIRONMENT, REPOSITORY, SHORT_RUN, flag_maker
 
@@ -45,6 +45,7 @@ def test_accelerate_reads_it_and_knows_its_keys(name):
 
 
 def test_two_processes_on_the_cpu_run_the_script(tmp_path):
+    skip_without_scripts()
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"The cat number {n} eats fish and sleeps inside." for n in range(90)) + "\n")
     flags = flag_maker(

@@ -1,5 +1,9 @@
 """Wrong uses: each ends before any training, in one sentence that names the argument and the remedy."""
 
+import needs_scripts  # noqa: F401
+
+
+# isort: split
 import re
 from pathlib import Path
 

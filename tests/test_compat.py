@@ -3,31 +3,45 @@
 import importlib
 import inspect
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import Trainer
 
 import hf_trainopt
-from hf_trainopt import _compat
+from hf_trainopt import _versions
 from hf_trainopt._compat import (
     PRIVATE_API,
     PRIVATE_DDP,
     PRIVATE_PRECISION,
     PRIVATE_TORCH,
-    TESTED_TRANSFORMERS,
-    check_transformers_version,
+    VERSIONS,
 )
+from hf_trainopt._versions import TORCH, TRANSFORMERS, check_versions, save_frame_inputs
 
 
 PACKAGE = Path(hf_trainopt.__file__).parent
+INSTALLED = {"torch": TORCH, "transformers": TRANSFORMERS}
+
+
+def skip_if_not_of_this_version(name: str) -> None:
+    """Skip a name that `VERSIONS` says the installed version lacks."""
+    package, first, end = VERSIONS.get(name, ("torch", None, None))
+    installed = INSTALLED[package]
+    if first is not None and installed < Version(first):
+        pytest.skip(f"{name} needs {package} >= {first}")
+    if end is not None and installed >= Version(end):
+        pytest.skip(f"{name} is used with {package} < {end} only")
 
 
 @pytest.mark.parametrize("name", PRIVATE_API)
 def test_private_names_are_there(name):
     parameters, reason = PRIVATE_API[name]
     assert reason
+    skip_if_not_of_this_version(name)
     source = inspect.getsource(Trainer)
     if parameters is None:  # an attribute of instances
         assert re.search(rf"self\.{name}\b", source), f"Trainer.{name} is gone"
@@ -39,7 +53,7 @@ def test_private_names_are_there(name):
 def test_no_other_private_names_are_touched():
     """Names that begin with an underscore on `self`, `super()` or `trainer`: ours, or in the list."""
     names = (
-        "trainer.py", "checks.py", "learning_rate.py", "loss_probe.py", "accumulation/logs.py",
+        "trainer.py", "checks.py", "learning_rate.py", "loss_probe.py", "_versions.py", "accumulation/logs.py",
         "reliability/checkpoints.py", "reliability/random_data.py",
     )  # fmt: skip
     files = [PACKAGE / name for name in names]
@@ -80,6 +94,7 @@ def test_the_loop_is_what_we_wrap():
 def test_private_names_of_torch_are_there(place, name):
     parameters, reason = PRIVATE_TORCH[place][name]
     assert reason
+    skip_if_not_of_this_version(f"{place}.{name}")
     if place == "torch.nn.Module":
         assert name in vars(torch.nn.Linear(1, 1)) or hasattr(torch.nn.Module, name)
         return
@@ -91,22 +106,28 @@ def test_private_names_of_torch_are_there(place, name):
 
 
 def test_frames_of_checkpoint_are_what_we_fill():
-    """A run calls `save_inputs`, and PyTorch calls `recompute_fn` with them and reads the rest."""
+    """A run saves its inputs in a frame, and PyTorch calls `recompute_fn` with them and reads the rest."""
     checkpoint = torch.utils.checkpoint
     assert "frame.recompute_fn" in inspect.getsource(checkpoint._checkpoint_hook)
-    assert "frame.get_inputs()" in inspect.getsource(checkpoint._checkpoint_hook)
-    frame = checkpoint._CheckpointFrame(None, True, None, None)
-    tensor = torch.ones(2)
-    frame.save_inputs(tensor)
-    assert torch.equal(frame.get_inputs()[0], tensor)
+    recomputed_from = []
+    frame = checkpoint._CheckpointFrame(recomputed_from.append, True, None, lambda tensor: None)
+    tensor = torch.ones(2, requires_grad=True)
+    save_frame_inputs(frame, [tensor])
+    with checkpoint._checkpoint_hook(frame):
+        output = tensor.exp()
+    with pytest.raises(checkpoint.CheckpointError):  # nothing was recomputed
+        output.sum().backward()
+    assert torch.equal(recomputed_from[0], tensor)
+    assert recomputed_from[0].requires_grad
 
 
 def test_no_other_private_names_of_torch_are_imported():
     listed = {(place, name) for place, names in PRIVATE_TORCH.items() for name in names}
     found = set()
-    for file in [*(PACKAGE / "placement").glob("*.py"), *(PACKAGE / "evidence").glob("*.py")]:
+    parts = ("placement", "evidence", "precision")
+    for file in [PACKAGE / "_versions.py", *(path for part in parts for path in (PACKAGE / part).glob("*.py"))]:
         source = file.read_text()
-        imports = re.findall(r"^from (torch[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))$", source, re.MULTILINE)
+        imports = re.findall(r"^ *from (torch[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))$", source, re.MULTILINE)
         for place, several, names in imports:
             for name in re.findall(r"\w+", several or names):
                 if name.startswith("_") or "._" in place:
@@ -117,6 +138,7 @@ def test_no_other_private_names_of_torch_are_imported():
         found |= set(re.findall(r"(torch\._\w+)\.(_?[A-Z]\w+)", source)) - {("torch._ops", "OpOverload")}
         found |= {("torch.nn.Module", name) for name in re.findall(r"module\.(_buffers|_parameters)\b", source)}
         found |= {("torch.nn.Module", name) for name in re.findall(r"\b(_compiled_call_impl|_modules)\b", source)}
+        found |= {("torch.cpu", name) for name in re.findall(r"\btorch\.cpu\.(_\w+)", source)}
         found |= {("torch", name) for name in re.findall(r"\btorch\.(_check\w+)", source)}
         found |= {("torch._C", name) for name in re.findall(r"torch\._C\.(_current_graph_task_id)\b", source)}
         found |= {("torch.autograd.Variable", name) for name in re.findall(r"\bVariable\.(_\w+)", source)}
@@ -208,8 +230,21 @@ def test_accelerate_wraps_the_forward_pass_as_we_find_it():
     assert optimizer._is_overflow is False
 
 
-def test_another_version_is_warned_of(monkeypatch):
-    monkeypatch.setattr(_compat.transformers, "__version__", "99.0.0")
-    with pytest.warns(UserWarning, match="not with 99"):
-        check_transformers_version()
-    assert len(TESTED_TRANSFORMERS) == 2
+@pytest.mark.parametrize(("package", "name"), [("torch", "TORCH"), ("transformers", "TRANSFORMERS")])
+def test_another_version_is_warned_of(monkeypatch, package, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_versions()
+    monkeypatch.setattr(_versions, name, Version("99.0"))
+    with pytest.warns(UserWarning, match=f"tested with {package}"):
+        check_versions()
+
+
+def test_what_depends_on_a_version_stands_in_one_file():
+    names = [name.rpartition(".")[2] for name in VERSIONS]
+    names += ["is_distributed_loading_by_transformers", "activation_checkpointing_kwargs"]
+    words = re.compile(rf"\.({'|'.join(names)}|loss_is_scaled_for_ga)\b|\bTRANSFORMERS\b|\bTORCH\b|__version__ *[<>]")
+    for path in PACKAGE.rglob("*.py"):
+        if path.name not in ("_versions.py", "_compat.py"):
+            for line in path.read_text().splitlines():
+                assert not words.search(line.partition("#")[0]), f"{path}: {line.strip()}"

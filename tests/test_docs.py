@@ -1,5 +1,9 @@
 """Every code block of the docs runs or, where it is a command, is taken by the parser of what it calls."""
 
+import needs_scripts  # noqa: F401
+
+
+# isort: split
 import importlib.util
 import logging
 import re
@@ -14,8 +18,7 @@ import hf_trainopt
 import run_clm
 import run_image
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
-from hf_trainopt.cli import build_parser
-from hf_trainopt.compare.cli import split_arguments
+from hf_trainopt.cli import build_parser, split_arguments
 from hf_trainopt.scripting.parser import parse_script_arguments
 
 
@@ -53,7 +56,7 @@ def check_command(command: str) -> None:
     words = [word for word in shlex.split(command) if word != "..."]
     if words[0] == "hf-trainopt":
         own, script_arguments = split_arguments(words[1:])
-        parsed = build_parser().parse_command(own)
+        parsed = build_parser(own[0]).parse_command(own)
         rest = [*getattr(parsed, "script_arguments", []), *script_arguments]
         if hasattr(parsed, "script") and Path(parsed.script).name in SCRIPTS:
             check_flags(Path(parsed.script).name, rest)

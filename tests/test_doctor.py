@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import Rows, arguments, free_port, quiet, tiny_gpt2
+from helpers import Rows, arguments, free_port, quiet, skip_without_scripts, tiny_gpt2
 
 from hf_trainopt import EfficientTrainer, cli
 from hf_trainopt.doctor.probe import examine
@@ -155,6 +155,7 @@ def test_scripts_that_do_not_train_with_us(tmp_path):
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
+    skip_without_scripts()
     monkeypatch.chdir(tmp_path)
     script = str(TESTS.parent / "run_image.py")
     assert cli.main(["doctor", "--json", script, "--use_cpu", "--report_to", "none", "--memory_budget", "100%"]) == 0

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.evidence import ThroughputCallback, throughput
 from hf_trainopt.evidence.flops import FORMULAS, FlopCounter, StepFlops, peak_flops
 
@@ -98,7 +99,7 @@ def test_recomputation_is_told_apart(use_reentrant):
 
 def test_checkpointed_models_have_the_same_model_flops(tmp_path):
     _, plain = run(tmp_path)
-    _, checkpointed = run(tmp_path, activation_checkpointing=True)
+    _, checkpointed = run(tmp_path, **{ACTIVATION_CHECKPOINTING: True})
     assert plain.step_flops == StepFlops(2 * (FORWARD + BACKWARD), 0, 0, torch.float32, False)
     assert checkpointed.step_flops.model == plain.step_flops.total
     assert 0 < checkpointed.step_flops.recomputed < 2 * FORWARD
@@ -159,7 +160,7 @@ def test_what_is_compiled_within_a_model_stays_compiled():
 
 def test_rates_follow(tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "device_peak_flops", lambda device, flops: 1e9)
-    trainer, callback = run(tmp_path, activation_checkpointing=True)
+    trainer, callback = run(tmp_path, **{ACTIVATION_CHECKPOINTING: True})
     line = trainer.state.log_history[-1]
     flops, per_token = callback.step_flops, line["tokens_per_second"] / (2 * TOKENS)
     assert line["flops_per_second"] == pytest.approx(flops.total * per_token)

@@ -9,6 +9,7 @@ from helpers import Pictures, Rows, Stream, arguments, quiet, tiny_gpt2, tiny_re
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.evidence import GradientStatisticsCallback
 
 
@@ -54,7 +55,7 @@ def callback_of(trainer):
     [
         (tiny_gpt2, Rows, {}),  # weighted by labels; clipped; a short last window and micro-batch
         (tiny_gpt2, Rows, {"max_grad_norm": 0.0}),
-        (tiny_gpt2, Rows, {"max_grad_norm": 0.01, "activation_checkpointing": True}),
+        (tiny_gpt2, Rows, {"max_grad_norm": 0.01, ACTIVATION_CHECKPOINTING: True}),
         (tiny_gpt2, Rows, {"average_tokens_across_devices": False}),
         (lambda: tiny_gpt2(dropout=0.1), Rows, {"bf16": True}),
         (Mean, Rows, {}),
@@ -157,7 +158,7 @@ def test_a_resumed_run_has_the_same_noise_scale(tmp_path, restores):
     [
         ({"gradient_accumulation_steps": 1}, "one micro-batch on one device cannot tell its own noise"),
         (
-            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            {ACTIVATION_CHECKPOINTING: True, f"{ACTIVATION_CHECKPOINTING}_kwargs": {"use_reentrant": True}},
             "use_reentrant=False",
         ),
     ],

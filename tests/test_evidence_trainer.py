@@ -9,6 +9,7 @@ from helpers import AnyK, Rows, arguments, quiet, tiny_gpt2, weights_equal
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
+from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.accumulation.logs import LOGGED_KEYS
 from hf_trainopt.evidence import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
 from hf_trainopt.evidence.base import MeasurementCallback
@@ -44,7 +45,7 @@ def without_times(line):
     [
         {"accumulation_policy": "fixed"},
         {"accumulation_policy": "goodput", "optimizer_step_cost": 1.0},
-        {"accumulation_policy": "fixed", "activation_checkpointing": True, "bf16": True},
+        {"accumulation_policy": "fixed", ACTIVATION_CHECKPOINTING: True, "bf16": True},
     ],
 )
 def test_with_and_without_are_the_same_run(tmp_path, policy):

@@ -1,5 +1,9 @@
 """Every example runs, offline, as its users run it."""
 
+import needs_scripts  # noqa: F401
+
+
+# isort: split
 import importlib.util
 import os
 import re

@@ -1,5 +1,9 @@
 """Our metrics against NumPy, and without any download."""
 
+import needs_scripts  # noqa: F401
+
+
+# isort: split
 import math
 
 import numpy as np

@@ -90,7 +90,7 @@ def scaled(outputs, labels, num_items_in_batch):
 
 def test_trl_sft_trainer(tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not a dependency")
-    from datasets import Dataset
+    from datasets import Dataset  # trl needs it
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -10,8 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from helpers import Rows, arguments, quiet
+from helpers import Rows, arguments, quiet, table
 from placement_models import gpt2, llama, tokens
 from test_placement_trainer import FIXED, losses, measured, run
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback, set_seed
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.placement.apply import apply_placement
 from hf_trainopt.placement.budget import gib, parse_budget
 from hf_trainopt.placement.costs import DEVICES
@@ -261,7 +261,7 @@ class Transform:
 
 
 def transformed_rows():
-    rows = Dataset.from_dict({"input_ids": Rows(48, length=24).rows.tolist()})
+    rows = table({"input_ids": Rows(48, length=24).rows.tolist()})
     rows.set_transform(Transform())
     return rows
 
@@ -403,7 +403,7 @@ def test_the_longest_samples_of_any_dataset_are_found():
     assert batch["attention_mask"].sum() == 59
     assert longest(Subset(plain, [0, 2, 3]))["input_ids"].shape == (2, 7)
     rows = {"input_ids": [[1] * n for n in plain.lengths], "labels": [0, 1, 0, 1, 0, 1]}
-    found = longest(Dataset.from_dict(rows), collate=lambda samples: samples)  # classes are no sequences
+    found = longest(table(rows), collate=lambda samples: samples)  # classes are no sequences
     assert [len(sample["input_ids"]) for sample in found] == [30, 29]
     labelled = [{"input_ids": torch.ones(n), "labels": torch.tensor(n % 2)} for n in plain.lengths]  # no dimension
     assert [len(sample["input_ids"]) for sample in longest(labelled, lambda samples: samples)] == [30, 29]
@@ -414,8 +414,8 @@ def test_a_mask_of_ones_stays_where_nothing_is_padded():
         return largest_batch(DataLoader(data, batch_size=2, collate_fn=stacked), 2)["attention_mask"]
 
     whole = {"input_ids": [[1, 2, 3]] * 6, "attention_mask": [[1, 1, 1]] * 6}
-    assert mask(Dataset.from_dict(whole)).all()
-    assert not mask(Dataset.from_dict({**whole, "attention_mask": [[1, 1, 1]] * 5 + [[1, 1, 0]]})).all()
+    assert mask(table(whole)).all()
+    assert not mask(table({**whole, "attention_mask": [[1, 1, 1]] * 5 + [[1, 1, 0]]})).all()
     assert largest_batch(DataLoader(Lengths([8] * 6), batch_size=2, collate_fn=padded), 2)["attention_mask"].all()
     assert not largest_batch(DataLoader(Lengths([8, 8, 8, 5]), batch_size=2, collate_fn=padded), 2)[
         "attention_mask"
@@ -544,7 +544,7 @@ def test_after_an_exception_training_and_measuring_work_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert _get_current_dispatch_mode() is None
-    assert not trainer.model.is_activation_checkpointing
+    assert not getattr(trainer.model, f"is_{ACTIVATION_CHECKPOINTING}")
     assert trainer.placement_plan.measured_peak_bytes is None
     trainer.train()
     assert trainer.state.global_step == 3

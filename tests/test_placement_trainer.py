@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
-from datasets import Dataset
-from helpers import AnyK, Pictures, Recorder, Rows, Stream, arguments, quiet, weights_equal
+from helpers import AnyK, Pictures, Recorder, Rows, Stream, arguments, quiet, table, weights_equal
 from placement_models import gpt2, llama, timm_model
 from transformers import Trainer, set_seed
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.placement.arguments import PlacementArgumentsMixin
 from hf_trainopt.placement.example_batch import largest_batch
 from hf_trainopt.placement.plan import PlacementPlan
@@ -70,7 +70,7 @@ def test_a_placed_run_is_the_stock_run(tmp_path, stock, placement):
     assert not trainer.placement_plan.is_stock
     assert measured(trainer) == pytest.approx(1, abs=0.01)
     assert trainer.placement_plan.measured_peak_bytes < 0.9 * trainer.placement_plan.baseline_peak_bytes
-    assert not trainer.model.is_activation_checkpointing  # undone
+    assert not getattr(trainer.model, f"is_{ACTIVATION_CHECKPOINTING}")  # undone
 
 
 def test_nothing_is_in_play_without_placement(tmp_path, stock):
@@ -192,7 +192,7 @@ def test_a_budget_that_was_too_low_in_truth_is_said(tmp_path, caplog):
         ({"checkpoint_placement": "every_0"}, "must be at least 1"),
         ({"memory_budget": "much"}, "give '12GiB'"),
         ({"memory_rewrites": "gelu"}, "memory_rewrites is 'gelu'"),
-        ({"checkpoint_placement": "all", "activation_checkpointing": True}, "both say what is recomputed"),
+        ({"checkpoint_placement": "all", ACTIVATION_CHECKPOINTING: True}, "both choose the activations to recompute"),
         ({"memory_budget": "75%", "torch_compile": True}, "eager models only"),
     ],
 )
@@ -204,8 +204,9 @@ def test_contradictions_are_refused_by_the_arguments(tmp_path, options, message)
 def test_what_the_trainer_refuses(tmp_path):
     with pytest.raises(ValueError, match="no placement needs less than"):
         run(tmp_path, **FIXED, memory_budget="2MiB")
+    options = {f"{ACTIVATION_CHECKPOINTING}_kwargs": {"use_reentrant": True}}
     with pytest.raises(ValueError, match="remove use_reentrant"):
-        run(tmp_path, **FIXED, checkpoint_placement="all", activation_checkpointing_kwargs={"use_reentrant": True})
+        run(tmp_path, **FIXED, checkpoint_placement="all", **options)
     with pytest.raises(ValueError, match="placement_stages"):
         run(tmp_path, model=lambda: torch.nn.Linear(3, 3), **FIXED, checkpoint_placement="all")
     with pytest.raises(ValueError, match="does not allow"):
@@ -213,7 +214,7 @@ def test_what_the_trainer_refuses(tmp_path):
 
 
 def test_every_n_layers_of_transformers_is_n(tmp_path):
-    options = {"checkpoint_placement": "every_n", "activation_checkpointing_kwargs": {"every_n_layers": 4}}
+    options = {"checkpoint_placement": "every_n", f"{ACTIVATION_CHECKPOINTING}_kwargs": {"every_n_layers": 4}}
     trainer = run(tmp_path, **FIXED, **options)
     assert [choice.recompute for choice in trainer.placement_plan.stages.values()] == ["full", "none", "none", "none"]
 
@@ -287,7 +288,7 @@ def test_bf16_autocast(tmp_path):
 
 def test_the_longest_samples_make_the_batch():
     lengths = [3, 9, 4, 8, 2, 7]
-    data = Dataset.from_dict({"input_ids": [[1] * n for n in lengths], "labels": [[1] * n for n in lengths]})
+    data = table({"input_ids": [[1] * n for n in lengths], "labels": [[1] * n for n in lengths]})
 
     def collate(samples):
         longest = max(len(sample["input_ids"]) for sample in samples)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Rows, arguments, quiet, tiny_gpt2, weights_equal
+from helpers import Rows, arguments, quiet, skip_without_scripts, tiny_gpt2, weights_equal
 from reliability_helpers import GOODPUT, checkpoints, make
 from transformers import Trainer, TrainingArguments
 
@@ -261,6 +261,7 @@ def test_a_checkpoint_cannot_run_code(name, tmp_path):
 
 
 def test_nothing_of_ours_unpickles_or_trusts_remote_code():
+    skip_without_scripts()
     import ast
 
     import hf_trainopt

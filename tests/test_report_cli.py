@@ -11,8 +11,8 @@ from hf_trainopt import EfficientTrainer
 from hf_trainopt.cli import main
 from hf_trainopt.evidence.targets import Target, TargetCallback
 from hf_trainopt.report import make_report
+from hf_trainopt.report.running import run_in_memory
 from hf_trainopt.report.runs import read_run
-from hf_trainopt.report.trainer import run_in_memory
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,9 @@
 """`run_clm.py` as its users run it, on a few kilobytes of text."""
 
+import needs_scripts  # noqa: F401
+
+
+# isort: split
 import dataclasses
 import json
 import logging

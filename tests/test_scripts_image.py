@@ -1,5 +1,9 @@
 """`run_image.py` as its users run it, on a few dozen generated images; augmentation that can be replayed."""
 
+import needs_scripts  # noqa: F401
+
+
+# isort: split
 import json
 import random
 
@@ -20,8 +24,8 @@ from transformers import (
 )
 
 import run_image
+from hf_trainopt.models.timm_model import parse_model_args
 from hf_trainopt.scripting import image_data
-from hf_trainopt.scripting.timm_model import parse_model_args
 
 
 CLASSES = ("blue", "green", "red")

@@ -68,22 +68,43 @@ def test_each_sample_once_an_epoch(tmp_path, sequence):
 @relaxed
 def test_a_window_has_the_gradient_of_one_big_batch(tmp_path, sequence):
     """Weights change from step to step: the reference repeats each step from the gradients of the whole window."""
-    trainer, recorder = train(tmp_path, sequence, num_train_epochs=1, learning_rate=0.0, weight_decay=0.0)
-    model = tiny_gpt2(dtype=torch.float64)
+    for gradients, expected in window_gradients(tmp_path, sequence):
+        for found, gradient in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-12)
+
+
+def window_gradients(tmp_path, sequence, **kwargs):
+    """Gradients of each window of a run, and those of one big batch of the same rows. `benchmarks/gpu` uses it too."""
+    trainer, recorder = train(tmp_path, sequence, num_train_epochs=1, learning_rate=0.0, weight_decay=0.0, **kwargs)
+    model = tiny_gpt2(dtype=torch.float64).to(trainer.args.device)
     for window, gradients in zip(trainer.windows, recorder.gradients, strict=True):
         whole = {key: torch.cat([batch[key] for batch in window]) for key in window[0]}
         model.zero_grad()
         model(**whole).loss.backward()
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-6, atol=1e-12)
+        yield gradients, [parameter.grad for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_the_trainer_takes_the_statistics_of_its_slow_twin(tmp_path, k):
     """tr Σ and |G|² from the real loop with unequal token counts, against all micro-batch gradients one by one."""
-    from reference import estimate_noise_by_pairs
-
     from hf_trainopt.accumulation.noise_scale import estimate_noise
+
+    compared, unequal = 0, 0
+    for statistics, window, expected, counts in statistics_and_twin(tmp_path, k):
+        assert estimate_noise(statistics) == pytest.approx(expected, rel=2e-4)
+        assert statistics.num_items == sum(counts)
+        assert statistics.num_samples == sum(len(batch["labels"]) for batch in window)
+        compared, unequal = compared + 1, unequal + (len(set(counts)) > 1)
+    assert compared > 4
+    assert unequal > 3
+
+
+def statistics_and_twin(tmp_path, k, **kwargs):
+    """Statistics of each window of a run, its micro-batches, what the twin says, and the tokens that count.
+
+    `benchmarks/gpu` uses it too.
+    """
+    from reference import estimate_noise_by_pairs
 
     found = []
 
@@ -95,28 +116,24 @@ def test_the_trainer_takes_the_statistics_of_its_slow_twin(tmp_path, k):
             return values
 
     args = arguments(
-        tmp_path, num_train_epochs=1, learning_rate=0.0, weight_decay=0.0, max_grad_norm=0.01, noise_scale_interval=1
-    )
+        tmp_path, num_train_epochs=1, learning_rate=0.0, weight_decay=0.0, max_grad_norm=0.01, noise_scale_interval=1,
+        **kwargs,
+    )  # fmt: skip
     trainer = quiet(Listening(model=tiny_gpt2(), args=args, train_dataset=Rows(numbered=True), sequence=[k]))
     trainer.train()
     assert trainer._measures
-    model = tiny_gpt2(dtype=torch.float64)
+    model = tiny_gpt2(dtype=torch.float64).to(trainer.args.device)
     windows = [window for window in trainer.windows if len(window) >= 2]
-    assert len(found) == len(windows) > 4
-    unequal = 0
+    assert len(found) == len(windows)
     for statistics, window in zip(found, windows, strict=True):
         gradients, counts = [], []
         for batch in window:
             model.zero_grad()
             model(**batch).loss.backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]).cpu())
             counts.append(int((batch["labels"][:, 1:] != -100).sum()))
-        unequal += len(set(counts)) > 1
         expected = estimate_noise_by_pairs(torch.stack(gradients).numpy(), torch.tensor(counts).numpy())
-        assert estimate_noise(statistics) == pytest.approx(expected, rel=2e-4)
-        assert statistics.num_items == sum(counts)
-        assert statistics.num_samples == sum(len(batch["labels"]) for batch in window)
-    assert unequal > 3
+        yield statistics, window, expected, counts
 
 
 @given(sequences)

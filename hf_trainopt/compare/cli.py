@@ -34,16 +34,16 @@ EPILOG = """examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, **options: Any) -> None:
     """Add `compare` to the subcommands of `hf-trainopt`."""
     parser = subparsers.add_parser(
         "compare",
-        help="run a training script under stock Trainer settings and under ours, and compare",
         description="Run a training script under stock Trainer settings and under ours: the same seeds and data, in "
         "turn, each run a process of its own. Finished runs are kept: the same command goes on where it was stopped. "
         "Arguments of the script come after --; without --eval_strategy it is evaluated 20 times.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
     )
     parser.add_argument("script", type=Path, help="run_clm.py, run_image.py, or your own script that uses Trainer")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="default: outputs/compare")
@@ -77,14 +77,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--launcher", help="what starts a run: 'accelerate launch --num_processes 2'; default: python")
     parser.add_argument("--restart", action="store_true", help="make every run again")
     parser.set_defaults(run=run, script_arguments=[])
-
-
-def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return a command line up to its first `--`, and what is behind it."""
-    if "--" not in argv:
-        return list(argv), []
-    place = list(argv).index("--")
-    return list(argv[:place]), list(argv[place + 1 :])
 
 
 def run(arguments: argparse.Namespace) -> str:

@@ -19,16 +19,16 @@ EPILOG = """examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, **options: Any) -> None:
     """Add `doctor` to the subcommands of `hf-trainopt`."""
     parser = subparsers.add_parser(
         "doctor",
-        help="say what each part will do in a run, before any training",
         description="Start a training script with its arguments and stop it before the first step: its data are "
         "loaded, its model is built, everything is decided, nothing is trained and nothing written. Flags of doctor "
         "stand before the script.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
     )
     parser.add_argument(
         "--launcher", help="what starts the run: 'accelerate launch --num_processes 2'; default: python"

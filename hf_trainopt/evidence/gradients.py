@@ -11,6 +11,7 @@ from accelerate.state import GradientState
 from torch.autograd import Variable
 from torch.autograd.graph import register_multi_grad_hook
 
+from .._versions import ACTIVATION_CHECKPOINTING, activation_checkpointing, activation_checkpointing_kwargs
 from ..accumulation.controller import AccumulationController
 from ..accumulation.gradient_norms import MicroBatchNorms
 from ..accumulation.noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics
@@ -171,10 +172,10 @@ class GradientStatisticsCallback(MeasurementCallback):
         sharded = any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in model.parameters())
         if sharded or args.deepspeed or args.fsdp:
             return "no rank of a sharded model (DeepSpeed, FSDP) holds a whole gradient; remove it."
-        if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        if activation_checkpointing(args) and activation_checkpointing_kwargs(args).get("use_reentrant"):
             return (
                 "re-entrant activation checkpointing hands out gradients in pieces; set use_reentrant=False in "
-                "activation_checkpointing_kwargs, or remove it."
+                f"{ACTIVATION_CHECKPOINTING}_kwargs, or remove it."
             )
         if args.gradient_accumulation_steps * args.world_size < 2 and not self.k_varies:
             return (

@@ -1,7 +1,13 @@
 """Measurements in `Trainer`: adds the callbacks, and their values to each line before it is logged."""
 
+from typing import TYPE_CHECKING, Any
+
 from ..log_lines import give_back
 from .base import MeasurementCallback, add_measurements
+
+
+if TYPE_CHECKING:
+    from ..report import Report
 
 
 class EvidenceTrainerMixin:
@@ -32,3 +38,21 @@ class EvidenceTrainerMixin:
         added = add_measurements(self._measurements, self.args, self.state, line)
         super().log(line, *args, **kwargs)
         give_back(logs, line, added)
+
+    def report(self, *others: Any, **options: Any) -> "Report":
+        """Return what this run has done so far; a notebook shows it.
+
+        Args:
+            *others: Output folders of other runs to see beside it.
+            **options: As for `hf_trainopt.report.make_report`: `baseline` (unless given: this run), `target_metric`
+                and `target_value`, `greater_is_better`, `title`.
+
+        Raises:
+            ValueError: Nothing has been logged yet, or another folder has no run in it.
+        """
+        from ..report import make_report
+        from ..report.running import run_in_memory
+
+        if not self.state.log_history:
+            raise ValueError("there is nothing to report yet: no line has been logged; call it after train().")
+        return make_report(run_in_memory(self), *others, **options)

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from .._compat import rank_batch_size
+from .._versions import loss_is_scaled_for_ga
 from ..accumulation.window import Part, Window
 from .checks import check_auto_micro_batch, find_ddp
 from .detection import first_line, is_out_of_memory, release_memory
@@ -196,7 +197,7 @@ class OutOfMemoryTrainerMixin:
 
     def _halved(self, window: Window, num_items_in_batch: Any) -> tuple[int, str | None]:
         """Return the size of micro-batches to try next, or 0 and why there is none."""
-        scaled = self.loss_is_scaled_for_ga
+        scaled = loss_is_scaled_for_ga(self)
         if scaled is None:
             scaled = self.compute_loss_func is not None
         if scaled and num_items_in_batch is None:

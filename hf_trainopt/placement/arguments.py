@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
+from .._versions import ACTIVATION_CHECKPOINTING, activation_checkpointing
 from .budget import parse_budget
 from .plan import PlacementPlan
 from .planner import check_rewrites
@@ -112,11 +113,11 @@ class PlacementArgumentsMixin:
                 raise ValueError(text if "checkpoint_placement" in text else f"checkpoint_placement: {text}") from None
         if not self.places_checkpoints:
             return
-        if self.activation_checkpointing:
+        if activation_checkpointing(self):
             raise ValueError(
-                f"activation_checkpointing=True (gradient_checkpointing) and checkpoint_placement='{policy}' both say "
-                "what is recomputed; set activation_checkpointing=False, or gradient_checkpointing=False if "
-                "that is what was set ('all' is the same placement)."
+                f"{ACTIVATION_CHECKPOINTING}=True and checkpoint_placement='{policy}' both choose the activations to "
+                f"recompute; set {ACTIVATION_CHECKPOINTING}=False (and gradient_checkpointing=False, if you used that "
+                "older name). 'all' is the same placement."
             )
         if self.torch_compile:
             raise ValueError(

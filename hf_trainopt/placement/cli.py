@@ -44,15 +44,15 @@ EPILOG = """examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, **options: Any) -> None:
     """Add `plan` to the subcommands of `hf-trainopt`."""
     parser = subparsers.add_parser(
         "plan",
-        help="plan which activations are stored and which recomputed, for a memory budget",
         description="Plan which activations of a training step are stored and which are recomputed, so that its peak "
         "memory stays within a budget. Needs no GPU, no weights and no data.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
     )
     model = parser.add_argument_group("model (one of the first three)")
     which = model.add_mutually_exclusive_group(required=True)

@@ -3,22 +3,17 @@
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, TimmWrapperConfig
-from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+from transformers.initialization import no_init_weights
 
-from hf_trainopt.scripting.session import hub_errors
-from hf_trainopt.scripting.timm_model import (
-    check_timm_name,
-    load_timm_config,
-    load_timm_model,
-    parse_model_args,
-    pretrained_cfg_of,
-)
+from hf_trainopt._versions import meta_device_safe_creation_ops
+from hf_trainopt.models.hub import hub_errors
 
 
 # Task -> the class that builds its models.
@@ -102,15 +97,18 @@ def load_config(request: ModelRequest) -> PreTrainedConfig:
         ValueError: There is no such model, or its config cannot be changed as asked.
     """
     if request.timm_model is not None:
-        check_timm_name(request.timm_model)
-        config = load_timm_config(None, request.timm_model, parse_model_args(request.model_args))
-        config.num_labels = pretrained_cfg_of(config).get("num_classes") or 1000
+        timm_model = _timm_models("--timm_model")
+        timm_model.check_timm_name(request.timm_model)
+        model_args = timm_model.parse_model_args(request.model_args)
+        config = timm_model.load_timm_config(None, request.timm_model, model_args)
+        config.num_labels = timm_model.pretrained_cfg_of(config).get("num_classes") or 1000
     elif request.model_type is not None:
         config = _default_config(request.model_type, request.config_overrides)
     else:
         config = _named_config(request.model_name_or_path)
         if isinstance(config, TimmWrapperConfig):
-            config.model_args = {**(config.model_args or {}), **parse_model_args(request.model_args)}
+            timm_model = _timm_models(f"The model {request.model_name_or_path}")
+            config.model_args = {**(config.model_args or {}), **timm_model.parse_model_args(request.model_args)}
         elif request.model_args is not None:
             raise ValueError("--model_args is for timm models; leave it out, or name the model with --timm_model.")
     if request.num_classes is not None:
@@ -118,6 +116,19 @@ def load_config(request: ModelRequest) -> PreTrainedConfig:
     if hasattr(config, "use_cache"):
         config.use_cache = False  # as `Trainer` does
     return config
+
+
+def _timm_models(what: str) -> ModuleType:
+    """Import what builds timm models. timm is part of the extra `scripts`.
+
+    Raises:
+        ValueError: timm is not installed.
+    """
+    try:
+        from hf_trainopt.models import timm_model
+    except ImportError as error:
+        raise ValueError(f"{what}: {error}") from error
+    return timm_model
 
 
 def _default_config(model_type: str, overrides: str | None) -> PreTrainedConfig:
@@ -231,7 +242,7 @@ def _on_meta(request: ModelRequest, config: PreTrainedConfig, task: str) -> nn.M
         for context in (torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops()):
             stack.enter_context(context)
         if isinstance(config, TimmWrapperConfig):
-            model = load_timm_model(config, None)
+            model = _timm_models("The model").load_timm_model(config, None)
         else:
             if not _takes(task, config):
                 raise ValueError(
@@ -282,7 +293,7 @@ def _image_shape(config: PreTrainedConfig, asked: int | None) -> tuple[int, int]
     """Return height (and width) and channels; a model of one size only is changed to the size that is asked for."""
     if isinstance(config, TimmWrapperConfig):
         options = config.model_args or {}
-        pixels = pretrained_cfg_of(config)
+        pixels = _timm_models("The model").pretrained_cfg_of(config)
         own = options.get("img_size") or (pixels.get("input_size") or (3, DEFAULT_IMAGE_SIZE))[-1]
         own = own[0] if isinstance(own, list | tuple) else own
         if asked is not None and pixels.get("fixed_input_size"):

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _checkpoint_hook, _CheckpointFrame
 
+from hf_trainopt._versions import save_frame_inputs
 from hf_trainopt.placement.batchnorm import BufferKeeper, BufferSnapshot
 from hf_trainopt.placement.global_state import CallState, devices_of, forked_random_state
 from hf_trainopt.placement.regions import Call, refuse_compiling, without_cache
@@ -129,7 +130,7 @@ class _Open:
     def __init__(self, inputs: list[torch.Tensor]):
         self.replay = _Replay()
         self.frame = _CheckpointFrame(self.replay, True, None, _metadata)
-        self.frame.save_inputs(*inputs)
+        save_frame_inputs(self.frame, inputs)
         self.last = -1
         self.inputs = [_Seen(tensor) for tensor in inputs]
         self.outputs: dict[_Output, _Seen] = {}

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import _detach_helper
 
 from hf_trainopt.placement.errors import ModifiedOutputError
 from hf_trainopt.placement.global_state import TorchRandomState, devices_of
@@ -90,7 +89,9 @@ class _Saved:
     """
 
     def __init__(self, tensor: torch.Tensor):
-        self.tensor = _detach_helper(tensor)
+        # Beneath autograd, `detach` gives a view whose version counter is its own unless this key is let through.
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+            self.tensor = tensor.detach()
         self.version = self.tensor._version
 
 

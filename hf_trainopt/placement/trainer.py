@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from .._compat import rank_batch_size
+from .._versions import ACTIVATION_CHECKPOINTING, activation_checkpointing_kwargs, is_sharded_at_load
 from .apply import AppliedPlacement, apply_placement
 from .arguments import is_plan_file
 from .budget import gib, parse_budget
@@ -82,14 +83,14 @@ class PlacementTrainerMixin:
                 f"{what} cannot predict the memory of sharded models yet (FSDP, DeepSpeed); choose 'all', 'every_n', "
                 "'sqrt' or a plan file."
             )
-        if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        if activation_checkpointing_kwargs(args).get("use_reentrant"):
             raise ValueError(
-                f"{what} is non-reentrant; remove use_reentrant=True from activation_checkpointing_kwargs."
+                f"{what} is non-reentrant; remove use_reentrant=True from {ACTIVATION_CHECKPOINTING}_kwargs."
             )
 
     @property
     def _is_sharded(self) -> bool:
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled or is_sharded_at_load(self)
 
     # ---- When ------------------------------------------------------------------------------------------------------
 
@@ -292,7 +293,7 @@ class PlacementTrainerMixin:
     @property
     def _every_n(self) -> int:
         """n of `checkpoint_placement="every_n"`, as transformers takes it."""
-        return (self.args.activation_checkpointing_kwargs or {}).get("every_n_layers", 2)
+        return activation_checkpointing_kwargs(self.args).get("every_n_layers", 2)
 
     def _unpredicted(self, policy: str, rewrites: Rewrites = NO_REWRITES) -> PlacementPlan:
         """Return the plan of a named policy without a replay."""

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
+from .._versions import is_sharded_at_load
 from ..log_lines import give_back
 from .arguments import PrecisionArgumentsMixin
 from .choose import PrecisionChoice
@@ -169,7 +170,7 @@ class PrecisionTrainerMixin:
     def _obstacle(self) -> str | None:
         """Why the precision of this run cannot be changed, if so."""
         sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-        if self.accelerator.distributed_type in sharded or self.is_distributed_loading_by_transformers:
+        if self.accelerator.distributed_type in sharded or is_sharded_at_load(self):
             return "a sharded model keeps the precision that it was wrapped in"
         if not self._precision_switch.find_autocasts(self.model):
             return f"Accelerate has not prepared the forward pass of {type(self.model).__name__}"

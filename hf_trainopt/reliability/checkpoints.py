@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from .._versions import is_sharded_at_load
 from .manifest import complete, discard, is_leftover, refresh
 from .random_data import RandomDataTrainerMixin
 from .resume import (
@@ -51,7 +52,7 @@ class CheckpointsTrainerMixin(RandomDataTrainerMixin):
     @property
     def _is_collective(self) -> bool:
         """Whether the parts of a save are done by all ranks together."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled or is_sharded_at_load(self)
 
     def _from_all_ranks(self, value: Any) -> list[Any]:
         return gather_object([value]) if self.args.world_size > 1 else [value]

@@ -15,16 +15,16 @@ EPILOG = """examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, **options: Any) -> None:
     """Add `report` to the subcommands of `hf-trainopt`."""
     parser = subparsers.add_parser(
         "report",
-        help="show runs as a page, pictures and a table, from their output folders",
         description="Show what runs have done, from their output folders alone: one HTML page that needs nothing "
         "else, a PNG picture for each part, and Markdown. Folders of EfficientTrainer, of stock Trainer, and of "
         "`hf-trainopt compare`.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
     )
     parser.add_argument(
         "runs",

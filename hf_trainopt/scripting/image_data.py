@@ -1,5 +1,9 @@
 """Images for classification: loading, class names, timm transforms whose random draws can be replayed, mixup."""
 
+from . import _required  # noqa: F401
+
+
+# isort: split
 import logging
 import os
 import random
@@ -17,7 +21,9 @@ from timm.data.mixup import one_hot
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
-from .session import file_errors, hub_errors
+from hf_trainopt.models.hub import hub_errors
+
+from .files import file_errors
 
 
 logger = logging.getLogger(__name__)

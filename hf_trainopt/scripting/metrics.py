@@ -1,5 +1,9 @@
 """Accuracy and perplexity as `evaluate.Metric` classes that need no download (`evaluate.load` fetches a script)."""
 
+from . import _required  # noqa: F401
+
+
+# isort: split
 import math
 from collections.abc import Mapping
 from typing import Any

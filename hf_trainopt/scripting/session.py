@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import datasets
 import torch
 import transformers
 from huggingface_hub import is_offline_mode
@@ -49,6 +48,8 @@ def set_up_logging(training_args: TrainingArguments) -> None:
     level = training_args.get_process_log_level()
     for name in ("__main__", "hf_trainopt"):
         logging.getLogger(name).setLevel(level)
+    import datasets  # here, since programs that close a process group or report errors need none
+
     datasets.utils.logging.set_verbosity(level)
     # Its own handler has no time and level, and would write each line of the root's a second time.
     logging.getLogger("datasets").handlers.clear()
@@ -129,44 +130,6 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
             f"Starting from scratch: {output_dir} has no complete checkpoint ({describe_skipped(passed_over)})."
         )
     return None
-
-
-@contextmanager
-def hub_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turn whatever the Hub client raises inside the block into one `ValueError` of one sentence.
-
-    Args:
-        what: what was asked for, such as "The dataset wikitext".
-        remedy: what to do instead, a clause without a full stop.
-    """
-    try:
-        yield
-    except OSError as error:
-        # Connection errors, offline mode, unknown or private names: all subclasses of OSError.
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
-        raise ValueError(
-            f"{what} was found neither on disk nor on the Hugging Face Hub ({type(error).__name__}: {reason[:200]}); "
-            f"check the name and the network, or {remedy}."
-        ) from error
-    except (ValueError, KeyError) as error:
-        # It was found and is no such thing. What upstream says may be followed by a list of everything it knows.
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
-        raise ValueError(f"{what} cannot be loaded ({reason[:200]}); {remedy}.") from error
-
-
-@contextmanager
-def file_errors(flag: str, file: str) -> Iterator[None]:
-    """Turn whatever is raised inside the block because of what a local file holds into one `ValueError`."""
-    try:
-        yield
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
-        raise ValueError(
-            f"{flag}: the file {file} cannot be read ({reason[:200]}); mend it, or name another one."
-        ) from error
 
 
 def train_and_evaluate(

@@ -1,5 +1,9 @@
 """Text for causal language modelling: loading, a tokenizer of one's own, blocks of equal length."""
 
+from . import _required  # noqa: F401
+
+
+# isort: split
 import logging
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -10,7 +14,9 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .session import file_errors, hub_errors
+from hf_trainopt.models.hub import hub_errors
+
+from .files import file_errors
 
 
 logger = logging.getLogger(__name__)

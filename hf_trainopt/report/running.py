@@ -1,11 +1,10 @@
-"""`trainer.report()`: what this run has done so far, in a notebook."""
+"""The record of a run that is still in memory, for `trainer.report()`."""
 
 from pathlib import Path
 from typing import Any
 
 from hf_trainopt.evidence.targets import TargetCallback
 
-from .report import Report, make_report
 from .runs import RunRecord, model_name
 
 
@@ -26,22 +25,3 @@ def run_in_memory(trainer: Any) -> RunRecord:
         plan=getattr(trainer, "placement_plan", None),
         model=model_name({**described, "architectures": [type(model).__name__]}),  # as `save_pretrained` writes it
     )
-
-
-class ReportTrainerMixin:
-    """Adds `report` to any `Trainer` class; a base of `EfficientTrainerMixin`."""
-
-    def report(self, *others: Any, **options: Any) -> Report:
-        """Return what this run has done so far; a notebook shows it.
-
-        Args:
-            *others: Output folders of other runs to see beside it.
-            **options: As for `hf_trainopt.report.make_report`: `baseline` (unless given: this run), `target_metric`
-                and `target_value`, `greater_is_better`, `title`.
-
-        Raises:
-            ValueError: Nothing has been logged yet, or another folder has no run in it.
-        """
-        if not self.state.log_history:
-            raise ValueError("there is nothing to report yet: no line has been logged; call it after train().")
-        return make_report(run_in_memory(self), *others, **options)

@@ -5,11 +5,16 @@ import json
 import logging
 from typing import Any
 
-import timm
-from timm.models import get_pretrained_cfg
 from transformers import AutoConfig, TimmWrapperConfig, TimmWrapperForImageClassification
 
-from .session import hub_errors
+from .hub import hub_errors
+
+
+try:
+    import timm
+    from timm.models import get_pretrained_cfg
+except ImportError as error:
+    raise ImportError(f"timm models need timm ({error}); pip install 'hf-trainopt[scripts]'.") from error
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,413 @@
+"""Everything that needs a GPU, in one call of nine minutes; with `--rehearse` all of it on a CPU at toy size.
+
+    python benchmarks/gpu/run.py --output DIR [--rehearse] [--stages environment,exactness] [--minutes 9]
+
+Writes `DIR/<stage>.json` as results come, and `DIR/summary.json`; at most 8 files. Each stage is a process of its own
+with a time limit of its own. A stage that fails, hangs or dies leaves a record that says why and keeps what it had
+measured. Time that a stage leaves unused goes to the stages after it. A process imports its packages while the stage
+before it still runs, and waits for its turn before it touches the GPU: two stages never share it.
+
+Data: the folder that `HF_TRAINOPT_DATA` names, by default `../shared/data`, with `wikitext-2/`, `cifar10/` and
+`gpt2-tokenizer/`. At full size missing data, or a missing GPU, is an error before anything starts. The rehearsal makes
+up tiny data where there is no such folder, and its records say so.
+
+A session that is lent a card runs this, in the root of the repository:
+
+    mkdir -p .gpu-data && grep -qx /.gpu-data/ .git/info/exclude || echo /.gpu-data/ >> .git/info/exclude
+    cp -r ../shared/data/wikitext-2 ../shared/data/cifar10 ../shared/data/gpt2-tokenizer .gpu-data/
+    rm -f .gpu-data/wikitext-2/test.txt && chmod -R u+w .gpu-data
+
+then calls the tool `run` (in a git worktree `.git` is a file: take `$(git rev-parse --git-path info/exclude)`) with
+
+    command:   PYTHONPATH=. HF_TRAINOPT_DATA=.gpu-data python3 benchmarks/gpu/run.py --output $OUT --minutes 9
+    carry:     [".gpu-data"]
+    timeout_s: 580
+
+The tree is 5 MB and the data are 31 MB, so both fit into the 64 MiB that travel. Nothing is installed there. Then
+
+    mkdir -p benchmarks/results/gpu && cp FILES_AT/*.json benchmarks/results/gpu/
+    python benchmarks/gpu/report.py
+
+A second try runs what failed: `--stages exactness,time --minutes 3`.
+
+What the stages were sized for (an H100 SXM: 989 TFLOP/s in bf16 dense, 67 in fp32, 3.35 TB/s by NVIDIA's data sheet;
+798 TFLOP/s and 3.0 TB/s were seen on the lent machine). Nothing below has run yet; the times are estimates:
+
+environment   30 s  Imports and start-up of CUDA 15 s; 60 products of 8192³ (1.1 TFLOP each, in bf16 0.0014 s);
+                    copies of 2 GiB.
+exactness     80 s  Tiny models: time is launches and Python. Some 60 short trainings of 1 s at most.
+memory        70 s  5 models, 6 to 12 plans each, 3 steps of 0.06 to 0.25 s a plan: 10 s a model, with building it.
+time         100 s  GPT-2 Small: 12 plans, 5 rounds of 4 steps of 0.06 s: 18 s; loops of the Trainer 16 s; ResNet-50
+                    and Llama 7 s each; `torch.compile` of GPT-2 Small 40 s for one value; GPT-2 Small in fp32 if
+                    there is time.
+language     205 s  GPT-2 Small, 2,390 blocks of 1024 tokens, 3 epochs: 900 micro-batches of 8. The roofline says
+                    0.044 s for each; at 0.06 s, with 20 evaluations, 55 to 60 s an arm: 3 arms.
+vision        50 s  ResNet-50 at 96²: 896 micro-batches of 64. The roofline says 0.005 s, launches some 0.018 s:
+                    18 to 22 s an arm: 2 arms.
+plans               On the CPU beside the first two stages: 5 models, 5 to 20 s of a core each.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent.parent
+DATA_FILES = {
+    "language": ("wikitext-2/train.txt", "wikitext-2/valid.txt", "gpt2-tokenizer/vocab.json",
+                 "gpt2-tokenizer/merges.txt"),
+    "vision": ("cifar10/train.parquet", "cifar10/test.parquet"),
+}  # fmt: skip
+# A stage with less time than this is not started.
+LEAST_SECONDS = 5.0
+# What a stage is told is less than what it gets by this share: it can end by itself.
+GRACE = 0.06
+LOG_CHARACTERS = 6000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process with one record.
+
+    Args:
+        name: Name of the record.
+        seconds: Its limit in a run of nine minutes; scaled in others.
+        background: Runs beside the others, on the CPU, from the start.
+        environment: Variables of its process.
+    """
+
+    name: str
+    seconds: float
+    background: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+# Most valuable first.
+STAGES = (
+    # No GPU for it to see: planning needs none, and must take no memory there.
+    Stage("plans", 400, background=True, environment={"CUDA_VISIBLE_DEVICES": ""}),
+    Stage("environment", 30),
+    # cuBLAS gives the same bits only with workspaces of a fixed size.
+    Stage("exactness", 80, environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
+    Stage("memory", 70),
+    Stage("time", 100),
+    Stage("language", 205),
+    Stage("vision", 50),
+)
+REHEARSAL_SECONDS = {"plans": 400, "exactness": 240}
+NEEDS_PLANS = ("memory", "time")
+
+
+def stage_command(stage: Stage, options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the command of a stage's process."""
+    words = [sys.executable, str(HERE / "stage.py"), stage.name, "--output", str(options.output)]
+    return [*words, "--folder", str(folder), *(["--rehearse"] if options.rehearse else [])]
+
+
+class Running:
+    """The process of a stage: imports at once, works when it is told to, and is ended with all that it has started.
+
+    Args:
+        stage: Which.
+        command: Its words.
+        environment: Its variables.
+        log: File for what it prints.
+    """
+
+    def __init__(self, stage: Stage, command: Sequence[str], environment: dict[str, str], log: Path):
+        self.stage, self.log = stage, log
+        self.started: float | None = None
+        self.limit = 0.0
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, cwd=REPOSITORY,
+                env=environment | stage.environment, process_group=0,
+            )  # fmt: skip
+
+    def go(self, limit: float) -> None:
+        """Let it work for so many seconds."""
+        self.started, self.limit = time.monotonic(), limit
+        with contextlib.suppress(OSError):  # it has died already; its exit code says so
+            self.process.stdin.write(f"go {limit * (1 - GRACE):.1f}\n".encode())
+            self.process.stdin.flush()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it was told to work."""
+        return 0.0 if self.started is None else time.monotonic() - self.started
+
+    def wait(self) -> str | None:
+        """Wait until it ends or its limit is reached; return what is wrong with how it ended."""
+        try:
+            code = self.process.wait(max(0.0, self.limit - self.seconds))
+        except subprocess.TimeoutExpired:
+            self.end()
+            return f"ended after its limit of {self.limit:.0f} s"
+        self.end()  # what it has left running
+        return None if code == 0 else f"its process ended with code {code}"
+
+    def end(self) -> None:
+        """End it and what it has started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a file as a whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=1) + "\n")
+    part.replace(path)
+
+
+def closed_record(path: Path, running: Running, trouble: str | None, rehearsal: bool) -> dict[str, Any]:
+    """Return the record of a stage that has ended, completed with how it ended, and write it."""
+    record: dict[str, Any] = {"stage": running.stage.name}
+    try:
+        text = path.read_text()
+    except OSError:
+        trouble = trouble or "it has left no record"
+    else:
+        try:
+            record = json.loads(text)
+            if not isinstance(record, dict):
+                raise ValueError(f"a {type(record).__name__}")
+        except ValueError as error:
+            record = {"stage": running.stage.name, "unreadable": text[:LOG_CHARACTERS]}
+            trouble = trouble or f"its record cannot be read ({error})"
+    if trouble is None and record.get("status") not in ("ok", "failed"):
+        trouble = "its record has no result"
+    if trouble is not None:
+        record |= {"status": "failed", "reason": trouble, "seconds": round(running.seconds, 1)}
+    record = {"rehearsal": rehearsal, "seconds": round(running.seconds, 1), **record}
+    if record["status"] == "failed":
+        log = running.log.read_text(errors="replace") if running.log.exists() else ""
+        record["end_of_log"] = log[-LOG_CHARACTERS:]
+    path.with_suffix(".part").unlink(missing_ok=True)
+    write_json(path, record)
+    return record
+
+
+class Session:
+    """Runs stages one after the other within a time that is given to all of them.
+
+    Args:
+        stages: In their order.
+        output: Folder of the records.
+        seconds: For all of them.
+        command: Command of a stage's process, given a folder that the stages share.
+        head: What the summary says besides.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        output: Path,
+        seconds: float,
+        command: Callable[[Stage, Path], list[str]],
+        head: dict[str, Any],
+    ):
+        self.stages, self.output, self.seconds, self.command = list(stages), output, seconds, command
+        self.started = time.monotonic()
+        self.summary: dict[str, Any] = {
+            **head, "stages": {stage.name: {"status": "skipped", "seconds": 0, "reason": "not reached"}
+                               for stage in self.stages},
+        }  # fmt: skip
+        self.running: dict[str, Running] = {}
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        paths = [REPOSITORY, HERE, HERE.parent, REPOSITORY / "tests"]
+        before = self.environment.get("PYTHONPATH", "").split(os.pathsep)
+        self.environment["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *(path for path in before if path)])
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.seconds - (time.monotonic() - self.started)
+
+    def run(self) -> dict[str, Any]:
+        """Run all stages; return the summary."""
+        scale = self.seconds / 540
+        foreground = [stage for stage in self.stages if not stage.background]
+        background = [stage for stage in self.stages if stage.background]
+        self.output.mkdir(parents=True, exist_ok=True)
+        for stage in self.stages:  # records of an earlier run are not this run's
+            (self.output / f"{stage.name}.json").unlink(missing_ok=True)
+        self._save()
+        with tempfile.TemporaryDirectory(prefix="hf_trainopt_gpu_") as folder:
+            try:
+                for stage in background:
+                    self._start(stage, Path(folder)).go(max(LEAST_SECONDS, self.left))
+                for index, stage in enumerate(foreground):
+                    running = self._start(stage, Path(folder))
+                    limit = self._limit(foreground[index:], scale)
+                    if limit < LEAST_SECONDS:
+                        running.end()
+                        del self.running[stage.name]
+                        self._ended(stage, {"status": "skipped", "seconds": 0, "reason": "no time was left"})
+                        continue
+                    running.go(limit)
+                    print(f"{stage.name}: started, {limit:.0f} s at most, {self.left:.0f} s left", flush=True)
+                    if index + 1 < len(foreground):
+                        self._start(foreground[index + 1], Path(folder))
+                    self._close(running, running.wait())
+                for stage in background:
+                    running = self.running[stage.name]
+                    running.limit = running.seconds + max(0.0, min(2.0, self.left) if foreground else self.left)
+                    self._close(running, running.wait())
+            finally:
+                for running in list(self.running.values()):
+                    running.end()
+        return self.summary
+
+    def _limit(self, waiting: Sequence[Stage], scale: float) -> float:
+        """Return the seconds of the first of the stages that wait: its own, and what the others do not need."""
+        others = sum(stage.seconds for stage in waiting[1:]) * scale
+        return min(self.left, max(waiting[0].seconds * scale, self.left - others, LEAST_SECONDS))
+
+    def _start(self, stage: Stage, folder: Path) -> Running:
+        if stage.name not in self.running:
+            log = folder / f"{stage.name}.log"
+            self.running[stage.name] = Running(stage, self.command(stage, folder), self.environment, log)
+        return self.running[stage.name]
+
+    def _close(self, running: Running, trouble: str | None) -> None:
+        name = running.stage.name
+        record = closed_record(self.output / f"{name}.json", running, trouble, self.summary["rehearsal"])
+        self.running.pop(name, None)
+        entry = {"status": record["status"], "seconds": record["seconds"]}
+        reasons = [record["reason"]] if "reason" in record else []
+        reasons += [f"{part}: an error" for part in record.get("errors", {})]
+        reasons += [f"{check}: false" for check, value in record.get("checks", {}).items() if not value]
+        if record["status"] != "ok":
+            entry["reason"] = "; ".join(reasons)[:2000] or "its record says so"
+            print(record.get("end_of_log", "")[-1500:], flush=True)
+        self._ended(running.stage, entry)
+
+    def _ended(self, stage: Stage, entry: dict[str, Any]) -> None:
+        self.summary["stages"][stage.name] = entry
+        print(f"{stage.name}: {entry['status']}, {entry['seconds']} s {entry.get('reason', '')}", flush=True)
+        self._save()
+
+    def _save(self) -> None:
+        self.summary["seconds"] = round(self.seconds - self.left, 1)
+        write_json(self.output / "summary.json", self.summary)
+
+
+def data_folder() -> Path:
+    """Return the folder of the data, as `benchmarks/tasks.py` has it."""
+    return Path(os.environ.get("HF_TRAINOPT_DATA", REPOSITORY.parent / "shared" / "data")).resolve()
+
+
+def missing_data(stages: Sequence[Stage]) -> list[str]:
+    """Return the files of data that stages need and that are not there."""
+    names = [name for stage in stages for name in DATA_FILES.get(stage.name, ())]
+    return [name for name in names if not (data_folder() / name).exists()]
+
+
+def card() -> dict[str, str]:
+    """Return name, driver and memory of the GPU as nvidia-smi has them; empty where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    if not lines:
+        return {}
+    return dict(zip(("name", "driver", "memory"), (value.strip() for value in lines[0].split(",")), strict=False))
+
+
+def has_gpu() -> bool:
+    """Return whether this machine seems to have an NVIDIA GPU."""
+    return bool(card()) or any(Path(path).exists() for path in ("/dev/nvidia0", "/proc/driver/nvidia/version"))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--rehearse", action="store_true", help="all of it on a CPU at toy size, in two minutes")
+    names = [stage.name for stage in STAGES if not stage.background]
+    parser.add_argument("--stages", default=",".join(names), help=f"which, with commas; default: {','.join(names)}")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it; default: 9")
+    return parser
+
+
+def chosen_stages(names: str) -> list[Stage]:
+    """Return the stages that are named, and the planning that they need.
+
+    Raises:
+        ValueError: There is no such stage.
+    """
+    asked = [name.strip() for name in names.split(",") if name.strip()]
+    known = [stage.name for stage in STAGES]
+    unknown = [name for name in asked if name not in known]
+    if unknown or not asked:
+        raise ValueError(f"--stages: {', '.join(unknown) or 'nothing'}; choose out of {', '.join(known)}.")
+    if any(name in asked for name in NEEDS_PLANS):
+        asked.append("plans")
+    return [stage for stage in STAGES if stage.name in asked]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    options.output = options.output.resolve()
+    try:
+        stages = chosen_stages(options.stages)
+    except ValueError as error:
+        parser.error(str(error))
+    if not options.rehearse:
+        if not has_gpu():
+            parser.error("there is no NVIDIA GPU here (nvidia-smi finds none); --rehearse runs all of it on a CPU.")
+        if missing := missing_data(stages):
+            parser.error(
+                f"{data_folder()} lacks {', '.join(missing)}; name the folder of the data with HF_TRAINOPT_DATA, or "
+                "leave language and vision out with --stages."
+            )
+    os.environ["HF_TRAINOPT_DATA"] = str(data_folder())
+    found = {} if options.rehearse else card()
+    os.environ["HF_TRAINOPT_CARD"] = json.dumps(found)
+    if options.rehearse:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    head = {
+        "rehearsal": options.rehearse,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+        "command": " ".join(
+            ["python", "benchmarks/gpu/run.py", *(arguments if arguments is not None else sys.argv[1:])]
+        ),
+        "minutes": options.minutes,
+        "card": found,
+    }
+    if options.rehearse:  # what takes long at toy size is something else
+        stages = [dataclasses.replace(stage, seconds=REHEARSAL_SECONDS.get(stage.name, 60)) for stage in stages]
+    session = Session(
+        stages, options.output, 60 * options.minutes, lambda stage, folder: stage_command(stage, options, folder), head
+    )
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(143)  # through `finally`: no process is left, and the records are there
+
+    signal.signal(signal.SIGTERM, stop)
+    summary = session.run()
+    print(json.dumps(summary["stages"], indent=1), flush=True)
+    return 0 if all(entry["status"] == "ok" for entry in summary["stages"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

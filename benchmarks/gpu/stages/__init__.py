@@ -1,0 +1,1 @@
+"""The stages of `run.py`, one module each."""

@@ -1,0 +1,53 @@
+"""Makes the plans that memory and time are measured of, on the CPU, several cases at a time."""
+
+import multiprocessing
+import os
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+from cases import BUDGETS, COMPILED, FRONTIER_POINTS, cases, save_plans
+from common import Context, Record
+from placement_cases import Case
+from placement_measure import all_plans
+
+
+def run(context: Context, record: Record, prepared: Any) -> None:
+    torch.set_num_threads(1)
+    waiting = cases(context)
+    # Two cores are for the stage that has the GPU.
+    workers = max(1, min(len(waiting), (os.cpu_count() or 1) - 2))
+    # Forked: they inherit what is imported. No GPU is to be seen here, so that none is in a state that forking breaks.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        running = {pool.submit(plans_of, context, case): case for case in waiting}
+        for done in as_completed(running):
+            name = running[done].name
+            try:
+                values = done.result()
+            except Exception:
+                values = {"error": traceback.format_exc()}
+                record.fail(name, values["error"])
+            save_plans(context, name, values)
+            record.values["parts"][name] = values | {
+                "plans": [
+                    {key: value for key, value in entry.items() if key != "plan"} for entry in values.get("plans", [])
+                ]
+            }
+            record.save()
+    record.check("there are plans for every case", all(part["plans"] for part in record.values["parts"].values()))
+
+
+def plans_of(context: Context, case: Case) -> dict[str, Any]:
+    """Return the plans of a case, with and without rewrites, and what was predicted for them."""
+    started = time.process_time()
+    toy_points, full_points = 1, FRONTIER_POINTS
+    points = context.pick(full_points, toy_points) if case.name == COMPILED else 0
+    plans = all_plans(case, budgets=context.pick(BUDGETS, BUDGETS[:2]), points=points)
+    return {
+        "title": case.title,
+        "device": case.device,
+        "plans": plans,
+        "cpu_s": round(time.process_time() - started, 2),
+    }
