@@ -5,6 +5,7 @@ import torch
 from helpers import Rows, arguments, quiet, tiny_gpt2
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
 
 
 # What `train()` refuses, and the words that it does it with.
@@ -13,11 +14,11 @@ REFUSED = {
     "batch size": ({"auto_find_batch_size": True}, "set it to False"),
     "optimizer": ({"optim": "lomo"}, "inside the backward pass"),
     "re-entrant": (
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {ACTIVATION_CHECKPOINTING: True, f"{ACTIVATION_CHECKPOINTING}_kwargs": {"use_reentrant": True}},
         "use_reentrant=True",
     ),
     "re-entrant placement": (
-        {"checkpoint_placement": "all", "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"checkpoint_placement": "all", f"{ACTIVATION_CHECKPOINTING}_kwargs": {"use_reentrant": True}},
         "remove use_reentrant",
     ),
     "weights": ({"precision": "fp32"}, "needs weights in fp32"),

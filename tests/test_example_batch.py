@@ -6,10 +6,7 @@ import functools
 import logging
 import tracemalloc
 
-import datasets
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 import pytest
 import torch
 from helpers import arguments, quiet
@@ -18,6 +15,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.placement.example_batch import largest_batch
+
+
+datasets = pytest.importorskip("datasets")  # which brings the other two
+pd = pytest.importorskip("pandas")
+pa = pytest.importorskip("pyarrow")
 
 
 ROWS, WIDTH = 20_000, 64  # 10 MB

@@ -29,7 +29,7 @@ class PeakMeasurement(TrainerCallback):
     def __init__(self, done: Callable[[int], None], later: Callable[[int], None] | None = None):
         self._done, self._later = done, later
         self._second: int | None = None
-        self._asked = False
+        self._asked = self._is_second = False
         self._first: int | None = None
         self._tracker: StorageTracker | None = None
         self._reader: PeakReader | None = None
@@ -51,6 +51,7 @@ class PeakMeasurement(TrainerCallback):
         if self._running or (state.global_step != self._second and not is_other):
             return
         self._running, self._asked = True, False
+        self._is_second = state.global_step == self._second
         if args.device.type != "cpu":
             self._reader = accelerator_counter(args.device.index).reader()
             return
@@ -67,7 +68,7 @@ class PeakMeasurement(TrainerCallback):
         if not self._running:
             return
         self._running = False
-        done = self._done if state.global_step == self._second + 1 else self._later
+        done = self._done if self._is_second else self._later
         if args.device.type != "cpu":
             peak, self._reader = self._reader.peak(), None
             done(peak)
