@@ -48,7 +48,7 @@ set | versions | tests | scripts
 """
 
 FEATURES = """
-What needs a newer version than the floor says so when you ask for it:
+Some features need a newer version than the floor:
 
 feature | needs
 --- | ---
@@ -56,6 +56,7 @@ feature | needs
 models that `from_pretrained` shards itself (FSDP2 at load time) | transformers 5.23
 `activation_checkpointing` by this name (before: `gradient_checkpointing`) | transformers 5.23
 `lr_scheduler_type="greedy"` | transformers 5.4
+resuming a run of several CPU ranks (stock `Trainer` fails too) | transformers 5.18
 
 `hf_trainopt/_versions.py` holds every branch that depends on a version, with the version it can go with.
 """

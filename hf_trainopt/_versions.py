@@ -122,18 +122,22 @@ def is_sharded_at_load(trainer: Trainer) -> bool:
     return Version("5.19") <= TRANSFORMERS and trainer.is_distributed_loading_by_transformers
 
 
-def deferred_fsdp_reduction(trainer: Trainer) -> AbstractContextManager:
-    """Return `no_sync` for a model that `from_pretrained` has sharded. Goes with transformers 5.23.
+def check_sharding_at_load(model: torch.nn.Module) -> None:
+    """Refuse a model that `from_pretrained` has sharded where `Trainer` cannot accumulate over it. Goes with 5.23.
 
     Raises:
         ValueError: transformers is too old for it.
     """
-    if Version("5.23") > TRANSFORMERS:
+    if Version("5.23") > TRANSFORMERS and is_fsdp_managed_module(model):
         raise ValueError(
-            "Gradient accumulation over a model that from_pretrained sharded (FSDP2 at load time) needs "
-            f"transformers >= 5.23, not {transformers.__version__}: upgrade transformers, or let accelerate shard the "
-            "model (fsdp_version: 2 in the accelerate config)."
+            "Training a model that from_pretrained has sharded (FSDP2 at load time) needs transformers >= 5.23, not "
+            f"{transformers.__version__}. Upgrade transformers, or let accelerate shard the model (fsdp_version: 2 in "
+            "the accelerate config)."
         )
+
+
+def deferred_fsdp_reduction(trainer: Trainer) -> AbstractContextManager:
+    """Return `no_sync` for a model that `check_sharding_at_load` has let through."""
     return trainer._defer_fsdp_gradient_reduction()
 
 

@@ -16,6 +16,7 @@ from ._versions import (
     MEAN_LOSS_REMEDY,
     activation_checkpointing,
     activation_checkpointing_kwargs,
+    check_sharding_at_load,
     is_sharded_at_load,
     loss_is_scaled_for_ga,
 )
@@ -156,6 +157,7 @@ def check_amount_of_data(args: TrainingArguments, num_micro_batches: int | None,
 
 
 def _check_sharding(trainer: Trainer, measures: bool, what: str, remedy: str) -> None:
+    check_sharding_at_load(trainer.model)
     sharded = trainer.is_fsdp_enabled or is_sharded_at_load(trainer)
     if sharded and trainer.args.auto_micro_batch:
         raise ValueError(

@@ -14,10 +14,12 @@ from dataclasses import asdict
 
 import torch
 from helpers import AnyK, Rows, Stream, arguments, quiet, tiny_gpt2, tiny_resnet
+from packaging.version import Version
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt._versions import TORCH
 from hf_trainopt.accumulation import timing
 from hf_trainopt.evidence import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
 from hf_trainopt.reliability import TrainingTerminated
@@ -29,23 +31,23 @@ K_SEQUENCE = [2, 3, 2, 3, 2, 4, 2]  # no 1: one rank would make probes of them, 
 
 
 # How often this rank has reduced gradients (DDP's buckets, FSDP2's groups) and other tensors, so far.
-COLLECTIVES = {"buckets": 0, "all_reduce": 0, "reduce_scatter_single": 0}
+COLLECTIVES = {"buckets": 0, "all_reduce": 0, "reduce_scatter": 0}
 
 
 def count_collectives() -> None:
     """Count the calls from Python from now on; DDP reduces its gradients elsewhere (see `Counting`)."""
 
-    def counted(name):
+    def counted(key, name):
         function = getattr(torch.distributed, name)
 
         def call(*args, **kwargs):
-            COLLECTIVES[name] += 1
+            COLLECTIVES[key] += 1
             return function(*args, **kwargs)
 
         setattr(torch.distributed, name, call)
 
-    counted("all_reduce")
-    counted("reduce_scatter_single")
+    counted("all_reduce", "all_reduce")
+    counted("reduce_scatter", "reduce_scatter_single" if Version("2.13") <= TORCH else "reduce_scatter_tensor")
 
 
 class UnevenClock(TrainerCallback):

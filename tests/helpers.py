@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
+from hf_trainopt._versions import TORCH, TRANSFORMERS
 from hf_trainopt.scripting.requirements import PACKAGES
 
 
@@ -22,6 +24,13 @@ def skip_without_scripts() -> None:
     """Skip a test, or a module that calls it while it is imported, where the extra `scripts` is not installed."""
     for module in PACKAGES.values():
         pytest.importorskip(module, reason=f"{module} is in the extra 'scripts'")
+
+
+def skip_below(package: str, first: str, what: str) -> None:
+    """Skip a test of something that needs a newer PyTorch or transformers than the installed one."""
+    installed = {"torch": TORCH, "transformers": TRANSFORMERS}[package]
+    if installed < Version(first):
+        pytest.skip(f"{what} needs {package} >= {first}")
 
 
 def table(columns: dict[str, list]) -> Any:

@@ -9,6 +9,7 @@ from placement_models import gpt2, llama
 from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.placement import apply_placement
 from hf_trainopt.placement.plan import PlacementPlan, StageChoice
 from hf_trainopt.placement.stages import find_stages
@@ -101,15 +102,19 @@ class Switches(TrainerCallback):
             self.do(model)
 
 
+def switch(model, how):
+    getattr(model, f"{ACTIVATION_CHECKPOINTING}_{how}")()
+
+
 def drop_forward(model):
     for module in model.model.layers:
         module.__dict__.pop("forward", None)
 
 
 CHANGES = {
-    "enable": lambda model: model.activation_checkpointing_enable(),
-    "off and on": lambda model: (model.activation_checkpointing_disable(), model.activation_checkpointing_enable()),
-    "off": lambda model: model.activation_checkpointing_disable(),
+    "enable": lambda model: switch(model, "enable"),
+    "off and on": lambda model: (switch(model, "disable"), switch(model, "enable")),
+    "off": lambda model: switch(model, "disable"),
     "forward": drop_forward,
 }
 
@@ -143,4 +148,4 @@ def test_a_plan_that_is_overwritten_is_put_back(change, tmp_path, caplog):
     assert caplog.text.count("The checkpoint placement is put back") == (0 if change == "off" else 1)
     assert weights_equal(planned.model, run(tmp_path / "plain", llama()).model)
     assert not any("forward" in layer.__dict__ for layer in planned.model.model.layers)
-    assert not planned.model.is_activation_checkpointing
+    assert not getattr(planned.model, f"is_{ACTIVATION_CHECKPOINTING}")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import skip_below
 from scripts_helpers import ENVIRONMENT, REPOSITORY
 
 
@@ -17,6 +18,8 @@ import faults
 
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 5), (2, 2)])
 def test_killed_at_random_moments(ranks, kills, tmp_path):
+    if ranks > 1:
+        skip_below("transformers", "5.18", "resuming on several CPU ranks (stock Trainer cannot either)")
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "benchmarks" / "faults.py"), f"--ranks={ranks}", f"--kills={kills}",
          "--epochs=1", f"--results={tmp_path}"],

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import Rows, skip_without_scripts, weights_equal
+from helpers import Rows, skip_below, skip_without_scripts, weights_equal
 from reliability_helpers import GOODPUT, SavesAlways, checkpoints, make
 from scripts_helpers import REPOSITORY
 from test_distributed import launch_all
@@ -226,6 +226,7 @@ def test_which_signal_counts():
 
 def test_a_signal_to_one_rank_ends_both(tmp_path):
     """Only the second rank gets it; the first one saves too, after the same window."""
+    skip_below("transformers", "5.18", "resuming on several CPU ranks (stock Trainer cannot either)")
     interrupted, cases = ["interrupt fixed", "interrupt goodput"], ["uninterrupted fixed", "uninterrupted goodput"]
     wholes = launch_all(cases, tmp_path / "whole")
     ended = launch_all(interrupted, tmp_path / "run")

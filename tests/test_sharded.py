@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Rows, arguments, tiny_gpt2
+from helpers import Rows, arguments, skip_below, tiny_gpt2
+from packaging.version import Version
 from processes import run_program
 from sharded_worker import CASES, twin
 from test_distributed import assert_close_weights, assert_ranks_agree, launch_all
 
-from hf_trainopt import EfficientTrainer
+from hf_trainopt import EfficientTrainer, _versions
 from hf_trainopt.accumulation import WindowStatistics, estimate_noise
 from hf_trainopt.accumulation.sharded import local_piece
 
@@ -60,6 +61,7 @@ def test_a_gradient_that_is_a_sum_yet_to_be_made_is_no_number():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, list[dict]]:
     """The same training under DDP and sharded at load time by transformers."""
+    skip_below("transformers", "5.23", "sharding at load time")
     cases = ["shard none", "shard fsdp", "shard fsdp each", "shard hsdp", "shard goodput"]
     return launch_all(cases, tmp_path_factory.mktemp("runs"))
 
@@ -102,6 +104,14 @@ def sharded_trainer(tmp_path, monkeypatch, version: int = 2, **options):
 
     monkeypatch.setattr(Trainer, "__init__", init)
     return EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, **options), train_dataset=Rows(8))
+
+
+def test_sharding_at_load_needs_a_version_that_accumulates_over_it(tmp_path, monkeypatch):
+    model = tiny_gpt2()
+    monkeypatch.setattr(_versions, "is_fsdp_managed_module", lambda module: module is model)
+    monkeypatch.setattr(_versions, "TRANSFORMERS", Version("5.22.2"))
+    with pytest.raises(ValueError, match=r"needs transformers >= 5\.23, not .*fsdp_version: 2"):
+        EfficientTrainer(model=model, args=arguments(tmp_path), train_dataset=Rows(8)).train()
 
 
 def test_fsdp1_is_refused_with_the_remedy(tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def apply_placement(model: nn.Module, plan: PlacementPlan, strict_logits: bool =
             consecutive; or the model holds a placement or activation checkpointing already, is compiled, scripted or a
             `DataParallel`.
     """
-    _check_model(model)
+    check_model(model)
     modules = dict(model.named_modules())
     unknown = [name for name in plan.stages if name not in modules]
     if unknown:
@@ -155,7 +155,12 @@ def apply_placement(model: nn.Module, plan: PlacementPlan, strict_logits: bool =
     return applied
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Refuse a model on which no placement can be put.
+
+    Raises:
+        ValueError: It holds one already, checkpoints activations itself, or is compiled, scripted or a `DataParallel`.
+    """
     for name, module in model.named_modules():
         where = f"module '{name}'" if name else "the model"
         if module in _APPLIED or isinstance(module.__dict__.get("forward"), ForwardOverride):
@@ -164,6 +169,11 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(
                 f"{where} uses activation checkpointing already; turn it off with "
                 "model.gradient_checkpointing_disable() or leave out the placement."
+            )
+        if getattr(module, "grad_checkpointing", False) is True:
+            raise ValueError(
+                f"{where} uses timm's activation checkpointing already; turn it off with "
+                "model.set_grad_checkpointing(False) or leave out the placement."
             )
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             raise ValueError(

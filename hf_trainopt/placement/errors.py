@@ -8,6 +8,14 @@ class PlacementError(ValueError):
     """
 
 
+class ReplayError(PlacementError):
+    """A step cannot be run on fake tensors, or not so that stages can be told apart in it."""
+
+
+class FilledCacheError(RuntimeError):
+    """A stage that is recomputed is given a key-value cache that holds something."""
+
+
 class ModifiedOutputError(RuntimeError):
     """An output that selective recomputation keeps was written to afterwards.
 

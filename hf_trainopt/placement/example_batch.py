@@ -1,14 +1,19 @@
 """The batch that a plan is made for: the largest that a run will meet, without touching its random numbers."""
 
+import array
+import collections
 import copy
+import functools
 import itertools
+import mmap
+import types
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from .errors import PlacementError
 
@@ -19,8 +24,19 @@ _SEQUENCES = ("input_ids", "labels")
 _MOST_LENGTHS = 200_000
 _MOST_READ = 1000
 
-# Tensors of a dataset that are larger than this are not copied; nor are containers of more than `_MOST_READ` entries.
+# Tensors and arrays of a dataset are copied up to this size together; containers of up to `_MOST_READ` entries.
 _MOST_COPIED = 2**20
+
+# Objects of these are data, whatever they are made of.
+_DATA_LIBRARIES = {
+    "cudf", "dask", "duckdb", "fsspec", "h5py", "lmdb", "pandas", "PIL", "polars", "pyarrow", "scipy", "sqlite3",
+    "tables", "vaex", "webdataset", "xarray", "zarr",
+}  # fmt: skip
+
+# What `copy.deepcopy` shares by itself.
+_ATOMS = (
+    int, float, complex, str, bytes, type, range, types.NoneType, types.FunctionType, types.BuiltinFunctionType,
+)  # fmt: skip
 
 
 def largest_batch(dataloader: DataLoader, batch_size: int) -> Any:
@@ -70,7 +86,8 @@ def _apart(dataloader: DataLoader) -> tuple[Any, Any]:
         )
     try:
         # First: what is one-shot cannot be copied.
-        return copy.deepcopy(dataset, _data_of(dataset)), copy.deepcopy(collate)
+        memo = _Shared(dataset, collate).memo
+        return copy.deepcopy(dataset, memo), copy.deepcopy(collate, memo)
     except Exception as error:
         raise PlacementError(
             f"the training data cannot be copied ({error!r}), and reading them would change the run; choose "
@@ -78,21 +95,61 @@ def _apart(dataloader: DataLoader) -> tuple[Any, Any]:
         ) from error
 
 
-def _data_of(dataset: Any, memo: dict[int, Any] | None = None) -> dict[int, Any]:
-    """Return what a deep copy of a dataset is to share: what is large is data and no state."""
-    memo = {} if memo is None else memo
-    for value in (dataset, *getattr(dataset, "__dict__", {}).values()):
-        if isinstance(value, torch.Tensor | np.ndarray):
-            large = value.nbytes > _MOST_COPIED
-        else:
-            large = isinstance(value, list | tuple | dict) and len(value) > _MOST_READ
-        if large:
-            memo[id(value)] = value
-    for value in getattr(dataset, "__dict__", {}).values():
-        for inner in value if isinstance(value, list | tuple) and len(value) <= _MOST_READ else [value]:
-            if isinstance(inner, Dataset):
-                _data_of(inner, memo)  # a subset, a concatenation
-    return memo
+class _Shared:
+    """What deep copies are to share: what is large is data and no state.
+
+    Args:
+        *roots: What is copied; all that it holds is looked at.
+
+    Attributes:
+        memo: For `copy.deepcopy`.
+    """
+
+    def __init__(self, *roots: Any):
+        self.memo: dict[int, Any] = {}
+        self._seen: set[int] = set()
+        self._copied = 0
+        waiting = list(roots)
+        while waiting:  # and not recursion: what holds what may be deep
+            value = waiting.pop()
+            if id(value) in self._seen or isinstance(value, _ATOMS):
+                continue
+            self._seen.add(id(value))
+            if self._is_data(value):
+                self.memo[id(value)] = value
+            else:
+                waiting += _held_by(value)
+
+    def _is_data(self, value: Any) -> bool:
+        if isinstance(value, torch.Tensor | np.ndarray | array.array | bytearray | memoryview):
+            size = value.nbytes if hasattr(value, "nbytes") else len(value) * getattr(value, "itemsize", 1)
+            # Many small ones are large together.
+            if self._copied + size > _MOST_COPIED:
+                return True
+            self._copied += size
+            return False
+        if isinstance(value, list | tuple | dict | set | frozenset | collections.deque):
+            return len(value) > _MOST_READ
+        return (
+            isinstance(value, mmap.mmap | types.ModuleType)
+            or type(value).__module__.partition(".")[0] in _DATA_LIBRARIES
+        )
+
+
+def _held_by(value: Any) -> list[Any]:
+    """Return what a deep copy of a value would copy with it."""
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set | frozenset | collections.deque):
+        return list(value)
+    if isinstance(value, types.MethodType | types.MethodWrapperType):
+        return [value.__self__]
+    held = [value.func, value.args, value.keywords] if isinstance(value, functools.partial) else []
+    held += getattr(value, "__dict__", {}).values()
+    for owner in type(value).__mro__:
+        slots = vars(owner).get("__slots__", ())
+        held += [getattr(value, name, None) for name in ([slots] if isinstance(slots, str) else slots)]
+    return held
 
 
 def _length(sample: Any) -> int:

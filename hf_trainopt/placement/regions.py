@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_trainopt.placement.batchnorm import BufferKeeper
+from hf_trainopt.placement.errors import FilledCacheError
 from hf_trainopt.placement.global_state import HostRandomState
 from hf_trainopt.placement.selective import selective_contexts
 
@@ -156,7 +157,7 @@ def without_cache(
     error, and doesn't see one that is passed by position (GPT-2).
 
     Raises:
-        RuntimeError: The cache holds something that this layer would attend to.
+        FilledCacheError: The cache holds something that this layer would attend to.
     """
     is_layer = isinstance(module, GradientCheckpointingLayer)
     if is_layer and kwargs.get("use_cache"):
@@ -167,7 +168,7 @@ def without_cache(
     indices = (getattr(member, "layer_idx", getattr(member, "layer_id", None)) for member in module.modules())
     layers = {index for index in indices if isinstance(index, int)}
     if (not layers and not is_layer) or any(cache.get_seq_length(layer) for cache in caches for layer in layers):
-        raise RuntimeError(_FILLED_CACHE.format(stage=stage))
+        raise FilledCacheError(_FILLED_CACHE.format(stage=stage))
     dropped = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
     return tuple(None if isinstance(arg, Cache) else arg for arg in args), dropped
 

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from .apply import apply_placement
+from .apply import apply_placement, check_model
 from .costs import DEVICES, Cost, DeviceSpec
-from .errors import PlacementError
+from .errors import FilledCacheError, PlacementError, ReplayError
 from .fake import as_on, fake_batch, fake_copy, fake_mode
 from .plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice, describe
 from .scratch import cpu_scratch
@@ -189,11 +189,18 @@ class StepReplayer:
             self.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
             for name in stages
         ]
+        check_model(self.model)
         try:
-            self._followed(lambda: self.setup.compute_loss(self.model, self.batch))
+            with _calls_of_checkpoint() as checkpoints:
+                self._followed(lambda: self.setup.compute_loss(self.model, self.batch))
         finally:
             for handle in handles:
                 handle.remove()
+        if checkpoints:
+            raise PlacementError(
+                f"{type(self.model).__name__} calls torch.utils.checkpoint in its forward pass, so that a placement "
+                "would recompute what is recomputed already; turn its own checkpointing off or leave out the plan."
+            )
         once = [name for name in calls if calls.count(name) == 1]
         if len(once) < len(stages):
             logger.warning(
@@ -201,20 +208,33 @@ class StepReplayer:
                 describe(name for name in stages if name not in once),
             )
         if not once:
-            raise PlacementError(
+            raise ReplayError(
                 f"none of the stages of {type(self.model).__name__} is called exactly once in a forward pass, so that "
                 "placement cannot be planned; name other stages with placement_stages='a regular expression'."
             )
         return once
 
-    def _followed(self, run: Callable[[], Any]) -> Any:
-        """Run something on fake tensors; say what to do where that is impossible."""
+    def _followed(self, run: Callable[[], Any], is_placed: bool = False) -> Any:
+        """Run something on fake tensors; say what to do where that is impossible.
+
+        Args:
+            run: What to run.
+            is_placed: Whether stages are recomputed in it, and a step in which none is has run.
+        """
         try:
             with _no_logged_traceback():
                 return run()
+        except FilledCacheError as error:
+            raise PlacementError(f"{type(self.model).__name__}: {error}") from error
         except Exception as error:
+            if is_placed:  # so that other placements will fail likewise
+                raise PlacementError(
+                    f"{type(self.model).__name__} cannot be run with stages that are recomputed "
+                    f"({type(error).__name__}: {error}), though it can without; leave out the placement or name other "
+                    "stages with placement_stages='a regular expression'."
+                ) from error
             why = "operations that look at values cannot be followed; " if isinstance(error, _LOOKS_AT_VALUES) else ""
-            raise PlacementError(
+            raise ReplayError(
                 f"{type(self.model).__name__} cannot be replayed without memory ({type(error).__name__}: {error}); "
                 f"{why}choose checkpoint_placement='all', 'every_n' or 'sqrt', which need no replay, if the model "
                 "trains without a placement."
@@ -243,7 +263,8 @@ class StepReplayer:
             stack.callback(self._watch_stages(tracker, boundary, joined))
             try:
                 with tracker:
-                    self._followed(lambda: self._step(tracker))
+                    is_placed = any(choice != STORE for choice in plan.stages.values())
+                    self._followed(lambda: self._step(tracker), is_placed)
             finally:
                 for parameter in self.model.parameters():
                     parameter.grad = None
@@ -394,6 +415,31 @@ def _owners(model: nn.Module, stages: list[str]) -> Callable[[str], str]:
         return next((stage for stage in stages if name.startswith(f"{stage}.")), "")
 
     return owner
+
+
+@contextmanager
+def _calls_of_checkpoint():
+    """Context that yields a list, to which each call of `torch.utils.checkpoint.checkpoint` adds something."""
+    found: list[str] = []
+    stock = {name: getattr(torch.utils.checkpoint, name) for name in ("_CheckpointFrame", "CheckpointFunction")}
+
+    def frame(*args, **kwargs):
+        found.append("non-reentrant")
+        return stock["_CheckpointFrame"](*args, **kwargs)
+
+    class Function:
+        @staticmethod
+        def apply(*args):
+            found.append("re-entrant")
+            return stock["CheckpointFunction"].apply(*args)
+
+    # Who has imported the function itself meets these in it.
+    torch.utils.checkpoint._CheckpointFrame, torch.utils.checkpoint.CheckpointFunction = frame, Function
+    try:
+        yield found
+    finally:
+        for name, value in stock.items():
+            setattr(torch.utils.checkpoint, name, value)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from .arguments import is_plan_file
 from .budget import gib, parse_budget
 from .chunked_loss_check import check_chunked_loss
 from .costs import DeviceSpec, device_spec
-from .errors import PlacementError
+from .errors import PlacementError, ReplayError
 from .example_batch import largest_batch
 from .global_state import forked_random_state
 from .measure import PeakMeasurement
@@ -40,6 +40,9 @@ from .stages import find_stages
 logger = logging.getLogger(__name__)
 
 _NEGLIGIBLE_BYTES = 4096
+
+# Whose overrides of a hook do what the hook does in `Trainer`.
+_LIBRARIES = ("hf_trainopt", "transformers")
 
 # The plan in the output folder.
 PLAN_NAME = "placement.json"
@@ -175,7 +178,7 @@ class PlacementTrainerMixin:
         if is_plan_file(policy):
             return self._plan_of_file(policy, dataloader)
         try:
-            batch = largest_batch(dataloader, rank_batch_size(self))
+            batch = largest_batch(dataloader, self._rows_of(dataloader))
         except ValueError as error:
             if policy == "budget" or check_rewrites(args.memory_rewrites):
                 raise
@@ -204,12 +207,23 @@ class PlacementTrainerMixin:
                 plan = self._plan_for(policy, batch, dataclasses.replace(available, chunked_loss=False))
         return dataclasses.replace(plan, details={**plan.details, "request": request})
 
+    def _rows_of(self, dataloader) -> int:
+        """Samples in a batch of this rank: a loader of the user's may make others than the arguments say."""
+        asked = rank_batch_size(self)
+        if self.accelerator.split_batches:
+            return asked
+        for owner in (dataloader, getattr(dataloader, "batch_sampler", None)):
+            rows = getattr(owner, "batch_size", None)
+            if isinstance(rows, int):
+                return rows
+        return asked
+
     def _plan_of_file(self, path: str, dataloader) -> PlacementPlan:
         plan = PlacementPlan.load(path)
         asked = dict.fromkeys(check_rewrites(self.args.memory_rewrites), True)
         plan = dataclasses.replace(plan, rewrites=dataclasses.replace(plan.rewrites, **asked))
         try:
-            batch = largest_batch(dataloader, rank_batch_size(self))
+            batch = largest_batch(dataloader, self._rows_of(dataloader))
         except ValueError as error:
             if plan.rewrites.chunked_loss:
                 raise PlacementError(
@@ -277,7 +291,8 @@ class PlacementTrainerMixin:
         def compute_loss(model, batch):
             # Held until the next one: what `compute_loss` keeps on the trainer is there in the backward pass as well.
             shadow[0] = shadow_of(self, model)
-            return shadow[0].compute_loss(model, dict(batch), num_items_in_batch=1)
+            with shadow[0].compute_loss_context_manager():
+                return shadow[0].compute_loss(model, dict(batch), num_items_in_batch=1)
 
         setup = StepSetup(
             device=self._device_spec,
@@ -292,19 +307,29 @@ class PlacementTrainerMixin:
         options = {"stages": args.placement_stages, "memory_rewrites": args.memory_rewrites, "available": available}
         try:
             return PlacementPlanner(self.model, batch, setup, **options)
-        except ValueError as error:
-            if not isinstance(batch, Mapping) or "compute_loss" not in _overridden(self):
+        except ReplayError as error:
+            own = "compute_loss" in _overridden(self) or self.compute_loss_func is not None
+            if not isinstance(batch, Mapping) or not own:
                 raise
+            if "chunked_loss" not in check_rewrites(args.memory_rewrites):
+                # Who looks at values may well look at logits.
+                options["available"] = dataclasses.replace(available, chunked_loss=False)
+            models_own = dataclasses.replace(setup, compute_loss=model_loss)
+            try:
+                planner = PlacementPlanner(self.model, batch, models_own, **options)
+            except ValueError:
+                # The batch may be one that only `compute_loss` can take: the first reason is the one that counts.
+                raise PlacementError(
+                    f"{type(self).__name__}.compute_loss cannot be replayed, and the model alone has no loss for this "
+                    f"batch: {error}"
+                ) from error
             logger.warning(
                 "%s.compute_loss cannot be replayed, so that only the model's own loss is planned for and the peak is "
                 "not proved: %s",
                 type(self).__name__,
                 error,
             )
-            if "chunked_loss" not in check_rewrites(args.memory_rewrites):
-                # Who looks at values may well look at logits.
-                options["available"] = dataclasses.replace(available, chunked_loss=False)
-            return PlacementPlanner(self.model, batch, dataclasses.replace(setup, compute_loss=model_loss), **options)
+            return planner
 
     @functools.cached_property
     def _device_spec(self) -> DeviceSpec:
@@ -316,12 +341,18 @@ class PlacementTrainerMixin:
         return self.args.gradient_accumulation_steps
 
     def _optimizer_of(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Return an optimizer like that of the run over the parameters of another model."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        """Return an optimizer like that of the run, over the same parameters of another model."""
         if self.optimizer is not None:
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
             taken = _parameters_of(type(inner))
-            return type(inner)(trained, **{n: v for n, v in inner.defaults.items() if n in taken})
+            defaults = {n: v for n, v in inner.defaults.items() if n in taken}
+            return type(inner)(_same_groups(inner, self.model, model), **defaults)
+        if "create_optimizer" in _overridden(self):
+            shadow = shadow_of(self, model)
+            shadow.model = shadow.model_wrapped = model
+            made = shadow.create_optimizer()
+            return shadow.optimizer if made is None else made
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.optimizer_cls_and_kwargs is not None:
             cls, kwargs = self.optimizer_cls_and_kwargs
         else:
@@ -477,8 +508,25 @@ def _parameters_of(cls: type) -> set[str]:
     return names
 
 
-def _overridden(trainer: Any) -> set[str]:
-    """Names of public hooks that a subclass of `Trainer` has made its own."""
-    from transformers import Trainer
+def _same_groups(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, other: torch.nn.Module
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of an optimizer, with the parameters of the same names in another model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    others = dict(other.named_parameters())
+    groups = []
+    for group in optimizer.param_groups:
+        unknown = [parameter for parameter in group["params"] if id(parameter) not in names]
+        if unknown:
+            raise ValueError(
+                f"the optimizer has {len(unknown)} parameters that the model lacks, so that no peak can be predicted; "
+                "choose checkpoint_placement='all', 'every_n' or 'sqrt'."
+            )
+        groups.append({**group, "params": [others[names[id(parameter)]] for parameter in group["params"]]})
+    return groups
 
-    return {name for name in ("compute_loss",) if getattr(type(trainer), name) is not getattr(Trainer, name)}
+
+def _overridden(trainer: Any) -> set[str]:
+    """Names of public hooks that a class of the user's has made its own."""
+    owners = [owner for owner in type(trainer).__mro__ if owner.__module__.partition(".")[0] not in _LIBRARIES]
+    return {name for name in ("compute_loss", "create_optimizer") if any(name in vars(owner) for owner in owners)}
