@@ -94,9 +94,9 @@ def main(argv: list[str] | None = None) -> EfficientTrainer:
     )
     trainer.train()
     trainer.save_model()  # the adapters alone
-    print(
-        f"k went from {trainer.accumulation_range[0]} to {trainer.accumulation_range[1]}; adapters: {args.output_dir}"
-    )
+    if trainer.is_world_process_zero():
+        first, last, _ = trainer.accumulation_range
+        print(f"k went from {first} to {last}; adapters: {args.output_dir}")
     return trainer
 
 

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     )
     trainer.train()
     last = trainer.state.log_history[-1]
-    for name in SHOWN:
+    for name in SHOWN if trainer.is_world_process_zero() else ():
         if name in last:
             print(f"{name:20} {last[name]:.4g}")
     return trainer

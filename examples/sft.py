@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> EfficientSFTTrainer:
     trainer = EfficientSFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
-    print(f"k went from {trainer.accumulation_range[0]} to {trainer.accumulation_range[1]}; model: {args.output_dir}")
+    if trainer.is_world_process_zero():
+        first, last, _ = trainer.accumulation_range
+        print(f"k went from {first} to {last}; model: {args.output_dir}")
     return trainer
 
 

@@ -136,14 +136,18 @@ def check_names(cls: type, names: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(cls) if field.init}
     if "__dataclass_fields__" not in vars(cls):
         raise TypeError(f"{cls.__name__} is no dataclass of its own; put @dataclass before the class.")
+    problems = []
     for name in names:
         if name in known:
             continue
         if name in REMOVED_NAMES:
-            raise TypeError(f"{name} was removed from transformers: {REMOVED_NAMES[name]}.")
+            problems.append(f"{name} was removed from transformers: {REMOVED_NAMES[name]}.")
+            continue
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else "; leave it out."
-        raise TypeError(f"{cls.__name__} has no argument {name}{hint}")
+        problems.append(f"{cls.__name__} has no argument {name}{hint}")
+    if problems:
+        raise TypeError(" ".join(problems))
 
 
 def check_stock_arguments(args: Any) -> None:

@@ -215,8 +215,10 @@ def test_runs_take_turns_and_are_made_once(monkeypatch, script, capsys):
     assert [is_stock(arguments) for arguments in launcher.commands] == [True, False, False, True, True, False]
     assert [value_of(arguments, "seed") for arguments in launcher.commands] == ["0", "0", "1", "1", "2", "2"]
     assert all(value_of(arguments, "eval_steps") == "0.05" for arguments in launcher.commands)
-    table = capsys.readouterr().out
-    assert "| optimizer steps to the target | 0.58 (0.58 to 0.58) |" in table
+    shown = capsys.readouterr()
+    assert "| optimizer steps to the target | 0.58 (0.58 to 0.58) |" in shown.out
+    assert "run 1 of 6, " in shown.err  # also where it is no terminal
+    assert "begins; log: " in shown.err
     saved = json.loads((script.parent / "out" / "comparison.json").read_text())
     assert saved["arms"][1]["ratios"]["steps_to_target"]["value"] == pytest.approx(1.4 / 2.4)
     assert run(monkeypatch, script, ["--seeds", "4"], launcher) == 0

@@ -127,7 +127,6 @@ def test_it_resumes_for_real(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("memory_budget='1%'", "PlacementError: memory_budget"),
         ("lr_batch_scaling='cube'", "ValueError: lr_batch_scaling is 'cube'"),
         ("group='b'", "TypeError: .*group"),
     ],
@@ -185,3 +184,17 @@ def test_the_processes_of_a_launcher(tmp_path):
     assert "rank 0 of 2" in done.stdout
     assert "3 samples on each of 2 devices" in done.stdout
     assert "100 samples (2 epochs), 18 reference windows of 6 samples" in done.stdout
+
+
+def test_a_budget_that_cannot_be_met_leaves_the_rest_to_be_seen(tmp_path, capsys):
+    """What a step takes is just what is looked for then."""
+    found = examined(tmp_path, settings="memory_budget='1%', accumulation_policy='ramp', accumulation_ramp='0:2'")
+    assert "no placement needs less than" in found["refusal"]
+    assert any("ramp" in str(lines) for lines in found["sections"].values())
+    assert found["sections"]["Memory"]
+    capsys.readouterr()
+    script = str(tmp_path / "train.py")
+    assert cli.main(["doctor", script, str(tmp_path / "output")]) == 2
+    shown = capsys.readouterr().out
+    assert "This run would end before it trains" in shown
+    assert shown.index("Memory") < shown.index("This run would end")

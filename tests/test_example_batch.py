@@ -3,15 +3,20 @@
 import array
 import collections
 import functools
+import logging
 import tracemalloc
 
+import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from helpers import arguments, quiet
+from placement_models import gpt2
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
+from hf_trainopt import EfficientTrainer
 from hf_trainopt.placement.example_batch import largest_batch
 
 
@@ -120,3 +125,119 @@ def test_state_is_copied():
     assert (dataset.seen, dataset.last.tolist(), dataset.held.value) == (0, [0, 0, 0], [0])
     assert torch.equal(dataset.generator.get_state(), before[0])
     assert dataset.numpy.bit_generator.state == before[1]
+
+
+# ---- The longest samples -------------------------------------------------------------------------------------------
+
+
+LENGTHS = [5, 7, 40, 6, 3, 39, 8, 4]
+
+
+class Samples(Dataset):
+    def __init__(self, make, lengths=LENGTHS):
+        self.make, self.lengths = make, lengths
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        return self.make(self.lengths[index])
+
+
+def padded(samples, name):
+    width = max(len(sample[name]) for sample in samples)
+    rows = [torch.as_tensor(sample[name]) for sample in samples]
+    return {name: torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])}
+
+
+def tokenised(samples):
+    return padded([{"input_ids": torch.tensor([ord(c) for c in sample["text"]])} for sample in samples], "input_ids")
+
+
+WHERE = {
+    "audio": (lambda n: {"input_values": torch.ones(n), "labels": 1}, lambda s: padded(s, "input_values")),
+    "nested": (lambda n: {"audio": {"array": np.ones(n)}}, lambda s: padded([x["audio"] for x in s], "array")),
+    "lists": (lambda n: {"values": [1.0] * n}, lambda s: padded(s, "values")),
+    "tuples": (lambda n: (torch.ones(n), 1), lambda s: padded([{"x": x[0]} for x in s], "x")),
+    "text": (lambda n: {"text": "a" * n, "label": 1}, tokenised),
+    "pixels": (
+        lambda n: {"pixel_values": torch.ones(n, 3)},
+        lambda s: {"p": max((x["pixel_values"] for x in s), key=len)[None]},
+    ),
+    "conversation": (
+        lambda n: {"messages": [{"role": "user", "content": "b" * n}]},
+        lambda s: tokenised([{"text": x["messages"][0]["content"]} for x in s]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_the_longest_samples_are_found_wherever_their_length_is(where):
+    make, collate = WHERE[where]
+    (batch,) = largest_batch(DataLoader(Samples(make), batch_size=2, collate_fn=collate), 2).values()
+    assert batch.shape[1] == 40
+
+
+@pytest.mark.parametrize(("column", "collate"), [("text", tokenised), ("values", lambda s: padded(s, "values"))])
+def test_the_longest_rows_of_columns_are_found(column, collate):
+    make = {"text": lambda n: "a" * n, "values": lambda n: [1.0] * n}[column]
+    data = datasets.Dataset.from_dict({column: [make(n) for n in LENGTHS * 300], "label": [0] * len(LENGTHS) * 300})
+    (batch,) = largest_batch(DataLoader(data, batch_size=2, collate_fn=collate), 2).values()
+    assert batch.shape == (2, 40)
+
+
+def test_lengths_that_the_collator_alone_knows():
+    """Samples are names of files, say; batches from all over the data tell."""
+    files = [f"{index:04}" for index in range(40)]
+
+    def read(names):
+        return padded([{"x": torch.ones(100 if int(name) >= 30 else 10)} for name in names], "x")
+
+    (batch,) = largest_batch(DataLoader(files, batch_size=2, collate_fn=read), 2).values()
+    assert batch.shape == (2, 100)
+
+
+class Stream(IterableDataset):
+    def __init__(self, size):
+        self.size = size
+
+    def __iter__(self):
+        return ({"x": torch.ones(90 if index == 60 else 5)} for index in range(self.size))
+
+
+@pytest.mark.parametrize(("size", "is_known"), [(80, True), (1000, False)])
+def test_streams_are_looked_into(size, is_known, caplog):
+    loader = DataLoader(Stream(size), batch_size=2, collate_fn=lambda s: padded(s, "x"))
+    assert largest_batch(loader, 2)["x"].shape == (2, 90)
+    assert ("aren't known" in caplog.text) is not is_known
+
+
+def test_that_the_longest_are_not_known_is_said(caplog):
+    lengths = [5 + index % 3 for index in range(3000)]
+    largest_batch(DataLoader(Samples(WHERE["audio"][0], lengths), batch_size=2, collate_fn=WHERE["audio"][1]), 2)
+    assert "the longest of 1000 out of 3000" in caplog.text
+
+
+# ---- Batches that are larger than planned --------------------------------------------------------------------------
+
+
+def test_a_step_above_the_budget_is_said(tmp_path, caplog):
+    """The collator makes the 14th batch much longer, which nothing tells before."""
+    rows = [{"number": torch.tensor(index)} for index in range(40)]
+
+    def collate(samples):
+        length = 24 if any(int(sample["number"]) == 27 for sample in samples) else 4
+        ids = torch.ones(len(samples), length, dtype=torch.long)
+        return {"input_ids": ids, "labels": ids}
+
+    args = arguments(
+        tmp_path, accumulation_policy="fixed", per_device_train_batch_size=2, num_train_epochs=1, memory_budget="100%",
+        train_sampling_strategy="sequential", memory_rewrites="none", remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = quiet(EfficientTrainer(model=gpt2(), args=args, train_dataset=rows, data_collator=collate))
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    said = [record.getMessage() for record in caplog.records if "above memory_budget" in record.getMessage()]
+    assert len(said) == 1
+    assert "of step 14 is above memory_budget" in said[0]
+    assert "'input_ids': [2, 4]" in said[0]

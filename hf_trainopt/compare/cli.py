@@ -277,8 +277,12 @@ class Runs:
         runs = [records.Run(arm, seed, self._folder) for arm, seed in order]
         found = {run.name: self._kept(run) for run in runs}
         with tqdm(total=len(runs), unit="run", file=sys.stderr, disable=None) as bar:
-            for run in runs:
+            for number, run in enumerate(runs, 1):
                 bar.set_description(run.name)
+                if bar.disable:  # no terminal: a file, the log of a job
+                    state = "is there already" if found[run.name] is not None else f"begins; log: {_log_of(run)}"
+                    sys.stderr.write(f"hf-trainopt: run {number} of {len(runs)}, {run.name}, {state}\n")
+                    sys.stderr.flush()
                 if found[run.name] is None:
                     found[run.name] = self._make(run)
                 bar.update()
@@ -317,7 +321,7 @@ class Runs:
         environment = dict(os.environ)
         if self._threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._threads)
-        log = run.record.with_suffix(".log")
+        log = _log_of(run)
         if log.exists():
             # Left by an attempt of ours: a script does not begin anew where there are checkpoints, and a plan that is
             # not made again would be shown as this run's.
@@ -332,6 +336,10 @@ class Runs:
         records.save(run.record, record)
         self._made.add(run.name)
         return record
+
+
+def _log_of(run: records.Run) -> Path:
+    return run.record.with_suffix(".log")
 
 
 def run_process(command: Sequence[str], environment: dict[str, str], log: Path) -> tuple[int, str]:

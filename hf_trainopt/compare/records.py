@@ -1,7 +1,6 @@
 """One JSON record per run, and whether a run has to be made (again)."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..installed import installed_version
 from .arms import Arm, as_dict, config_file
 
 
@@ -65,13 +65,8 @@ class Run:
 
 def versions() -> dict[str, str]:
     """Return the versions that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "hf-trainopt"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    names = ("torch", "transformers", "accelerate", "hf-trainopt")
+    return {"python": platform.python_version()} | {name: installed_version(name) or "not installed" for name in names}
 
 
 def load(path: Path) -> dict[str, Any] | None:

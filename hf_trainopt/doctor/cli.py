@@ -54,6 +54,8 @@ def run(arguments: argparse.Namespace) -> str:
         found = examine(script, arguments.script_arguments)
     else:
         found = examine_launched(arguments.launcher, script, arguments.script_arguments)
+    if "refusal" in found:
+        arguments.exit_code = 2
     return json.dumps(found, indent=2) + "\n" if arguments.json else render(found)
 
 
@@ -89,4 +91,9 @@ def render(found: dict[str, Any]) -> str:
         pairs = render_pairs([(name.ljust(width), text) for name, text in lines])
         parts.append(f"{title}\n" + "\n".join(f"  {line}" for line in pairs.splitlines()))
     warnings = [wrapped(f"- {text}") for text in found["warnings"]] or ["none"]
-    return "\n\n".join([*parts, "Warnings\n" + "\n".join(warnings)]) + "\n"
+    parts.append("Warnings\n" + "\n".join(warnings))
+    if "refusal" in found:
+        parts.append(
+            "This run would end before it trains; the above is without a placement.\n" + wrapped(found["refusal"])
+        )
+    return "\n\n".join(parts) + "\n"

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from ..args import EfficientTrainingArgumentsMixin
+from ..placement.errors import PlacementError
 from ..trainer import EfficientTrainerMixin
 from .memory import MemoryForecast
 from .sections import describe
@@ -57,7 +58,14 @@ def examined_trainers(found: dict[str, Any]) -> Iterator[None]:
         memory = MemoryForecast(self)
         # First: what trackers and the script's own callbacks begin with a run is not begun.
         self.callback_handler.callbacks.insert(0, _Examination(self, resume_from_checkpoint, memory, found))
-        return stock(self, resume_from_checkpoint, *args, **kwargs)
+        try:
+            return stock(self, resume_from_checkpoint, *args, **kwargs)
+        except PlacementError as error:
+            # What the other parts do is told all the same, and with it what a step takes without a placement.
+            found["refusal"] = " ".join(str(error).split())
+            self.args.memory_budget = self.args.checkpoint_placement = None
+            self.args.memory_rewrites = "auto"
+            return stock(self, resume_from_checkpoint, *args, **kwargs)
 
     Trainer.train = train
     try:
@@ -114,7 +122,8 @@ def examine(script: str, arguments: list[str]) -> dict[str, Any]:
     """Run a script until its Trainer would take the first step.
 
     Returns:
-        `sections`: title -> list of (name, text); `warnings`: list of texts. On ranks other than the first, the same.
+        `sections`: title -> list of (name, text); `warnings`: list of texts; `refusal`: why no placement as asked for
+        can be had, if so (the sections are then those without one). On ranks other than the first, the same.
 
     Raises:
         ValueError: The script would not train, with the reason.

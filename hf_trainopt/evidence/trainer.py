@@ -1,6 +1,9 @@
 """Measurements in `Trainer`: adds the callbacks, and their values to each line before it is logged."""
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_utils import SaveStrategy
 
 from ..log_lines import give_back
 from .base import MeasurementCallback, add_measurements
@@ -8,6 +11,9 @@ from .base import MeasurementCallback, add_measurements
 
 if TYPE_CHECKING:
     from ..report import Report
+
+
+logger = logging.getLogger(__name__)
 
 
 class EvidenceTrainerMixin:
@@ -23,6 +29,16 @@ class EvidenceTrainerMixin:
     @property
     def _measurements(self) -> list[MeasurementCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, MeasurementCallback)]
+
+    def _finalize_training(self, *args, **kwargs):
+        output = super()._finalize_training(*args, **kwargs)
+        # Else nothing of the log is in the folder, and `hf-trainopt report` has nothing to read.
+        if self.args.save_strategy == SaveStrategy.NO and getattr(self.args, "measured", None):
+            try:
+                self.save_state()
+            except OSError as error:
+                logger.warning("The log of the run could not be saved for `hf-trainopt report`: %s.", error)
+        return output
 
     def train(self, *args, **kwargs):
         """As in `Trainer`; nothing of the measurements is left behind, whatever ends it."""

@@ -5,6 +5,8 @@ import collections
 import copy
 import functools
 import itertools
+import logging
+import math
 import mmap
 import types
 from collections.abc import Mapping
@@ -13,16 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from .errors import PlacementError
 
 
-_SEQUENCES = ("input_ids", "labels")
+logger = logging.getLogger(__name__)
 
 # Lengths are looked up in this many samples at most, evenly spaced: of columns, and of datasets that must be read.
 _MOST_LENGTHS = 200_000
 _MOST_READ = 1000
+
+# So many samples of a stream are read, and of data that do not vary; where samples do not tell lengths, so many
+# batches are collated.
+_MOST_STREAMED = 100
+_MOST_COLLATED = 4
 
 # Tensors and arrays of a dataset are copied up to this size together; containers of up to `_MOST_READ` entries.
 _MOST_COPIED = 2**20
@@ -40,13 +48,14 @@ _ATOMS = (
 
 
 def largest_batch(dataloader: DataLoader, batch_size: int) -> Any:
-    """Return a collated batch of the `batch_size` longest samples, or of the first ones where length is not known.
+    """Return a collated batch of the `batch_size` longest samples.
 
-    Lengths are those of `input_ids` and `labels`; images and blocks of text are all of one size. The samples are read
-    apart from the loader, whose samplers and workers are not started, from copies of the dataset and the collator, so
-    that random generators of their own stay where they are (for those of Python, NumPy and torch see
-    `forked_random_state`). An attention mask of ones only gets a zero where other batches of this size are padded:
-    their masks need memory.
+    All that a sample holds tells how long it is: numbers first, texts second (a collator may tokenise them). Where
+    samples do not differ, batches of samples from all over the data are collated and the largest is taken. A warning
+    says where the longest are not known. The samples are read apart from the loader, whose samplers and workers are
+    not started, from copies of the dataset and the collator, so that random generators of their own stay where they
+    are (for those of Python, NumPy and torch see `forked_random_state`). An attention mask of ones only gets a zero
+    where other batches of this size are padded: their masks need memory.
 
     Args:
         dataloader: The loader of the training run.
@@ -57,22 +66,40 @@ def largest_batch(dataloader: DataLoader, batch_size: int) -> Any:
     """
     dataset, collate = _apart(dataloader)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        samples = list(itertools.islice(iter(dataset), batch_size))
-        varied = len({_length(sample) for sample in samples}) > 1
+        found = list(itertools.islice(iter(dataset), max(batch_size, _MOST_STREAMED)))
+        lengths = [_length(sample) for sample in found]
+        order = sorted(range(len(found)), key=lambda place: lengths[place], reverse=True)  # stable
+        groups, varied = [[found[place] for place in order[:batch_size]]], len(set(lengths)) > 1
+        if len(found) == max(batch_size, _MOST_STREAMED):
+            logger.warning(
+                "The longest samples of a stream aren't known: memory is planned for the longest of its first %d. A "
+                "longer batch may need more than planned.",
+                len(found),
+            )
     else:
         indices, varied = _longest(dataset, batch_size)
-        samples = [dataset[index] for index in indices]
-    if not samples:
+        groups = [[dataset[index] for index in indices]]
+        if not varied and len(dataset) > batch_size:
+            starts = _spread(len(dataset) - batch_size + 1, _MOST_COLLATED)
+            groups += [[dataset[start + i] for i in range(batch_size)] for start in starts if start]
+    if not groups[0]:
         raise PlacementError("train_dataset is empty, so that no placement can be planned; give it samples.")
-    while len(samples) < batch_size:
-        samples.append(samples[0])
-    batch = collate(samples)
+    while len(groups[0]) < batch_size:
+        groups[0].append(groups[0][0])
+    batches = [collate(group) for group in groups]
+    batch = max(batches, key=batch_elements)  # the first of several
+    varied |= len(set(map(batch_elements, batches))) > 1
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.all() and (varied or _has_padding(dataset)):
         mask = mask.clone()
         mask[0, -1] = 0
         batch = {**batch, "attention_mask": mask}
     return batch
+
+
+def batch_elements(batch: Any) -> int:
+    """Return how many numbers the tensors of a batch hold: how large it is."""
+    return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
 
 
 def _apart(dataloader: DataLoader) -> tuple[Any, Any]:
@@ -152,11 +179,26 @@ def _held_by(value: Any) -> list[Any]:
     return held
 
 
-def _length(sample: Any) -> int:
-    if not isinstance(sample, Mapping):
-        return 0
-    values = [sample.get(name) for name in _SEQUENCES]
-    return sum(len(value) for value in values if hasattr(value, "__len__") and getattr(value, "ndim", 1))
+def _length(sample: Any) -> tuple[int, int]:
+    """Return how many numbers a sample holds, and how many characters of text."""
+    numbers = characters = 0
+    waiting = [sample]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str | bytes):
+            characters += len(value)
+        elif isinstance(value, torch.Tensor | np.ndarray):
+            numbers += math.prod(value.shape) if value.ndim else 0
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            if value and isinstance(value[0], int | float):
+                numbers += len(value)
+            else:
+                waiting += value
+        elif isinstance(size := getattr(value, "size", None), tuple):  # a picture of PIL
+            numbers += math.prod(size)
+    return numbers, characters
 
 
 def _has_padding(dataset: Any) -> bool:
@@ -175,28 +217,42 @@ def _spread(size: int, most: int) -> list[int]:
 def _longest(dataset: Any, count: int) -> tuple[list[int], bool]:
     """Return the indices of the longest samples, and whether lengths vary."""
     size = len(dataset)
-    columns = [name for name in _SEQUENCES if name in (getattr(dataset, "column_names", None) or ())]
-    if columns and hasattr(dataset, "with_format"):
+    if not size:
+        return [], False
+    lengths = None
+    if getattr(dataset, "column_names", None) and hasattr(dataset, "with_format"):
         indices = _spread(size, _MOST_LENGTHS)
-        lengths = _lengths_of_columns(dataset.select_columns(columns).select(indices), columns)
-    elif size and isinstance(dataset[0], Mapping) and "input_ids" in dataset[0]:
-        indices = _spread(size, _MOST_READ)
-        lengths = np.array([_length(dataset[index]) for index in indices])
-    else:
+        lengths = _lengths_of_columns(dataset if len(indices) == size else dataset.select(indices))
+    if lengths is None or not np.ptp(lengths, 0).any():  # columns do not tell: a transform may make the samples
+        for most in (_MOST_STREAMED, _MOST_READ):  # pictures of one size take time to read
+            indices = _spread(size, most)
+            lengths = np.array([_length(dataset[index]) for index in indices])
+            if not np.ptp(lengths, 0).any():
+                break
+    varied = bool(np.ptp(lengths, 0).any())
+    if not varied:
         return list(range(min(count, size))), False
-    order = np.argsort(-lengths, kind="stable")[:count]
-    return [indices[place] for place in order], len(np.unique(lengths)) > 1
+    if len(indices) < size:
+        logger.warning(
+            "The longest samples aren't known: memory is planned for the longest of %d out of %d. A longer batch may "
+            "need more than planned.",
+            len(indices),
+            size,
+        )
+    order = np.lexsort((np.arange(len(lengths)), -lengths[:, 1], -lengths[:, 0]))[:count]
+    return [indices[place] for place in order], True
 
 
-def _lengths_of_columns(dataset: Any, columns: list[str]) -> np.ndarray:
-    """Return the summed lengths of the lists in each row; columns of other things (numbers, tensors) count nothing."""
+def _lengths_of_columns(dataset: Any) -> np.ndarray:
+    """Return, for each row, the summed lengths of lists and of texts; other columns count nothing."""
     import pyarrow.compute as pc
 
-    lengths = np.zeros(len(dataset), dtype=np.int64)
+    lengths = np.zeros((len(dataset), 2), dtype=np.int64)
     table = dataset.with_format("arrow")
     for start in range(0, len(dataset), 10_000):
         part = table[start : start + 10_000]
-        for name in columns:
-            with suppress(TypeError, ValueError, NotImplementedError):
-                lengths[start : start + 10_000] += pc.list_value_length(part[name]).fill_null(0).to_numpy()
+        for name in part.column_names:
+            for kind, length in ((0, pc.list_value_length), (1, pc.binary_length)):
+                with suppress(TypeError, ValueError, NotImplementedError):
+                    lengths[start : start + 10_000, kind] += length(part[name]).fill_null(0).to_numpy()
     return lengths

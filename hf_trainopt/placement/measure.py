@@ -15,17 +15,21 @@ logger = logging.getLogger(__name__)
 
 
 class PeakMeasurement(TrainerCallback):
-    """Measures one optimizer step, the second of a run (the first makes the optimizer's state), or the only one.
+    """Measures the second optimizer step of a run (the first makes the optimizer's state), or the only one.
 
     On accelerators the allocator's high-water mark is read. On the CPU, whose allocator keeps none, the bytes of live
     storages are counted operator by operator during that step.
 
     Args:
         done: Called with the peak in bytes.
+        later: Called with that of other steps. On accelerators these are all that follow; on the CPU, where measuring
+            takes time, those that `measure_next` asks for. `None`: no others are measured.
     """
 
-    def __init__(self, done: Callable[[int], None]):
-        self._done = done
+    def __init__(self, done: Callable[[int], None], later: Callable[[int], None] | None = None):
+        self._done, self._later = done, later
+        self._second: int | None = None
+        self._asked = False
         self._first: int | None = None
         self._tracker: StorageTracker | None = None
         self._reader: PeakReader | None = None
@@ -33,13 +37,20 @@ class PeakMeasurement(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.stop()  # an earlier run may have ended within the step
-        self._first = state.global_step
+        self._first, self._second, self._asked = state.global_step, None, False
+
+    def measure_next(self) -> None:
+        """Measure the step that begins next."""
+        self._asked = True
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        second = self._first + (1 if state.max_steps > self._first + 1 else 0)
-        if state.global_step != second or self._running:
+        if self._second is None:
+            self._second = self._first + (1 if state.max_steps > self._first + 1 else 0)
+        follows = state.global_step > self._second and args.device.type != "cpu"
+        is_other = self._later is not None and (self._asked or follows)
+        if self._running or (state.global_step != self._second and not is_other):
             return
-        self._running = True
+        self._running, self._asked = True, False
         if args.device.type != "cpu":
             self._reader = accelerator_counter(args.device.index).reader()
             return
@@ -56,13 +67,14 @@ class PeakMeasurement(TrainerCallback):
         if not self._running:
             return
         self._running = False
+        done = self._done if state.global_step == self._second + 1 else self._later
         if args.device.type != "cpu":
-            self._done(self._reader.peak())
-            self._reader = None
+            peak, self._reader = self._reader.peak(), None
+            done(peak)
         elif self._tracker is not None:
             peak = self._tracker.peak_bytes
             self.stop()
-            self._done(peak)
+            done(peak)
 
     def stop(self) -> None:
         """Leave the context of a measurement that an exception has cut off."""

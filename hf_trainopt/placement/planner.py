@@ -5,13 +5,13 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..installed import installed_versions
 from .budget import enough_share, gib, parse_budget, stated_budget
 from .chain import ChainProfile, build_chain, chain_profile, choices_of
 from .costs import device_spec
@@ -346,7 +346,7 @@ class PlacementPlanner:
                 "model": type(self.replayer.model).__name__,
                 "num_parameters": sum(p.numel() for p in self.replayer.model.parameters()),
                 "batch": _shapes(self.replayer.batch),
-                "versions": {name: version(name) for name in ("torch", "transformers", "timm", "hf-trainopt")},
+                "versions": installed_versions(("torch", "transformers", "timm", "hf-trainopt")),
             },
         )
 

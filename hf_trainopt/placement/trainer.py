@@ -24,7 +24,7 @@ from .budget import gib, parse_budget
 from .chunked_loss_check import check_chunked_loss
 from .costs import DeviceSpec, device_spec
 from .errors import PlacementError, ReplayError
-from .example_batch import largest_batch
+from .example_batch import batch_elements, largest_batch
 from .global_state import forked_random_state
 from .measure import PeakMeasurement
 from .plan import NO_REWRITES, PlacementPlan, Rewrites
@@ -63,8 +63,10 @@ class PlacementTrainerMixin:
         self._peaks_to_log: dict[str, float] = {}
         self._resumes = False
         self._warned_of_lost_placement = False
+        self._largest_elements: int | None = None
+        self._highest_peak = 0
         if getattr(self.args, "places_checkpoints", False):
-            self._peak_measurement = PeakMeasurement(self._peak_measured)
+            self._peak_measurement = PeakMeasurement(self._peak_measured, self._later_peak_measured)
             self.add_callback(self._peak_measurement)
             self.add_callback(_KeepsPlacement(self))
 
@@ -114,8 +116,21 @@ class PlacementTrainerMixin:
             self.args.validate_placement()
             self.placement_plan = self._agreed_plan(dataloader)
             self._placement = self._applied()
+            shapes = self.placement_plan.details.get("request", {}).get("batch")
+            self._highest_peak = 0
+            self._largest_elements = None if shapes is None else sum(map(math.prod, shapes.values()))
             self._log_plan()
         return values
+
+    def get_batch_samples(self, *args, **kwargs):
+        """As in `Trainer`; a batch that is larger than any before is measured, since the plan was for another."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self._placement is not None and self._largest_elements is not None:
+            largest = max(map(batch_elements, batches), default=0)
+            if largest > self._largest_elements:
+                self._largest_elements = largest
+                self._peak_measurement.measure_next()
+        return batches, num_items
 
     def _applied(self) -> AppliedPlacement:
         try:
@@ -460,17 +475,33 @@ class PlacementTrainerMixin:
                     gib(num_bytes),
                     gib(plan.predicted_peak_bytes),
                 )
-        budget = plan.budget_bytes
+        self._warn_if_over_budget(num_bytes)
+        self._keep_plan()
+
+    def _later_peak_measured(self, num_bytes: int) -> None:
+        """Take in the peak of a later step on this rank: one with longer samples may need more."""
+        plan = self.placement_plan
+        if num_bytes <= max(plan.measured_peak_bytes or 0, self._highest_peak):
+            return
+        self._highest_peak = round(1.05 * num_bytes)  # of a little more nothing is said again
+        self._warn_if_over_budget(num_bytes)
+
+    def _warn_if_over_budget(self, num_bytes: int) -> None:
+        plan, budget = self.placement_plan, self.placement_plan.budget_bytes
         if budget is None and self.args.memory_budget is not None:
             budget = parse_budget(self.args.memory_budget, plan.baseline_peak_bytes)
         # A step counter more or less is no reason to plan anew.
-        if budget is not None and num_bytes > budget + _NEGLIGIBLE_BYTES:
-            logger.warning(
-                "The measured peak (%s) is above memory_budget (%s): lower the budget by the difference.",
-                gib(num_bytes),
-                gib(budget),
-            )
-        self._keep_plan()
+        if budget is None or num_bytes <= budget + _NEGLIGIBLE_BYTES:
+            return
+        planned = plan.details.get("request", {}).get("batch")
+        logger.warning(
+            "The measured peak (%s) of step %d is above memory_budget (%s). The plan was made for a batch of %s: if "
+            "batches are larger, cut long samples; else lower the budget by the difference.",
+            gib(num_bytes),
+            self.state.global_step,
+            gib(budget),
+            "unknown size" if planned is None else planned,
+        )
 
 
 class _KeepsPlacement(TrainerCallback):

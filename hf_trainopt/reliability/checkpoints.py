@@ -1,6 +1,5 @@
 """Checkpoints in `Trainer`: complete or not there, on all ranks; the last complete one is never given up."""
 
-import importlib.metadata
 import logging
 import math
 import os
@@ -10,6 +9,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .._versions import is_sharded_at_load
+from ..installed import installed_version
 from .manifest import complete, discard, is_leftover, refresh
 from .random_data import RandomDataTrainerMixin
 from .resume import (
@@ -172,7 +172,7 @@ class CheckpointsTrainerMixin(RandomDataTrainerMixin):
             "global_step": self.state.global_step,
             "setup": self._setup,
             "k_varies": self._adapts,
-            "versions": {name: _version(name) for name in packages},
+            "versions": {name: installed_version(name) for name in packages},
         }
 
     def _report_failed_save(self, attempt: SaveAttempt, best: str | None) -> None:
@@ -251,10 +251,3 @@ class CheckpointsTrainerMixin(RandomDataTrainerMixin):
             self.save_model(_internal_call=True)
         kept = f"the weights alone are in {self.args.output_dir}" if attempt.error is None else "nothing was saved"
         raise RuntimeError(f"training is over but no checkpoint could be saved ({self._failed_save}); {kept}.")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return None

@@ -15,8 +15,11 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C, after the checkpoint is saved.
+class TrainingInterrupted(KeyboardInterrupt, SystemExit):
+    """Ctrl-C, after the checkpoint is saved: ends the process with 130, as the signal itself would.
+
+    A `KeyboardInterrupt` for whoever catches one. A `SystemExit` too, since Python would end any other exception that
+    nobody catches with a traceback and the exit code 1.
 
     Attributes:
         checkpoint: The last complete checkpoint, if there is one.
@@ -27,7 +30,11 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     def __init__(self, message: str, checkpoint: str | None):
         super().__init__(message)
+        self.code = self.exit_code
         self.checkpoint = checkpoint
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class TrainingTerminated(SystemExit):

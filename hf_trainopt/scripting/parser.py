@@ -217,9 +217,14 @@ def parse_script_arguments(
     )
     if remaining:
         message = f"Some specified arguments are not used by the HfArgumentParser: {remaining}"
-        flag = next((token for token in remaining if token.startswith("-")), None)
-        hint = "; flags begin with --, see --help."
-        raise ValueError(message + (_suggestion(flag, parser._option_string_actions) if flag else hint))
+        flags = [token for token in remaining if token.startswith("-") and not _is_number(token)]
+        if not flags:
+            raise ValueError(f"{message}; flags begin with --, see --help.")
+        known = parser._option_string_actions
+        if len(flags) == 1:
+            raise ValueError(message + _suggestion(flags[0], known))
+        hints = [f"{flag.partition('=')[0]}{_suggestion(flag, known).rstrip('.')}" for flag in flags]
+        raise ValueError(f"{message}: {', '.join(hints)}".replace(";", ","))
     return tuple(parsed[: len(dataclass_types)])
 
 
@@ -264,6 +269,14 @@ def _check_removed_flags(tokens: list[str]) -> None:
         name = token.partition("=")[0].removeprefix("--").replace("-", "_")
         if token.startswith("--") and name in REMOVED_NAMES:
             raise ValueError(f"--{name} was removed from transformers: {REMOVED_NAMES[name]}.")
+
+
+def _is_number(token: str) -> bool:
+    try:
+        float(token)
+    except ValueError:
+        return False
+    return True
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
