@@ -93,10 +93,6 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
         "tree_leaves": (("tree",), "Finds the tensors in what a stage returns."),
         "tree_map": (("func", "tree"), "Saves and returns the tensors in what an operator returns."),
     },
-    "torch.cpu": {
-        "_is_avx512_bf16_supported": ((), "Whether the processor computes in bf16, in torch before 2.11."),
-        "_is_amx_tile_supported": ((), "As above."),
-    },
     "torch._C._dynamo.eval_frame": {
         "get_eval_frame_callback": (None, "Whether torch.compile runs around us, between two compiled pieces."),
     },
@@ -115,8 +111,6 @@ VERSIONS: dict[str, tuple[str, str | None, str | None]] = {
     "_defer_fsdp_gradient_reduction": ("transformers", "5.23", None),
     "transformers.initialization.meta_device_safe_creation_ops": ("transformers", "5.6", None),
     "torch.utils.checkpoint._NoopSaveInputs": ("torch", None, "2.12"),
-    "torch.cpu._is_avx512_bf16_supported": ("torch", None, "2.11"),
-    "torch.cpu._is_amx_tile_supported": ("torch", None, "2.11"),
 }
 
 # What a change of precision in a run reads and sets on objects of Accelerate and PyTorch: class -> name -> why.

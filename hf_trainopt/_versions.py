@@ -22,7 +22,7 @@ TRANSFORMERS = Version(Version(transformers.__version__).base_version)
 
 # The suite was run with the first and with the last of these: [first, end).
 TESTED_TRANSFORMERS = ("5.3.0", "5.25.0")
-TESTED_TORCH = ("2.9.0", "2.15.0")
+TESTED_TORCH = ("2.11.0", "2.15.0")
 
 
 def check_versions() -> None:
@@ -152,14 +152,3 @@ def save_frame_inputs(frame: _CheckpointFrame, inputs: Sequence[torch.Tensor]) -
         from torch.utils.checkpoint import _NoopSaveInputs
 
         frame.input_saver = _NoopSaveInputs.apply(torch.empty((0,), requires_grad=True), *inputs)
-
-
-def cpu_computes_bf16() -> bool:
-    """Return whether this processor multiplies bf16 matrices natively. Goes with torch 2.11.
-
-    Before, torch said so of x86 only.
-    """
-    if Version("2.11") > TORCH:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    known = torch.cpu.get_capabilities()
-    return any(known.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))

@@ -138,7 +138,6 @@ def test_no_other_private_names_of_torch_are_imported():
         found |= set(re.findall(r"(torch\._\w+)\.(_?[A-Z]\w+)", source)) - {("torch._ops", "OpOverload")}
         found |= {("torch.nn.Module", name) for name in re.findall(r"module\.(_buffers|_parameters)\b", source)}
         found |= {("torch.nn.Module", name) for name in re.findall(r"\b(_compiled_call_impl|_modules)\b", source)}
-        found |= {("torch.cpu", name) for name in re.findall(r"\btorch\.cpu\.(_\w+)", source)}
         found |= {("torch", name) for name in re.findall(r"\btorch\.(_check\w+)", source)}
         found |= {("torch._C", name) for name in re.findall(r"torch\._C\.(_current_graph_task_id)\b", source)}
         found |= {("torch.autograd.Variable", name) for name in re.findall(r"\bVariable\.(_\w+)", source)}

@@ -1,5 +1,6 @@
 """FLOPs of a step as exact integers, recomputation apart; what is known of devices."""
 
+import functools
 import logging
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 from helpers import Pictures, Rows, arguments, quiet, tiny_gpt2, tiny_resnet
 from torch.utils._python_dispatch import _get_current_dispatch_mode, is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.evidence import ThroughputCallback, throughput
 from hf_trainopt.evidence.flops import FORMULAS, FlopCounter, StepFlops, peak_flops
+from hf_trainopt.placement.costs import attention_backward_flops, attention_flops
 
 
 # tiny_gpt2 by hand: 2 layers of width 16, 3 rows of 12 tokens, 64 words; 2 FLOPs a multiplication and addition.
@@ -29,8 +31,15 @@ def counted(run) -> StepFlops:
     return counter.result()
 
 
+def ours_by_shape(formula):
+    """A formula for `FlopCounterMode`, which hands tensors to those that say so."""
+    formula = functools.partial(formula)
+    formula._get_raw = True
+    return formula
+
+
 def by_pytorch(run) -> int:
-    extra = {packet: formula.__wrapped__ for packet, formula in FORMULAS.items() if "_for_cpu" in str(packet)}
+    extra = {packet: ours_by_shape(formula) for packet, formula in FORMULAS.items() if "_for_cpu" in str(packet)}
     with FlopCounterMode(display=False, custom_mapping=extra) as counter:
         run()
     return counter.get_total_flops()
@@ -58,6 +67,26 @@ def test_gpt2_by_hand_and_by_pytorch():
     assert (found.total, found.model, found.recomputed) == (FORWARD + BACKWARD, FORWARD + BACKWARD, 0)
     assert found.total == by_pytorch(step)
     assert (found.dtype, found.is_convolution) == (torch.float32, False)
+
+
+@pytest.mark.parametrize("heads", [6, 2, 1])
+def test_attention_by_hand_and_by_pytorch(heads):
+    """Grouped queries: each key and value serves several heads, and costs as much as if it were repeated."""
+    batch, queries, keys, width, out = 2, 5, 7, 8, 4
+    q, k, v = (
+        torch.ones(batch, 6, queries, width),
+        torch.ones(batch, heads, keys, width),
+        torch.ones(batch, heads, keys, out),
+    )
+    forward = sum(2 * queries * keys * (width + out) for _ in range(batch) for _ in range(6))
+    backward = sum(2 * queries * keys * (3 * width + 2 * out) for _ in range(batch) for _ in range(6))
+    grad = torch.ones(batch, 6, queries, out)
+    assert attention_flops(q, k, v) == forward
+    assert attention_backward_flops(grad, q, k, v) == backward
+    whole = [tensor.repeat_interleave(6 // heads, 1) for tensor in (k, v)]  # what older versions count, too
+    aten = torch.ops.aten
+    assert flop_registry[aten._scaled_dot_product_flash_attention](q, *whole, out_val=None) == forward
+    assert flop_registry[aten._scaled_dot_product_flash_attention_backward](grad, q, *whole, out_val=None) == backward
 
 
 def test_resnet_by_pytorch():

@@ -78,7 +78,7 @@ def test_lists_side_by_side_are_no_stages_but_what_they_hold():
 
     found = gradients(PlacementPlan("all", named_choices("all", stages)))
     for one, other in zip(found, gradients(None), strict=True):
-        # Before 5.23 its cache is there in training, too, and left out of recomputations: sums round differently.
+        # Before 5.23 it has a cache in training, too. Recomputations leave it out, so sums are rounded differently.
         torch.testing.assert_close(one, other, rtol=0, atol=0 if Version("5.23") <= TRANSFORMERS else 1e-9)
 
 

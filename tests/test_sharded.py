@@ -110,7 +110,7 @@ def test_sharding_at_load_needs_a_version_that_accumulates_over_it(tmp_path, mon
     model = tiny_gpt2()
     monkeypatch.setattr(_versions, "is_fsdp_managed_module", lambda module: module is model)
     monkeypatch.setattr(_versions, "TRANSFORMERS", Version("5.22.2"))
-    with pytest.raises(ValueError, match=r"needs transformers >= 5\.23, not .* fsdp_version: 2"):
+    with pytest.raises(ValueError, match=r"needs transformers >= 5\.23, not .*fsdp_version: 2"):
         EfficientTrainer(model=model, args=arguments(tmp_path), train_dataset=Rows(8)).train()
 
 

@@ -33,14 +33,14 @@ A second try runs what failed: `--stages exactness,time --minutes 3`.
 What the stages were sized for (an H100 SXM: 989 TFLOP/s in bf16 dense, 67 in fp32, 3.35 TB/s by NVIDIA's data sheet;
 798 TFLOP/s and 3.0 TB/s were seen on the lent machine). Nothing below has run yet; the times are estimates:
 
-environment   30 s  Imports and start-up of CUDA 15 s; 60 products of 8192³ (1.1 TFLOP each, in bf16 0.0014 s);
-                    copies of 2 GiB.
-exactness     80 s  Tiny models: time is launches and Python. Some 60 short trainings of 1 s at most.
-memory        70 s  5 models, 6 to 12 plans each, 3 steps of 0.06 to 0.25 s a plan: 10 s a model, with building it.
-time         100 s  GPT-2 Small: 12 plans, 5 rounds of 4 steps of 0.06 s: 18 s; loops of the Trainer 16 s; ResNet-50
+environment   60 s  Imports from a cold disk and start-up of CUDA, 10 to 40 s; 60 products of 8192³ (1.1 TFLOP each,
+                    in bf16 0.0014 s); copies of 2 GiB.
+exactness     75 s  Tiny models: time is launches and Python. Some 60 short trainings of 1 s at most.
+memory        65 s  5 models, 6 to 12 plans each, 3 steps of 0.06 to 0.25 s a plan: 10 s a model, with building it.
+time          95 s  GPT-2 Small: 12 plans, 5 rounds of 4 steps of 0.06 s: 18 s; loops of the Trainer 16 s; ResNet-50
                     and Llama 7 s each; `torch.compile` of GPT-2 Small 40 s for one value; GPT-2 Small in fp32 if
                     there is time.
-language     205 s  GPT-2 Small, 2,390 blocks of 1024 tokens, 3 epochs: 900 micro-batches of 8. The roofline says
+language     195 s  GPT-2 Small, 2,390 blocks of 1024 tokens, 3 epochs: 900 micro-batches of 8. The roofline says
                     0.044 s for each; at 0.06 s, with 20 evaluations, 55 to 60 s an arm: 3 arms.
 vision        50 s  ResNet-50 at 96²: 896 micro-batches of 64. The roofline says 0.005 s, launches some 0.018 s:
                     18 to 22 s an arm: 2 arms.
@@ -99,12 +99,12 @@ class Stage:
 STAGES = (
     # No GPU for it to see: planning needs none, and must take no memory there.
     Stage("plans", 400, background=True, environment={"CUDA_VISIBLE_DEVICES": ""}),
-    Stage("environment", 30),
+    Stage("environment", 60),
     # cuBLAS gives the same bits only with workspaces of a fixed size.
-    Stage("exactness", 80, environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
-    Stage("memory", 70),
-    Stage("time", 100),
-    Stage("language", 205),
+    Stage("exactness", 75, environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
+    Stage("memory", 65),
+    Stage("time", 95),
+    Stage("language", 195),
     Stage("vision", 50),
 )
 REHEARSAL_SECONDS = {"plans": 400, "exactness": 240}

@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
     is_in_torch_dispatch_mode,
 )
-from torch.utils.flop_counter import flop_registry
 from transformers import TrainingArguments
 
-from ..placement.costs import DEVICES
+from ..placement.costs import DEVICES, attention_backward_flops, attention_flops
 from ..placement.costs import FORMULAS as PLANNED_FORMULAS
 from .meter import is_compiled
 
@@ -28,10 +27,8 @@ _aten = torch.ops.aten
 # Those of plans, and of the CPU's attention.
 FORMULAS = {
     **PLANNED_FORMULAS,
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
 
 # Names of forms of a GPU whose peak is not that in `DEVICES`, or may not be.

@@ -106,9 +106,38 @@ def _grouped_mm_flops(mat_a: torch.Tensor, mat_b: torch.Tensor, *args: Any, **kw
     return 2 * groups * mat_a.shape[-2] * mat_a.shape[-1] * mat_b.shape[-1]
 
 
-# PyTorch's formulas, and those of forms that it lacks.
+def attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of scores and their product with the values.
+
+    Args:
+        query: Batch x heads x queries x width.
+        key: Batch x heads, or fewer (grouped-query attention) x keys x width.
+        value: Batch x heads of `key` x keys x width of the output.
+        *args: Not needed.
+        **kwargs: Not needed.
+    """
+    batch, heads, queries, width = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (width + value.shape[-1])
+
+
+def attention_backward_flops(
+    grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> int:
+    """FLOPs of the scores computed anew, and of the gradients of scores, queries, keys and values."""
+    batch, heads, queries, width = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (3 * width + 2 * value.shape[-1])
+
+
+# PyTorch's formulas, and ours where it lacks one.
 FORMULAS = {
     **flop_registry,
+    # PyTorch's refuse grouped-query attention before 2.14.
+    torch.ops.aten._scaled_dot_product_flash_attention: attention_flops,
+    torch.ops.aten._scaled_dot_product_efficient_attention: attention_flops,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: attention_backward_flops,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward: attention_backward_flops,
+    torch.ops.aten._scaled_dot_product_cudnn_attention_backward: attention_backward_flops,
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
     torch.ops.aten._grouped_mm: _grouped_mm_flops,

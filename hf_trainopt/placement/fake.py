@@ -1,7 +1,8 @@
 """Models and batches without memory: fake tensors on the CPU, with the kernels that a CUDA device would run."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -95,6 +96,13 @@ def _upcast(overload):
     return run
 
 
+def override(library: torch.library.Library, name: str, function: Callable[..., Any], key: str) -> None:
+    """Replace the kernel of an operator while `library` lives. Some versions of PyTorch warn, though it is allowed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"[\s\S]*(?i:overriding a previously registered kernel)")
+        library.impl(name, function, key, allow_override=True)
+
+
 @contextmanager
 def cuda_autocast_rules() -> Iterator[None]:
     """Context in which autocast of the CPU follows the rules of CUDA."""
@@ -104,7 +112,7 @@ def cuda_autocast_rules() -> Iterator[None]:
             packet, _, overload = name.partition(".")
             found = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
             if found is not None:
-                library.impl(name, _upcast(found), "AutocastCPU", allow_override=True)
+                override(library, name, _upcast(found), "AutocastCPU")
         yield
     finally:
         library._destroy()
@@ -199,8 +207,8 @@ def mended_shapes() -> Iterator[None]:
     """
     library = torch.library.Library("aten", "IMPL")
     try:
-        library.impl("_grouped_mm", _grouped_mm_shape, "Meta", allow_override=True)
-        library.impl("mkldnn_rnn_layer", _lstm_shape, "Meta", allow_override=True)
+        override(library, "_grouped_mm", _grouped_mm_shape, "Meta")
+        override(library, "mkldnn_rnn_layer", _lstm_shape, "Meta")
         yield
     finally:
         library._destroy()

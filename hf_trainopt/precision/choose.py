@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .._versions import cpu_computes_bf16
-
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
@@ -70,7 +68,9 @@ def device_abilities(device: torch.device) -> DeviceAbilities:
             scales_fp16=True,
         )
     if device.type == "cpu":
-        return DeviceAbilities("this CPU", "cpu", native_bf16=cpu_computes_bf16())
+        known = torch.cpu.get_capabilities()
+        native = any(known.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+        return DeviceAbilities("this CPU", "cpu", native_bf16=native)
     if device.type == "xpu":
         native = torch.xpu.is_bf16_supported(including_emulation=False)
         return DeviceAbilities(torch.xpu.get_device_name(device), "xpu", native_bf16=native, scales_fp16=True)

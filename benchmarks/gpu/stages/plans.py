@@ -13,6 +13,8 @@ from common import Context, Record
 from placement_cases import Case
 from placement_measure import all_plans
 
+from hf_trainopt.placement.costs import DEVICES
+
 
 def run(context: Context, record: Record, prepared: Any) -> None:
     torch.set_num_threads(1)
@@ -36,7 +38,20 @@ def run(context: Context, record: Record, prepared: Any) -> None:
                 ]
             }
             record.save()
+    if context.rehearse:
+        for case in waiting:
+            with_gpu_rules(record, case)
     record.check("there are plans for every case", all(part["plans"] for part in record.values["parts"].values()))
+
+
+def with_gpu_rules(record: Record, case: Case) -> None:
+    """Check that a step can be replayed as a GPU would run it: other kernels of attention and dropout than a CPU's."""
+    name, found = f"{case.name}: a step can be replayed for an H100", False
+    try:
+        found = case.planner("none", DEVICES["h100"]).baseline.peak_bytes > 0
+    except Exception:
+        record.fail(name, traceback.format_exc())
+    record.check(name, found)
 
 
 def plans_of(context: Context, case: Case) -> dict[str, Any]:
