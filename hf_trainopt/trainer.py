@@ -423,7 +423,7 @@ class EfficientTrainerMixin(
         def run(window: Window) -> torch.Tensor:
             return self._run_window(model, window, num_items_in_batch, *args, **kwargs)
 
-        if self._controller.num_windows == 0 and not self._tried_loss:
+        if not self._tried_loss:
             self._try_loss(model, inputs, num_items_in_batch)
         window, loss = self._until_it_fits(inputs, num_items_in_batch, run, self._forget_window)
         timer = self._controller.timer
@@ -435,10 +435,14 @@ class EfficientTrainerMixin(
     def _try_loss(self, model, window: Window, num_items_in_batch: Any) -> None:
         """Try on the first micro-batch whether a loss of the user's is divided by the items of the step."""
         self._tried_loss = True
-        if (
-            not is_in_doubt(self)
-            or divides_by_items(self, model, window.micro_batches[0], num_items_in_batch) is not False
-        ):
+        if not is_in_doubt(self):
+            return
+        divides = divides_by_items(self, model, window.micro_batches[0], num_items_in_batch)
+        if self.args.world_size > 1:  # a rank without targets cannot tell, and all have to do the same
+            told = torch.tensor([divides is False, divides is True], device=self.args.device).float()
+            ignoring, dividing = self.accelerator.reduce(told, reduction="sum").tolist()
+            divides = None if bool(ignoring) == bool(dividing) else bool(dividing)
+        if divides is not False:
             return
         if self.compute_loss_func is None:
             self.model_accepts_loss_kwargs = self._accepts_as_set = False

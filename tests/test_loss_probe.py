@@ -150,3 +150,20 @@ def test_a_loss_that_cannot_be_tried_is_left_alone(tmp_path):
     trainer = make(tmp_path, with_function(mean))
     assert divides_by_items(trainer, trainer.model, {"nothing": torch.ones(2)}, 3) is None
     assert divides_by_items(trainer, trainer.model, [torch.ones(2)], 3) is None
+
+
+def test_a_resumed_run_tries_it_again(tmp_path):
+    """Or gradients would grow with k from there on."""
+
+    def run(folder, resume=None):
+        args = arguments(
+            folder, gradient_accumulation_steps=4, max_steps=3, max_grad_norm=0.0, save_strategy="steps", save_steps=1
+        )
+        trainer = quiet(AnyK(model=with_function(mean), args=args, train_dataset=Rows(), sequence=[4]))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path)
+    resumed = run(tmp_path / "resumed", str(tmp_path / "checkpoint-2"))
+    assert not resumed.model_accepts_loss_kwargs
+    assert weights_equal(resumed.model, whole.model)
