@@ -107,9 +107,7 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
 
 # Private names that not all supported versions have: name -> (package, first version, first version without it).
 VERSIONS: dict[str, tuple[str, str | None, str | None]] = {
-    "_loss_shifts_labels": ("transformers", "5.10", None),
     "_defer_fsdp_gradient_reduction": ("transformers", "5.23", None),
-    "transformers.initialization.meta_device_safe_creation_ops": ("transformers", "5.6", None),
     "torch.utils.checkpoint._NoopSaveInputs": ("torch", None, "2.12"),
 }
 

@@ -6,22 +6,22 @@ in its docstring.
 
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.checkpoint import _CheckpointFrame
 from transformers import Trainer
+from transformers.distributed.fsdp import is_fsdp_managed_module
 
 
 TORCH = Version(Version(torch.__version__).base_version)
 TRANSFORMERS = Version(Version(transformers.__version__).base_version)
 
 # The suite was run with the first and with the last of these: [first, end).
-TESTED_TRANSFORMERS = ("5.3.0", "5.25.0")
+TESTED_TRANSFORMERS = ("5.17.0", "5.24.0")
 TESTED_TORCH = ("2.11.0", "2.15.0")
 
 
@@ -46,27 +46,6 @@ check_versions()
 ACTIVATION_CHECKPOINTING = "activation_checkpointing" if Version("5.23") <= TRANSFORMERS else "gradient_checkpointing"
 
 
-# Moved in transformers 5.14.
-if Version("5.14") <= TRANSFORMERS:
-    from transformers.distributed.fsdp import is_fsdp_managed_module as is_fsdp_managed_module
-else:
-    from transformers.integrations.fsdp import is_fsdp_managed_module as is_fsdp_managed_module
-
-# Lets models create tensors from values while they are built on the meta device. Goes with transformers 5.6.
-if Version("5.6") <= TRANSFORMERS:
-    from transformers.initialization import meta_device_safe_creation_ops as meta_device_safe_creation_ops
-else:
-    meta_device_safe_creation_ops = nullcontext
-
-# Schedules that evaluation metrics drive, not steps: `Trainer` steps them itself, and they need no index. Goes with
-# transformers 5.4.
-METRIC_DRIVEN: tuple[type, ...] = (ReduceLROnPlateau,)
-if Version("5.4") <= TRANSFORMERS:
-    from transformers.optimization import GreedyLR
-
-    METRIC_DRIVEN += (GreedyLR,)
-
-
 def activation_checkpointing(args: Any) -> bool:
     """Return whether stock activation checkpointing is on.
 
@@ -83,14 +62,6 @@ def activation_checkpointing_kwargs(args: Any) -> dict[str, Any]:
         args: A `transformers.TrainingArguments`.
     """
     return getattr(args, f"{ACTIVATION_CHECKPOINTING}_kwargs") or {}
-
-
-def loss_shifts_labels(trainer: Trainer) -> bool:
-    """Return whether `num_items_in_batch` leaves out the first label of each row. Goes with transformers 5.10.
-
-    Before 5.10, `Trainer` counted all labels that are not -100, for every model.
-    """
-    return trainer._loss_shifts_labels if Version("5.10") <= TRANSFORMERS else False
 
 
 # What to do about a loss that is a mean although `Trainer` takes it for a share of one.

@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-from ._versions import METRIC_DRIVEN
 from .schedule import (
+    METRIC_DRIVEN,
     NOISE_SCALING_RULES,
     DataIndexedLR,
     batch_scaling_factor,

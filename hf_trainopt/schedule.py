@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from transformers.optimization import GreedyLR
 
 
 logger = logging.getLogger(__name__)
+
+# Driven by evaluation metrics, not by steps: Trainer steps them itself, and they need no index.
+METRIC_DRIVEN = (ReduceLROnPlateau, GreedyLR)
 
 # Our part of a saved schedule.
 STATE_KEY = "hf_trainopt"

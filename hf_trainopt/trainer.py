@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.trainer_utils import has_length
 
 from ._compat import rank_batch_size
 from ._versions import (
     deferred_fsdp_reduction,
-    is_fsdp_managed_module,
     is_sharded_at_load,
     loss_is_scaled_for_ga,
-    loss_shifts_labels,
 )
 from .accumulation.checkpoint import place_after_stock_steps, read_state, restore, run_state, write_state
 from .accumulation.controller import AccumulationController
@@ -438,6 +437,8 @@ class EfficientTrainerMixin(
         if not is_in_doubt(self):
             return
         divides = divides_by_items(self, model, window.micro_batches[0], num_items_in_batch)
+        for callback in self._measurements:
+            callback.step_repeated()  # the tries are no part of the step
         if self.args.world_size > 1:  # a rank without targets cannot tell, and all have to do the same
             told = torch.tensor([divides is False, divides is True], device=self.args.device).float()
             ignoring, dividing = self.accelerator.reduce(told, reduction="sum").tolist()
@@ -481,9 +482,9 @@ class EfficientTrainerMixin(
                 last = index == steps - 1
                 if window.measured:  # now: a `training_step` of one's own may take the batch apart
                     self._items.append(
-                        (count_samples(part.inputs), count_target_tokens(part.inputs, loss_shifts_labels(self)))
+                        (count_samples(part.inputs), count_target_tokens(part.inputs, self._loss_shifts_labels))
                     )
-                lacks.append(lacks_targets(part.inputs, loss_shifts_labels(self)))
+                lacks.append(lacks_targets(part.inputs, self._loss_shifts_labels))
                 self.current_gradient_accumulation_steps = window.divisor(part)
                 self.accelerator.sync_gradients = last
                 with contextlib.nullcontext() if self._syncs_in(last) else self._without_reduction(model):

@@ -133,6 +133,24 @@ def test_placement_measures_the_same_counter(allocators, order):
     assert gib(callback) == {"gib": 900, "forward_backward": 300, "optimizer": 350}
 
 
+def test_later_steps_leave_the_mark_to_others(allocators):
+    """Only the second step lowers it. A later step counts if it has raised it."""
+    second, later, allocator, args = [], [], allocators[0], fake_args()
+    callback = PeakMeasurement(second.append, later.append)
+    callback.on_train_begin(args, SimpleNamespace(global_step=-1, max_steps=9), None)
+    state = SimpleNamespace(global_step=0, max_steps=9)
+    allocator.use(500 * MIB)  # of the first step
+    for used in (200, 150, 300, 250):
+        callback.on_step_begin(args, state, None)
+        allocator.use(used * MIB)
+        callback.on_step_end(args, state, None)
+        state.global_step += 1
+        assert allocator.highest >= (100 + used) * MIB
+    assert [round(peak / MIB) for peak in second] == [300]
+    assert [round(peak / MIB) for peak in later] == [400]
+    assert round(allocator.highest / MIB) == 400
+
+
 def test_the_fullest_device_counts(allocators):
     model = torch.nn.Linear(1, 1)
     spread = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=torch.device("cuda", i)) for i in (0, 1)])

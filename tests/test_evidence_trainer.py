@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import AnyK, Rows, arguments, quiet, tiny_gpt2, weights_equal
@@ -200,3 +201,15 @@ def test_by_default_throughput_and_memory_are_measured(tmp_path):
 def test_measurements_are_a_list_or_names_with_commas(tmp_path, given, kinds):
     args = arguments(tmp_path, measurements=given)
     assert [type(callback) for callback in args.make_measurements()] == kinds
+
+
+def test_a_logged_value_that_is_no_json_does_not_end_a_run_that_saves_nothing(tmp_path, caplog):
+    class Logs(EfficientTrainer):
+        def compute_loss(self, *args, **kwargs):
+            self.state.log_history.append({"aux": np.float32(1.5), "step": self.state.global_step})
+            return super().compute_loss(*args, **kwargs)
+
+    args = arguments(tmp_path, accumulation_policy="fixed", save_strategy="no", max_steps=2, measurements="throughput")
+    output = quiet(Logs(model=tiny_gpt2(), args=args, train_dataset=Rows())).train()
+    assert output.global_step == 2
+    assert "could not be saved" in caplog.text

@@ -12,9 +12,10 @@ import torch
 from helpers import arguments, quiet
 from placement_models import gpt2
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from transformers import BatchEncoding
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.placement.example_batch import largest_batch
+from hf_trainopt.placement.example_batch import batch_elements, largest_batch
 
 
 datasets = pytest.importorskip("datasets")  # which brings the other two
@@ -243,3 +244,31 @@ def test_a_step_above_the_budget_is_said(tmp_path, caplog):
     assert len(said) == 1
     assert "of step 14 is above memory_budget" in said[0]
     assert "'input_ids': [2, 4]" in said[0]
+
+
+# ---- What collators return and change ------------------------------------------------------------------------------
+
+
+def test_batches_of_any_mapping_have_a_size():
+    tensors = {"input_ids": torch.ones(2, 5), "more": [torch.ones(3), {"labels": torch.ones(2)}], "text": "abc"}
+    assert batch_elements(tensors) == batch_elements(BatchEncoding(tensors)) == 15
+
+
+def test_lengths_that_only_a_collator_with_encodings_knows():
+    def encoded(samples):
+        return BatchEncoding(tokenised(samples))
+
+    data = [{"text": "a" * (3 + (index == 7) * 40)} for index in range(12)]
+    found = [largest_batch(DataLoader(data, batch_size=2, collate_fn=collate), 2) for collate in (tokenised, encoded)]
+    assert batch_elements(found[0]) == batch_elements(found[1])
+
+
+@pytest.mark.parametrize("size", [900, 1100])
+def test_collators_that_change_rows_do_not_change_the_data(size):
+    rows = [{"input_ids": [1] * 4, "labels": [1] * 4} for _ in range(size)]
+
+    def popping(samples):
+        return {"labels": torch.tensor([sample.pop("labels") for sample in samples])}
+
+    largest_batch(DataLoader(rows, batch_size=4, collate_fn=popping), 4)
+    assert all("labels" in row for row in rows)

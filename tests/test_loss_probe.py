@@ -167,3 +167,56 @@ def test_a_resumed_run_tries_it_again(tmp_path):
     resumed = run(tmp_path / "resumed", str(tmp_path / "checkpoint-2"))
     assert not resumed.model_accepts_loss_kwargs
     assert weights_equal(resumed.model, whole.model)
+
+
+class Jitters:
+    """A mean whose last digits are others each time, as kernels with atomic additions make them."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, logits, labels, vocab_size=None, **kwargs):
+        self.calls += 1
+        return mean(logits, labels) * (1 + 1e-5 * self.calls)
+
+
+class Counter(OwnClass):
+    """Its buffer is no running statistic that anybody knows of."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        if self.training:
+            self.passes += 1
+        return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+
+def test_a_mean_is_told_although_its_last_digits_differ(tmp_path, caplog):
+    trainer = make(tmp_path, with_function(Jitters()))
+    trainer.train()
+    assert not trainer.model_accepts_loss_kwargs
+    assert "ignores num_items_in_batch" in caplog.text
+
+
+def test_buffers_of_any_kind_are_put_back(tmp_path):
+    model = Counter(tiny_gpt2().config)
+    trainer = quiet(
+        AnyK(model=model, args=arguments(tmp_path, gradient_accumulation_steps=2, max_steps=1), train_dataset=Rows(),
+             sequence=[2])
+    )  # fmt: skip
+    trainer.train()
+    assert model.passes == 2
+
+
+def test_two_rows_are_tried_first(tmp_path):
+    sizes = []
+
+    def loss(logits, labels, vocab_size=None, **kwargs):
+        sizes.append(len(labels))
+        return mean(logits, labels)
+
+    trainer = make(tmp_path, with_function(loss), k=1)
+    trainer.train()
+    assert sizes[:3] == [2, 2, trainer.args.per_device_train_batch_size]

@@ -336,3 +336,12 @@ def test_evaluation_in_between_is_untouched(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
     outputs = trainer.predict(Rows(8, length=24))
     assert outputs.predictions.shape == (8, 24, 211)
+
+
+def test_a_placement_that_is_asked_for_after_the_trainer_was_made(tmp_path):
+    trainer = quiet(
+        EfficientTrainer(model=gpt2(), args=arguments(tmp_path, **FIXED), train_dataset=Rows(48, length=24))
+    )
+    trainer.args.checkpoint_placement = "all"
+    trainer.train()
+    assert trainer.placement_plan.measured_peak_bytes > 0

@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers import Rows, arguments, quiet, tiny_gpt2, weights_equal
 from torch.utils.data import DataLoader, IterableDataset, Sampler, WeightedRandomSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_trainopt import EfficientTrainer
+from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 
 
 class Masked(Rows):
@@ -171,3 +172,30 @@ def test_what_cannot_be_the_same_is_said(kwargs, step, reason, tmp_path, caplog)
     said = [r.getMessage() for r in caplog.records if "draw others than in the run" in r.getMessage()]
     assert len(said) == (reason is not None)
     assert reason is None or reason in said[0]
+
+
+def test_what_callbacks_set_on_the_batch_sampler_counts(tmp_path):
+    class Smaller(TrainerCallback):
+        def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
+            if state.global_step == 1:
+                inner = getattr(train_dataloader, "base_dataloader", train_dataloader)
+                inner.batch_sampler.batch_size = 2
+
+    def sizes(cls, arguments_class, **kwargs):
+        seen = []
+
+        class Sized(cls):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                seen.append(len(inputs["input_ids"]))
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+        args = arguments(
+            tmp_path, arguments_class, gradient_accumulation_steps=1, per_device_train_batch_size=4,
+            num_train_epochs=2, **kwargs,
+        )  # fmt: skip
+        quiet(Sized(model=tiny_gpt2(), args=args, train_dataset=Rows(16), callbacks=[Smaller()])).train()
+        return seen
+
+    stock = sizes(Trainer, TrainingArguments)
+    assert 2 in stock
+    assert sizes(EfficientTrainer, EfficientTrainingArguments, accumulation_policy="fixed") == stock

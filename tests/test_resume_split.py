@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import AnyK, Rows, arguments, quiet, tiny_gpt2
+from transformers import TrainerCallback
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.accumulation.checkpoint import restore, run_state
 from hf_trainopt.accumulation.controller import AccumulationController
 from hf_trainopt.accumulation.cursor import DataCursor
-from hf_trainopt.accumulation.policy import FixedPolicy
+from hf_trainopt.accumulation.policy import NoiseScalePolicy
 
 
 class Watched:
@@ -20,6 +21,20 @@ class Watched:
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.__dict__.setdefault("seen", []).extend(inputs["input_ids"][:, 0].tolist())
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class Windows(TrainerCallback):
+    """Counts the micro-batches of each optimizer step."""
+
+    def __init__(self):
+        self.sizes, self.passed = [], 0
+
+    def on_substep_end(self, *args, **kwargs):
+        self.passed += 1
+
+    def on_step_end(self, *args, **kwargs):
+        self.sizes.append(self.passed + 1)
+        self.passed = 0
 
 
 class Fixed(Watched, EfficientTrainer):
@@ -100,7 +115,7 @@ def test_the_rate_is_that_of_the_place_in_the_data(tmp_path):
 
 def controller(reference, world_size, batch):
     return AccumulationController(
-        policy=FixedPolicy(), reference_steps=reference, minimum=1, maximum=32, world_size=world_size,
+        policy=NoiseScalePolicy(), reference_steps=reference, minimum=1, maximum=32, world_size=world_size,
         micro_batch_size=batch, tracker=None, measure_interval=8,
     )  # fmt: skip
 
@@ -124,3 +139,24 @@ def test_other_numbers_of_ranks(world_size, batch, k, place):
     assert (made.epoch, made.micro_batch, made.samples_seen) == (1, place, 124)
     assert made.finished_windows == -(-per_epoch // k)
     assert chosen.accumulation_steps == round(6 * 8 / (batch * world_size))
+
+
+@pytest.mark.parametrize(("batch", "k"), [(2, 4), (4, 2)])
+@pytest.mark.parametrize("policy", [{"accumulation_policy": "fixed"},
+                                    {"accumulation_policy": "ramp", "accumulation_ramp": "0:{k}"}])  # fmt: skip
+def test_a_schedule_of_k_is_that_of_the_resumed_run_at_once(batch, k, policy, tmp_path):
+    """Not the k of the checkpoint for one more window."""
+
+    def trainer(folder, batch, k):
+        named = {name: value.format(k=k) for name, value in policy.items()}
+        args = arguments(
+            folder, per_device_train_batch_size=batch, gradient_accumulation_steps=k, save_strategy="steps",
+            save_steps=1, measure_noise_scale=True, **named,
+        )  # fmt: skip
+        return quiet(Fixed(model=tiny_gpt2(), args=args, train_dataset=Rows(64, numbered=True)))
+
+    trainer(tmp_path, 2, 8).train()
+    resumed, windows = trainer(tmp_path / "resumed", batch, k), Windows()
+    resumed.add_callback(windows)
+    resumed.train(resume_from_checkpoint=checkpoint(tmp_path, 2))
+    assert set(windows.sizes[:4]) == {k}

@@ -148,6 +148,7 @@ def restore(
     cursor.reported_units = cursor.previous_units = cursor.units
     if before != now:
         controller.convert_size(before / now)
+    controller.follow_schedule(cursor.progress)
 
 
 def place_after_stock_steps(

@@ -160,6 +160,15 @@ class AccumulationController:
             step_seconds=self.timer.step_seconds,
         )
 
+    def follow_schedule(self, progress: float) -> None:
+        """Take k from a policy that depends on nothing measured, where a checkpoint's k was that of another one.
+
+        Args:
+            progress: Share of the data budget that was consumed.
+        """
+        if isinstance(self.policy, FixedPolicy | RampPolicy):
+            self.accumulation_steps = self.decide(self.observe(progress, learning_rate_factor=0.0))
+
     def decide(self, observation: Observation) -> int:
         """Ask the policy for the next k, within the limits (rank 0 only). Changes nothing."""
         exact = isinstance(self.policy, FixedPolicy | RampPolicy)

@@ -11,13 +11,12 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from .._versions import METRIC_DRIVEN
 from ..accumulation.controller import STARTUP_WINDOWS
 from ..accumulation.policy import FixedPolicy
 from ..placement.budget import gib
 from ..placement.render import time_words
 from ..reliability.losses import obstacle_to_skipping
-from ..schedule import NOISE_SCALING_RULES, DataIndexedLR, chosen_rule
+from ..schedule import METRIC_DRIVEN, NOISE_SCALING_RULES, DataIndexedLR, chosen_rule
 from .memory import MemoryForecast, device_memory
 
 

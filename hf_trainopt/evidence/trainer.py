@@ -36,7 +36,7 @@ class EvidenceTrainerMixin:
         if self.args.save_strategy == SaveStrategy.NO and getattr(self.args, "measured", None):
             try:
                 self.save_state()
-            except OSError as error:
+            except (OSError, TypeError, ValueError, OverflowError) as error:  # or a value that is no JSON
                 logger.warning("The log of the run could not be saved for `hf-trainopt report`: %s.", error)
         return output
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from .errors import PlacementError
@@ -86,7 +85,8 @@ def largest_batch(dataloader: DataLoader, batch_size: int) -> Any:
         raise PlacementError("train_dataset is empty, so that no placement can be planned; give it samples.")
     while len(groups[0]) < batch_size:
         groups[0].append(groups[0][0])
-    batches = [collate(group) for group in groups]
+    # Copies: collators take labels out of samples, or augment them in place, and large data are shared with the run.
+    batches = [collate(group) for group in copy.deepcopy(groups)]
     batch = max(batches, key=batch_elements)  # the first of several
     varied |= len(set(map(batch_elements, batches))) > 1
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -99,7 +99,13 @@ def largest_batch(dataloader: DataLoader, batch_size: int) -> Any:
 
 def batch_elements(batch: Any) -> int:
     """Return how many numbers the tensors of a batch hold: how large it is."""
-    return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
+    if isinstance(batch, torch.Tensor):
+        return batch.numel()
+    if isinstance(batch, Mapping):  # BatchEncoding as well, which is none of pytree's
+        batch = batch.values()
+    elif not isinstance(batch, list | tuple):
+        return 0
+    return sum(map(batch_elements, batch))
 
 
 def _apart(dataloader: DataLoader) -> tuple[Any, Any]:

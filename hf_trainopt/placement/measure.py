@@ -33,6 +33,7 @@ class PeakMeasurement(TrainerCallback):
         self._first: int | None = None
         self._tracker: StorageTracker | None = None
         self._reader: PeakReader | None = None
+        self._before = 0
         self._running = False
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -53,7 +54,9 @@ class PeakMeasurement(TrainerCallback):
         self._running, self._asked = True, False
         self._is_second = state.global_step == self._second
         if args.device.type != "cpu":
-            self._reader = accelerator_counter(args.device.index).reader()
+            if self._is_second or self._reader is None:  # once a run: this lowers the mark that others may read, too
+                self._reader = accelerator_counter(args.device.index).reader()
+            self._before = self._reader.peak()
             return
         tracker = StorageTracker(scratch=cpu_scratch, counts_arguments=True)
         tracker.count(model.parameters(), "parameters")
@@ -70,8 +73,9 @@ class PeakMeasurement(TrainerCallback):
         self._running = False
         done = self._done if self._is_second else self._later
         if args.device.type != "cpu":
-            peak, self._reader = self._reader.peak(), None
-            done(peak)
+            peak = self._reader.peak()
+            if self._is_second or peak > self._before:  # else the mark is not of this step
+                done(peak)
         elif self._tracker is not None:
             peak = self._tracker.peak_bytes
             self.stop()

@@ -10,9 +10,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, TimmWrapperConfig
-from transformers.initialization import no_init_weights
+from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
-from hf_trainopt._versions import meta_device_safe_creation_ops
 from hf_trainopt.models.hub import hub_errors
 
 

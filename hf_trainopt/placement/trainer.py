@@ -66,9 +66,13 @@ class PlacementTrainerMixin:
         self._largest_elements: int | None = None
         self._highest_peak = 0
         if getattr(self.args, "places_checkpoints", False):
-            self._peak_measurement = PeakMeasurement(self._peak_measured, self._later_peak_measured)
-            self.add_callback(self._peak_measurement)
-            self.add_callback(_KeepsPlacement(self))
+            self._watch_placement()
+
+    def _watch_placement(self) -> None:
+        """Add the callbacks of a placement."""
+        self._peak_measurement = PeakMeasurement(self._peak_measured, self._later_peak_measured)
+        self.add_callback(self._peak_measurement)
+        self.add_callback(_KeepsPlacement(self))
 
     def _check_placement(self) -> None:
         """Refuse what placement cannot work with."""
@@ -113,6 +117,8 @@ class PlacementTrainerMixin:
             self._peak_measurement.stop()
         self._undo_placement()  # of an earlier trial of a hyperparameter search or of a larger batch
         if getattr(self.args, "places_checkpoints", False):
+            if self._peak_measurement is None:  # asked for since the Trainer was made
+                self._watch_placement()
             self.args.validate_placement()
             self.placement_plan = self._agreed_plan(dataloader)
             self._placement = self._applied()

@@ -58,13 +58,12 @@ class WatchedBatches:
     """
 
     def __init__(self, inside: Any, before: Callable[[int], None]):
-        self.inside = inside
-        self._before = before
+        vars(self).update(inside=inside, before=before)
 
     def __iter__(self) -> Iterator[Any]:
         batches, index = iter(self.inside), 0
         while True:
-            self._before(index)
+            self.before(index)
             try:
                 batch = next(batches)
             except StopIteration:
@@ -79,6 +78,12 @@ class WatchedBatches:
         if name == "inside":  # not there yet, in a copy
             raise AttributeError(name)
         return getattr(self.inside, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.inside, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.inside, name)
 
 
 class RandomDataTrainerMixin:

@@ -7,7 +7,6 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 from transformers.integrations.neftune import deactivate_neftune
 
-from .._versions import loss_shifts_labels
 from ..accumulation.window import lacks_targets, without_empty_mean
 from ..log_lines import give_back
 from .checkpoints import CheckpointsTrainerMixin
@@ -106,7 +105,7 @@ class ReliabilityTrainerMixin(CheckpointsTrainerMixin):
         """As in `Trainer`; the losses of a window are added up to see whether they are finite."""
         if self._finite is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        lacks = lacks_targets(inputs, loss_shifts_labels(self))  # now: the batch may be taken apart
+        lacks = lacks_targets(inputs, self._loss_shifts_labels)  # now: the batch may be taken apart
         self._finite.begin_micro_batch()
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._finite.end_micro_batch(loss, lacks)
