@@ -1,0 +1,3 @@
+"""Why tests of the suites end otherwise with our classes: what `report.py` writes beside each."""
+
+REASONS: list[tuple[str, str, str, str]] = []
