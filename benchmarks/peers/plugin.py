@@ -9,8 +9,9 @@
 - `PEERS_PACKAGES`: packages whose classes are replaced.
 
 pytest imports plugins before it imports test modules, so that `from transformers import Trainer` and
-`class Mine(Trainer)` in a test get ours. Only names that the packages export are replaced. What the packages use inside
-stays. A checkout of another version may import names that the installed version lacks: tests that use one are skipped.
+`class Mine(Trainer)` in a test get ours. Only names that the packages export are replaced. What the packages use
+inside stays. A checkout of another version may import names that the installed version lacks: tests that use one are
+skipped.
 """
 
 import ast

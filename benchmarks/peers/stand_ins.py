@@ -4,8 +4,8 @@ python benchmarks/peers/stand_ins.py DIR
 
 They lie in DIR under the names that they have on the Hub (`trl-internal-testing/zen`, ...). transformers and datasets
 take a folder of that name before they ask the Hub, so that suites which run in DIR need no network. Models have random
-weights and no more than two layers; texts are sentences made here. Data with images, and models that read them, have no
-stand-in: their tests fail with stock classes too, and are left out of the comparison.
+weights and no more than two layers; texts are sentences made here. Data with images, and models that read them, have
+no stand-in: their tests fail with stock classes too, and are left out of the comparison.
 """
 
 import json
