@@ -19,8 +19,8 @@ _MANIFEST = (
 )
 _STEP_SIZE = (
     "A checkpoint whose optimizer steps have another number of samples is refused, since its place in the data is "
-    "counted in steps. Stock warns that an argument differs and goes on at other samples. ignore_data_skip=True begins "
-    "the epoch anew."
+    "counted in steps. Stock warns that an argument differs and goes on at other samples. ignore_data_skip=True "
+    "begins the epoch anew."
 )
 _DIVERGED = (
     "The test trains on with losses that are NaN. Ten such steps in a row end the run with an error; "

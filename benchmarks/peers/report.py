@@ -64,6 +64,11 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def code(text: str) -> str:
+    """Return text as code in a cell of a table."""
+    return "`" + cell(text).replace("`", "'") + "`"
+
+
 def counts_table(records: dict[str, dict[str, dict]]) -> str:
     rows = []
     for suite, modes in records.items():
@@ -84,9 +89,9 @@ def differences_part(suite: str, mode: str, modes: dict[str, dict], reasons: lis
         return "None."
     rows = [
         [
-            f"`{cell(short(test))}`",
+            code(short(test)),
             f"{was} → {now}",
-            f"`{cell(error[:160])}`",
+            code(error[:160]),
             cell(reason(suite, mode, test, reasons)),
         ]
         for test, was, now, error in found
@@ -101,7 +106,7 @@ def not_comparable(modes: dict[str, dict]) -> str:
         for found in modes["stock"]["tests"].values()
         if found["outcome"] != "passed"
     )
-    rows = [[count, outcome, f"`{cell(error)}`"] for (outcome, error), count in kinds.most_common()]
+    rows = [[count, outcome, code(error)] for (outcome, error), count in kinds.most_common()]
     return table(["tests", "outcome", "says"], rows)
 
 
@@ -113,11 +118,8 @@ def page(records: dict[str, dict[str, dict]], reasons: list) -> str:
         stock = modes["stock"]
         versions = ", ".join(f"{name} {version}" for name, version in stock["versions"].items())
         parts += [f"## {TITLES[suite]}", f"Tests of commit `{stock['revision'][:12]}`; {versions}."]
-        for mode in MODES[1:]:
-            title = "fixed" if mode == "fixed" else "Our defaults"
-            parts.append(
-                f"### {title}: what ends otherwise" if mode != "fixed" else "### `fixed`: what ends otherwise"
-            )
+        for mode, title in (("fixed", "`fixed`"), ("defaults", "Our defaults")):
+            parts.append(f"### {title}: what ends otherwise")
             parts.append(differences_part(suite, mode, modes, reasons) if mode in modes else "**Not run yet.**")
         parts += ["### Not comparable: tests that don't pass with stock classes here", not_comparable(modes)]
     values = {"counts": counts_table(records), "suites": "\n\n".join(parts)}
