@@ -17,6 +17,7 @@ skipped.
 import ast
 import importlib
 import json
+import operator
 import os
 import signal
 import threading
@@ -104,9 +105,10 @@ def add_absent_names(path: Path) -> None:
             add_absent_names(neighbour)
         elif node.level == 0 and node.module.split(".")[0] in PAIRS:
             module = importlib.import_module(node.module)
-            for name in (alias.name for alias in node.names):
-                if not hasattr(module, name):
-                    setattr(module, name, absent(f"{node.module}.{name}"))
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            module = importlib.import_module(node.module)  # looking may have loaded, and so replaced, it
+            for name in missing:
+                setattr(module, name, absent(f"{node.module}.{name}"))
 
 
 class Recorder:
@@ -167,9 +169,14 @@ def pytest_configure(config) -> None:
     mode = os.environ["PEERS_MODE"]
     if mode not in MODES:
         raise pytest.UsageError(f"PEERS_MODE is {mode!r}, not one of {', '.join(MODES)}")
+    packages = os.environ["PEERS_PACKAGES"].split(",")
+    for name in packages:
+        # While transformers loads its Trainer, another module takes the place of the one in sys.modules.
+        for pair in PAIRS[name]:
+            operator.attrgetter(*pair)(importlib.import_module(name))
     for path in map(Path, config.args):
         add_absent_names(path)
-    for name in os.environ["PEERS_PACKAGES"].split(","):
+    for name in packages:
         put_in_place(mode, importlib.import_module(name))
     recorder = Recorder(Path(os.environ["PEERS_RECORD"]), float(os.environ["PEERS_SECONDS"]))
     config.pluginmanager.register(recorder)
