@@ -41,7 +41,7 @@ REASONS: list[tuple[str, str, str, str]] = [
         "transformers",
         "fixed",
         "*::test_can_resume_training",
-        f"{_STATE} With them left out the test still ends otherwise: it wants the words of stock's error where there is "
+        f"{_STATE} Without them the test still ends otherwise: it wants the words of stock's error where there is "
         "no checkpoint to resume from, and our error says more.",
     ),
     ("transformers", "fixed", "*::test_multiple_peft_adapters", _STATE),
