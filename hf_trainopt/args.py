@@ -1,7 +1,9 @@
 """Arguments of the efficient parts, on top of `TrainingArguments`."""
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -287,18 +289,49 @@ def efficient_class(cls: type[TrainingArguments]) -> type[TrainingArguments]:
     return dataclass(type(f"Efficient{cls.__name__}", (EfficientTrainingArgumentsMixin, cls), members))
 
 
-def make_efficient(args: TrainingArguments) -> None:
-    """Give arguments of any class our settings at their defaults, in place: who holds them sees the same object."""
+def make_efficient(args: TrainingArguments, given: Any = None) -> None:
+    """Give arguments of any class our settings, in place: who holds them sees the same object.
+
+    Args:
+        args: What the Trainer has.
+        given: What it was given. If it has made arguments of its own class of ours, the settings of ours are kept;
+            else they are at their defaults.
+    """
     before, made = type(args), efficient_class(type(args))
     if made is before:
         return
     args.__class__ = made
+    kept = vars(given) if isinstance(given, EfficientTrainingArgumentsMixin) else {}
     for setting in fields(made):
-        if setting.name not in vars(args):
-            has_value = setting.default is not MISSING
-            setattr(args, setting.name, setting.default if has_value else setting.default_factory())
+        if setting.name in vars(args):
+            continue
+        if setting.name in kept:
+            value = kept[setting.name]
+        else:
+            value = setting.default if setting.default is not MISSING else setting.default_factory()
+        setattr(args, setting.name, value)
     args.validate_accumulation()
-    logger.info("args is a %s: settings of %s that it lacks have their defaults.", before.__name__, made.__name__)
+    if not kept:
+        logger.info("args is a %s: settings of %s that it lacks have their defaults.", before.__name__, made.__name__)
+
+
+@contextlib.contextmanager
+def in_stock_names(args: Any) -> Iterator[None]:
+    """Let `args.to_dict()` leave our settings out.
+
+    Trainers of other packages make arguments of their own class with it (TRL: `SFTConfig(**args.to_dict())`),
+    which doesn't know them. `make_efficient` puts them back.
+    """
+    if not isinstance(args, EfficientTrainingArgumentsMixin):
+        yield
+        return
+    ours = {setting.name for setting in fields(EfficientTrainingArgumentsMixin)}
+    whole = args.to_dict
+    args.to_dict = lambda: {name: value for name, value in whole().items() if name not in ours}
+    try:
+        yield
+    finally:
+        del args.to_dict
 
 
 def _with_state(cls: type[TrainingArguments], state: dict[str, Any]) -> TrainingArguments:

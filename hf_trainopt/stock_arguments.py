@@ -134,7 +134,9 @@ def check_names(cls: type, names: Mapping[str, Any]) -> None:
         TypeError: One is unknown.
     """
     known = {field.name for field in fields(cls) if field.init}
-    if "__dataclass_fields__" not in vars(cls):
+    # A subclass that only overrides methods has the __init__ that it needs; one with new fields or bases has not.
+    adds_nothing = len(cls.__bases__) == 1 and not vars(cls).get("__annotations__")
+    if "__dataclass_fields__" not in vars(cls) and not adds_nothing:
         raise TypeError(f"{cls.__name__} is no dataclass of its own; put @dataclass before the class.")
     problems = []
     for name in names:

@@ -43,7 +43,7 @@ from .accumulation.window import (
     window_loss,
     with_counted_items,
 )
-from .args import make_efficient
+from .args import in_stock_names, make_efficient
 from .checks import (
     check_adaptive_setup,
     check_amount_of_data,
@@ -111,7 +111,9 @@ class EfficientTrainerMixin(
                 f"accumulation_policy is {accumulation_policy!r}, which cannot be called; pass a function of "
                 "Observation, or name a policy in EfficientTrainingArguments(accumulation_policy=...)."
             )
-        super().__init__(*args, **kwargs)
+        self._given_args = kwargs.get("args", args[1] if len(args) > 1 else None)
+        with in_stock_names(self._given_args):
+            super().__init__(*args, **kwargs)
         self._takes_num_items = self._accepts_as_set = self.model_accepts_loss_kwargs
         self._has_own_policy = accumulation_policy is not None
         self.accumulation_policy = accumulation_policy
@@ -149,7 +151,7 @@ class EfficientTrainerMixin(
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`, which calls it as soon as there are arguments."""
-        make_efficient(self.args)
+        make_efficient(self.args, self._given_args)
         super().create_accelerator_and_postprocess()
 
     # ---- What is in play -------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 from helpers import Rows, arguments, quiet, tiny_gpt2
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_trainopt import EfficientTrainer, EfficientTrainerMixin, EfficientTrainingArguments
 from hf_trainopt import EfficientTrainingArgumentsMixin as ArgumentsMixin
@@ -141,3 +141,34 @@ def test_the_module_is_typed():
 
     assert (files("hf_trainopt") / "py.typed").is_file()
     assert issubclass(EfficientTrainingArguments, ArgumentsMixin)
+
+
+@dataclass
+class OwnArguments(TrainingArguments):
+    beta: float = 0.5
+
+
+class Converts(Trainer):
+    """Makes arguments of its own class of plain ones, as TRL's trainers do."""
+
+    def __init__(self, model=None, args=None, **kwargs):
+        if not isinstance(args, OwnArguments):
+            args = OwnArguments(**args.to_dict())
+        super().__init__(model, args, **kwargs)
+
+
+class EfficientConverts(EfficientTrainerMixin, Converts):
+    pass
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_trainer_that_makes_arguments_of_its_own_class_keeps_our_settings(tmp_path, by_name):
+    given = arguments(tmp_path, accumulation_policy="ramp", accumulation_ramp="0:4", num_train_epochs=1)
+    passed = {"args": given} if by_name else {}
+    trainer = quiet(EfficientConverts(tiny_gpt2(), *([] if by_name else [given]), **passed, train_dataset=Rows(48)))
+    assert isinstance(trainer.args, OwnArguments)
+    assert (trainer.args.beta, trainer.args.accumulation_ramp) == (0.5, "0:4")
+    assert given.to_dict()["accumulation_ramp"] == "0:4"
+    trainer.train()
+    assert trainer.state.global_step == 4
+    trainer.save_model(tmp_path)  # training_args.bin

@@ -9,7 +9,7 @@ from helpers import Recorder, Rows, arguments, quiet, tiny_gpt2, weights_equal
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_trainopt import EfficientTrainer, EfficientTrainingArgumentsMixin
+from hf_trainopt import EfficientTrainer, EfficientTrainingArguments, EfficientTrainingArgumentsMixin
 from hf_trainopt.reliability import find_last_complete
 
 
@@ -153,6 +153,21 @@ def test_keys_that_a_callback_removes_are_gone(tmp_path):
         found.append((set(quiet(trainer).train().metrics), set(trainer.evaluate())))
     assert found[0] == found[1]
     assert "total_flos" not in found[0][0]
+
+
+class OnlyMethods(EfficientTrainingArguments):
+    """As stock takes it: without a field of its own it needs no @dataclass."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.run_name = "mine"
+
+
+def test_a_subclass_of_arguments_without_fields_needs_no_decorator(tmp_path):
+    args = OnlyMethods(output_dir=str(tmp_path), accumulation_policy="fixed")
+    assert (args.run_name, args.accumulation_policy) == ("mine", "fixed")
+    with pytest.raises(TypeError, match="did you mean accumulation_policy"):
+        OnlyMethods(output_dir=str(tmp_path), acumulation_policy="fixed")
 
 
 def test_a_class_of_arguments_that_lacks_its_decorator_is_told_so():
