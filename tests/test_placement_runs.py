@@ -432,7 +432,9 @@ def test_large_data_are_not_copied(monkeypatch):
             self.pixels, self.small = torch.zeros(2**19), torch.zeros(2)
 
     largest_batch(DataLoader(Subset(Held(), [0, 1]), batch_size=2, collate_fn=padded), 2)
-    assert [tensor.numel() for tensor in copied] == [2]
+    sizes = [tensor.numel() for tensor in copied]
+    assert 2 in sizes  # what the data hold is copied, as far as it is small
+    assert max(sizes) <= 8  # the rest are rows
 
 
 # ---- Frozen layers -------------------------------------------------------------------------------------------------
