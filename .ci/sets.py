@@ -48,7 +48,7 @@ SETS = {
     "gpu": VersionSet(
         "python3.12",
         ["torch==2.11.0", "torchvision==0.26.0", "transformers==5.17.0", "accelerate==1.15.0", "numpy==2.5.*", "timm",
-         "peft", "scikit-learn", "pyarrow", "pandas", "matplotlib", "psutil", *TESTS],
+         "peft", "scikit-learn", "pyarrow", "pandas", "matplotlib", "psutil", "xxhash", "requests", *TESTS],
         ("datasets", "evaluate", "dill", "multiprocess"),
     ),
 }  # fmt: skip
@@ -56,12 +56,13 @@ SETS = {
 SCRIPTS = {
     "run_clm.py": ["--dataset_name", "python-docs", "--model_type", "gpt2", "--train_tokenizer_vocab_size", "2048",
                    "--config_overrides", "n_embd=64,n_layer=2,n_head=2,n_positions=64", "--block_size", "64",
-                   "--max_train_samples", "400", "--max_eval_samples", "50", "--max_steps", "12"],
+                   "--max_train_samples", "400", "--max_eval_samples", "50", "--max_steps", "12",
+                   "--memory_budget", "90%"],
     "run_image.py": ["--timm_model", "resnet18", "--image_size", "32", "--max_train_samples", "400", "--max_steps",
-                     "6", "--max_eval_samples", "50", "--dataset_name", "digits"],
+                     "6", "--max_eval_samples", "50", "--dataset_name", "digits", "--checkpoint_placement", "sqrt"],
 }  # fmt: skip
-COMMON = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4", "--memory_budget", "90%",
-          "--do_train", "--do_eval", "--report_to", "none", "--use_cpu"]  # fmt: skip
+COMMON = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4", "--do_train", "--do_eval",
+          "--report_to", "none", "--use_cpu"]  # fmt: skip
 
 
 def call(*words: object, **variables: str) -> subprocess.CompletedProcess:

@@ -122,7 +122,7 @@ def measure_costs(rounds: int, names: Sequence[str]) -> None:
                 trainer = EfficientTrainer(args=args, accumulation_policy=lambda observation: 1, **parts)
                 trainer.remove_callback(transformers.PrinterCallback)
                 trainer.train()
-                timer = trainer._controller.timer
+                timer = trainer.trainopt.accumulation.controller.timer
                 found.append((timer.micro_batch_seconds, timer.step_seconds))
         micro_batch, step = (statistics.median(values) for values in zip(*found, strict=True))
         ratios = sorted(s / m for m, s in found)

@@ -51,6 +51,7 @@ class Timed(EfficientTrainer):
             return result
 
         self.accelerator.backward, self.accelerator.reduce = timed_backward, timed_reduce
+        self._time_statistics()
         self._began = self._hooks = 0.0
 
     def _begin_step(self) -> None:
@@ -60,11 +61,20 @@ class Timed(EfficientTrainer):
         self._began, self._hooks = time.perf_counter(), 0.0
         return super().compute_loss(*args, **kwargs)
 
-    def _finish_window(self, *args, **kwargs):
-        began, before = time.perf_counter(), self.step["agreement"]
-        super()._finish_window(*args, **kwargs)
-        # Waiting for the other rank is in the agreement, not in the statistics.
-        self.step["statistics"] += time.perf_counter() - began - (self.step["agreement"] - before)
+    def _time_statistics(self) -> None:
+        """Time what the end of a window takes; waiting for the other rank is in the agreement."""
+        accumulation = self.trainopt.accumulation
+        for name in ("advance", "propose", "measure", "finish_window"):
+            setattr(accumulation, name, self._timed(getattr(accumulation, name)))
+
+    def _timed(self, function):
+        def timed(*args, **kwargs):
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.step["statistics"] += time.perf_counter() - began
+            return result
+
+        return timed
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -119,9 +129,9 @@ def train(
 
     def with_timed_norms(*args, **kwargs):
         result = values(*args, **kwargs)
-        if trainer._norms is not None:
-            trainer._norms = TimedNorms(trainer.model, trainer.args.device)
-            trainer._norms.trainer = trainer
+        if trainer.trainopt.accumulation.norms is not None:
+            trainer.trainopt.accumulation.norms = TimedNorms(trainer.model, trainer.args.device)
+            trainer.trainopt.accumulation.norms.trainer = trainer
         return result
 
     trainer.set_initial_training_values = with_timed_norms

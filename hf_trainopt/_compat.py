@@ -1,8 +1,5 @@
 """What of transformers' and PyTorch's inside we touch, and why. `tests/test_compat.py` checks every entry."""
 
-from typing import Any
-
-
 # Private attributes of `transformers.Trainer` that we override or read: name -> (parameters that we rely on, why).
 PRIVATE_API: dict[str, tuple[tuple[str, ...], str]] = {
     "_run_epoch": (
@@ -133,12 +130,3 @@ PRIVATE_PRECISION: dict[str, dict[str, str]] = {
 PRIVATE_DDP: dict[str, str] = {
     "_sync_buffers": "The broadcast of buffers, which else is part of the first forward pass of a window.",
 }
-
-
-def rank_batch_size(trainer: Any) -> int:
-    """Return the samples in a micro-batch of one rank, as the data loader makes them.
-
-    Args:
-        trainer: A `transformers.Trainer`. With `split_batches` in `accelerator_config` the ranks share each batch.
-    """
-    return trainer._train_batch_size // (trainer.args.world_size if trainer.accelerator.split_batches else 1)

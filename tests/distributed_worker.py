@@ -84,9 +84,9 @@ class Watch(TrainerCallback):
         controller = getattr(self.trainer, "_controller", None)
         self.steps.append(
             {
-                "k": self.trainer._last_window[0] if controller else None,
+                "k": self.trainer.trainopt.accumulation.last_window[0] if controller else None,
                 "noise": controller.noise.value if controller and controller.noise else None,
-                "samples": self.trainer._cursor.samples_seen if controller else None,
+                "samples": self.trainer.trainopt.accumulation.cursor.samples_seen if controller else None,
                 "checksum": (weights @ probe).item(),
                 "collectives": dict(COLLECTIVES),
                 "epoch": state.epoch,
@@ -205,8 +205,11 @@ class Listening(AnyK):
 
     def set_initial_training_values(self, *args, **kwargs):
         values = super().set_initial_training_values(*args, **kwargs)
-        update = self._controller.tracker.update
-        self._controller.tracker.update = lambda found: (self.statistics.append(asdict(found)), update(found))[1]
+        update = self.trainopt.accumulation.controller.tracker.update
+        self.trainopt.accumulation.controller.tracker.update = lambda found: (
+            self.statistics.append(asdict(found)),
+            update(found),
+        )[1]
         return values
 
 

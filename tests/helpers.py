@@ -161,7 +161,7 @@ class AnyK(EfficientTrainer):
 
     def set_initial_training_values(self, *args, **kwargs):
         values = super().set_initial_training_values(*args, **kwargs)
-        controller, sequence = self._controller, self.sequence
+        controller, sequence = self.trainopt.accumulation.controller, self.sequence
         controller.accumulation_steps = sequence[0]
 
         def decide(observation):

@@ -100,7 +100,7 @@ class SwitchAt(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            self.trainer._part_size = self.size
+            self.trainer.trainopt.out_of_memory._slice_size = self.size
 
 
 class Recording(EfficientTrainer):
@@ -109,10 +109,13 @@ class Recording(EfficientTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.windows: list[list[list[int]]] = []
+        advance = self.trainopt.accumulation.advance
 
-    def _finish_window(self, window, *args):
-        self.windows.append([part.inputs["input_ids"][:, 0].tolist() for part in window.parts])
-        return super()._finish_window(window, *args)
+        def note(window, num_items_in_batch):
+            self.windows.append([piece.inputs["input_ids"][:, 0].tolist() for piece in window.slices])
+            advance(window, num_items_in_batch)
+
+        self.trainopt.accumulation.advance = note
 
 
 def make(folder, batch: int = 4, k: int = 2, dropout: float = 0.0, callbacks=(), cls=Recording, rows=None, **kwargs):

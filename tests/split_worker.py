@@ -24,8 +24,8 @@ if __name__ == "__main__":
     trainer.train()
     record = {
         "world_size": args.world_size,
-        "samples_of_a_micro_batch": trainer._controller.micro_batch_samples,
-        "samples": trainer._cursor.samples_seen,
+        "samples_of_a_micro_batch": trainer.trainopt.accumulation.controller.micro_batch_samples,
+        "samples": trainer.trainopt.accumulation.cursor.samples_seen,
         "micro_batch_size": trainer.micro_batch_size,
     }
     callback = GradientStatisticsCallback(half_life=1.0 - 1e-9)

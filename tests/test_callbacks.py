@@ -4,11 +4,12 @@ from typing import ClassVar
 
 import pytest
 from helpers import AnyK, Rows, arguments, quiet, tiny_gpt2
-from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_callback import DefaultFlowCallback, ProgressCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.flow import DataFlowCallback, DataProgressCallback
+from hf_trainopt.engine.callbacks import DataFlowCallback, on_data_axis
+from hf_trainopt.evidence import MemoryCallback, ThroughputCallback
 
 
 class Events(TrainerCallback):
@@ -19,7 +20,7 @@ class Events(TrainerCallback):
         self.events: list[tuple[str, int]] = []
 
     def _note(self, name):
-        self.events.append((name, self.trainer._cursor.units))
+        self.events.append((name, self.trainer.trainopt.accumulation.cursor.units))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -117,7 +118,12 @@ def test_the_progress_bar_runs_from_0_to_100_percent_of_the_data(tmp_path, monke
     Bar.made = []
     trainer, _ = train(tmp_path, sequence, disable_tqdm=False, **budget)
     bar = Bar.made[0]
-    assert bar.shown == bar.total == trainer._cursor.budget_units == (32 if "num_train_epochs" in budget else 28)
+    assert (
+        bar.shown
+        == bar.total
+        == trainer.trainopt.accumulation.cursor.budget_units
+        == (32 if "num_train_epochs" in budget else 28)
+    )
 
 
 def test_a_resumed_progress_bar_begins_where_it_was(tmp_path, monkeypatch):
@@ -130,20 +136,41 @@ def test_a_resumed_progress_bar_begins_where_it_was(tmp_path, monkeypatch):
     assert Bar.made[0].shown == Bar.made[0].total == 32
 
 
-def test_stock_callbacks_are_replaced_and_subclasses_left_alone(tmp_path):
+@pytest.mark.parametrize("policy", ["fixed", "goodput"])
+def test_the_list_of_callbacks_is_stocks(policy, tmp_path):
+    def kinds(trainer):
+        return [type(callback) for callback in trainer.callback_handler.callbacks]
+
+    stock = Trainer(model=tiny_gpt2(), args=arguments(tmp_path, TrainingArguments), train_dataset=Rows())
+    args = arguments(tmp_path, accumulation_policy=policy, measurements=["throughput", "memory"], max_steps=2)
+    trainer = EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows())
+    assert kinds(trainer) == kinds(stock)
+    trainer.train()
+    assert kinds(trainer) == kinds(stock)
+    assert "train_time_s" in trainer.state.log_history[-1]
+
+
+def test_subclasses_of_stock_callbacks_are_left_alone(tmp_path):
     class Mine(DefaultFlowCallback):
         pass
 
-    args = arguments(tmp_path, disable_tqdm=False)
-    trainer = EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), callbacks=[Mine()])
-    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
-    assert DataFlowCallback in kinds
-    assert DataProgressCallback in kinds
-    assert DefaultFlowCallback not in kinds
-    assert Mine in kinds
-    # Removing by the names that users know still works.
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(TrainerCallback)
+    trainer, _ = train(tmp_path, [2])
+    state, cursor = trainer.state, trainer.trainopt.accumulation.cursor
+    assert type(on_data_axis(DefaultFlowCallback(), "on_step_end", state, cursor)[0]) is DataFlowCallback
+    mine = Mine()
+    assert on_data_axis(mine, "on_step_end", state, cursor) == (mine, state)
+
+
+def test_our_measurements_give_way_to_the_users_and_can_be_removed(tmp_path):
+    args = arguments(tmp_path, measurements=["throughput", "memory"], max_steps=2)
+    trainer = EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows())
+    mine = ThroughputCallback(warmup_steps=0)
+    trainer.add_callback(mine)
+    assert [callback for callback in trainer.measurements if isinstance(callback, ThroughputCallback)] == [mine]
+    assert isinstance(trainer.pop_callback(MemoryCallback), MemoryCallback)
+    assert trainer.measurements == [mine]
+    trainer.train()
+    assert not [key for key in trainer.state.log_history[-1] if key.startswith("peak_memory")]
 
 
 def test_the_forecast_is_exact_at_constant_k_and_at_the_end(tmp_path):

@@ -18,7 +18,6 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.flow import DataProgressCallback
 
 
 def make(output_dir, stock: bool = False, k: int = 1, dataset=None, model=None, trainer=None, **kwargs):
@@ -58,7 +57,7 @@ def test_a_lowered_budget_stops_where_it_says(tmp_path):
     make(tmp_path, num_train_epochs=2, save_strategy="steps", save_steps=2).train()
     resumed = make(tmp_path, max_steps=8)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
-    assert resumed._cursor.units == 16
+    assert resumed.trainopt.accumulation.cursor.units == 16
 
 
 def test_each_trial_of_a_search_has_its_own_reference(tmp_path):
@@ -75,7 +74,7 @@ def test_each_trial_of_a_search_has_its_own_reference(tmp_path):
         trainer.asked = (reference, ramp)
         trainer.train()
         assert trainer.state.global_step == steps
-        assert trainer._cursor.reference_steps == reference
+        assert trainer.trainopt.accumulation.cursor.reference_steps == reference
         assert trainer.state.epoch == 1.0
 
 
@@ -90,7 +89,7 @@ def test_a_checkpoint_of_weights_only_finds_its_place(tmp_path):
 
 def test_a_lost_state_is_not_taken_for_stock(tmp_path):
     make(tmp_path, k=1, save_strategy="steps", save_steps=1).train()
-    for name in ("accumulation_state.json", "checkpoint_manifest.json"):  # as if stock Trainer had written it
+    for name in ("trainopt_state.json", "checkpoint_manifest.json"):  # as if stock Trainer had written it
         (tmp_path / "checkpoint-4" / name).unlink()
     with pytest.raises(ValueError, match="its place in the data is unknown"):
         make(tmp_path, k=1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
@@ -123,7 +122,7 @@ def test_parameters_may_be_frozen_while_training(tmp_path):
     args = arguments(tmp_path, accumulation_policy="noise_scale", noise_scale_interval=1)
     trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), callbacks=[Freeze()]))
     trainer.train()
-    assert trainer._controller.tracker.num_dropped == 0
+    assert trainer.trainopt.accumulation.controller.tracker.num_dropped == 0
 
 
 def test_an_epoch_may_be_stopped_early(tmp_path):
@@ -195,8 +194,8 @@ def test_windows_without_a_single_target_are_dropped(tmp_path, across):
     )  # fmt: skip
     trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Masked(), compute_loss_func=loss))
     trainer.train()
-    assert trainer._controller.tracker.num_dropped >= 1
-    assert trainer._controller.tracker.num_windows >= 4
+    assert trainer.trainopt.accumulation.controller.tracker.num_dropped >= 1
+    assert trainer.trainopt.accumulation.controller.tracker.num_windows >= 4
 
 
 def test_stock_goes_on_from_a_measured_run_at_constant_k(tmp_path):
@@ -356,8 +355,12 @@ def test_resuming_a_finished_run_leaves_its_place(tmp_path):
     checkpoint = last_checkpoint(tmp_path)
     again = make(tmp_path, max_steps=4)
     again.train(resume_from_checkpoint=checkpoint)
-    place = json.loads((tmp_path / checkpoint / "accumulation_state.json").read_text())["cursor"]
-    assert (again._cursor.epoch, again._cursor.micro_batch) == (place["epoch"], place["micro_batch"]) == (0, 8)
+    place = json.loads((tmp_path / checkpoint / "trainopt_state.json").read_text())["parts"]["accumulation"]["cursor"]
+    assert (
+        (again.trainopt.accumulation.cursor.epoch, again.trainopt.accumulation.cursor.micro_batch)
+        == (place["epoch"], place["micro_batch"])
+        == (0, 8)
+    )
 
 
 def test_ignoring_the_data_skip_begins_the_epoch_again(tmp_path):
@@ -390,4 +393,8 @@ def test_infinite_wishes_are_clamped(tmp_path):
 def test_a_progress_bar_that_is_added_later_goes_by_the_data(tmp_path):
     trainer = make(tmp_path)
     trainer.add_callback(ProgressCallback)
-    assert any(type(callback) is DataProgressCallback for callback in trainer.callback_handler.callbacks)
+    bar = next(callback for callback in trainer.callback_handler.callbacks if type(callback) is ProgressCallback)
+    totals = []
+    bar.on_train_begin = lambda args, state, control, **kwargs: totals.append(state.max_steps)
+    trainer.train()
+    assert totals == [trainer.trainopt.accumulation.cursor.budget_units]

@@ -47,7 +47,7 @@ def noise_of(trainer):
 
 
 def callback_of(trainer):
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, GradientStatisticsCallback))
+    return next(c for c in trainer.measurements if isinstance(c, GradientStatisticsCallback))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_it_is_that_of_the_efficient_trainer(tmp_path, model, data, kwargs):
         assert [v is None for v in a] == [v is None for v in b]
         assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=1e-6)
     controller = callback_of(stock)._controller
-    assert controller.tracker.num_windows == ours._controller.tracker.num_windows
+    assert controller.tracker.num_windows == ours.trainopt.accumulation.controller.tracker.num_windows
     assert controller.tracker.num_dropped == 0
 
 
@@ -87,7 +87,7 @@ def test_labels_that_are_not_shifted_before_they_are_counted(tmp_path):
     ours = run(tmp_path / "a", EfficientTrainer, model(), measure_noise_scale=True)
     assert not ours._loss_shifts_labels
     stock = run(tmp_path / "b", Trainer, model())
-    assert callback_of(stock).noise.value == pytest.approx(ours._controller.noise.value, rel=1e-6)
+    assert callback_of(stock).noise.value == pytest.approx(ours.trainopt.accumulation.controller.noise.value, rel=1e-6)
 
 
 def test_training_is_not_touched_and_nothing_is_left_behind(tmp_path):

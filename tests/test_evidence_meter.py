@@ -124,8 +124,8 @@ def test_samples_under_varying_k_are_those_of_the_trainer(tmp_path, sequence):
     args = arguments(tmp_path, measurements="throughput", gradient_accumulation_steps=2, eval_strategy="epoch")
     trainer = AnyK(model=tiny_gpt2(), args=args, train_dataset=Rows(), eval_dataset=Rows(6), sequence=sequence)
     quiet(trainer).train()
-    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, ThroughputCallback))
-    assert callback.meter.reading.samples == trainer._cursor.samples_seen == 100
+    (callback,) = (c for c in trainer.measurements if isinstance(c, ThroughputCallback))
+    assert callback.meter.reading.samples == trainer.trainopt.accumulation.cursor.samples_seen == 100
 
 
 def test_compiled_models_are_left_alone():

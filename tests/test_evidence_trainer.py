@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
-from hf_trainopt.accumulation.logs import LOGGED_KEYS
+from hf_trainopt.accumulation.part import AccumulationPart
 from hf_trainopt.evidence import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
 from hf_trainopt.evidence.base import MeasurementCallback
 from hf_trainopt.evidence.keys import EVIDENCE_KEYS, is_evidence_key
@@ -34,7 +34,7 @@ def train(folder, cls=EfficientTrainer, callbacks=(), dropout=0.0, resume=None, 
 
 
 def measuring(trainer):
-    return [c for c in trainer.callback_handler.callbacks if isinstance(c, MeasurementCallback)]
+    return [c for c in trainer.measurements if isinstance(c, MeasurementCallback)]
 
 
 def without_times(line):
@@ -80,7 +80,7 @@ def test_every_key_stands_in_the_table_of_the_docs(tmp_path, monkeypatch):
     logged = {key for trainer in (ours, others) for line in trainer.state.log_history for key in line} - known
     table = set(re.findall(r"^`(\w+)` \|.*\|.*\|", DOCS.split("## Logged keys")[1], flags=re.MULTILINE))
     assert set(EVIDENCE_KEYS) <= logged <= table
-    assert set(LOGGED_KEYS) <= table
+    assert set(AccumulationPart.logged_keys) <= table
 
 
 def test_trackers_get_them(tmp_path):
@@ -123,7 +123,12 @@ def test_a_resumed_run_counts_on_under_varying_k(tmp_path):
     resumed = run(tmp_path / "b", str(checkpoint))
     for a, b in zip(measuring(whole), measuring(resumed), strict=True):
         if not isinstance(a, MemoryCallback):
-            assert a.meter.reading.samples == b.meter.reading.samples == whole._cursor.samples_seen == 150
+            assert (
+                a.meter.reading.samples
+                == b.meter.reading.samples
+                == whole.trainopt.accumulation.cursor.samples_seen
+                == 150
+            )
     curves = [[(e.value, e.steps, e.samples) for e in measuring(t)[-1].curve] for t in (whole, resumed)]
     assert curves[0] == curves[1]
     keys = ("samples_to_target", "steps_to_target")

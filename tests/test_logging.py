@@ -6,7 +6,7 @@ import pytest
 from helpers import Rows, arguments, quiet, tiny_gpt2
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.accumulation.logs import LOGGED_KEYS
+from hf_trainopt.accumulation.part import AccumulationPart
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_noise_scale_is_logged_with_its_interval_once_it_is_known(run):
         assert entry["noise_scale"] > 0
         assert entry["noise_scale_low"] <= entry["noise_scale"]
         assert entry.get("noise_scale_high", math.inf) >= entry["noise_scale"]
-    noise = trainer._controller.noise.value
+    noise = trainer.trainopt.accumulation.controller.noise.value
     last = trainer.state.log_history[-1]
     assert last.get("noise_scale", math.inf) == pytest.approx(noise)
 
@@ -80,7 +80,7 @@ def test_the_model_card_lists_no_settings_as_results(tmp_path):
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Loss" in card
-    for key in LOGGED_KEYS:
+    for key in AccumulationPart.logged_keys:
         assert key.replace("_", " ").title() not in card
     assert "accumulation_steps" in trainer.state.log_history[-1]  # the log is whole again
 

@@ -33,16 +33,18 @@ def test_statistics_are_unscaled(tmp_path):
     plain, scaled = train(AnyK, tmp_path), train(Scaled, tmp_path)
     assert scaled.accelerator.scaler.get_scale() == 2.0**16
     for attribute in ("value", "trace", "gradient_square", "lower"):
-        expected = getattr(plain._controller.noise, attribute)
-        assert getattr(scaled._controller.noise, attribute) == pytest.approx(expected, rel=1e-3), attribute
+        expected = getattr(plain.trainopt.accumulation.controller.noise, attribute)
+        assert getattr(scaled.trainopt.accumulation.controller.noise, attribute) == pytest.approx(
+            expected, rel=1e-3
+        ), attribute
 
 
 def test_windows_that_overflow_are_dropped_and_the_schedule_goes_on(tmp_path):
     trainer = train(Overflowing, tmp_path, warmup_steps=0)
-    tracker = trainer._controller.tracker
+    tracker = trainer.trainopt.accumulation.controller.tracker
     assert tracker.num_dropped == 1
     assert tracker.num_windows >= 2
-    assert torch.isfinite(torch.tensor(trainer._controller.noise.gradient_square))
+    assert torch.isfinite(torch.tensor(trainer.trainopt.accumulation.controller.noise.gradient_square))
     # The data of skipped steps were used: the cosine ends at zero all the same.
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
     assert trainer.state.log_history[-1]["samples_seen"] == 100
@@ -61,4 +63,4 @@ def test_bf16_autocast_at_constant_k_is_stock(tmp_path):
     ours.train()
     assert weights_equal(stock.model, ours.model)
     assert next(ours.model.parameters()).dtype == torch.float32  # master weights
-    assert ours._controller.tracker.num_windows >= 1
+    assert ours.trainopt.accumulation.controller.tracker.num_windows >= 1

@@ -123,7 +123,7 @@ def test_trl_sft_trainer(tmp_path):
     trainer.train()
     assert trainer.state.log_history[-1]["samples_seen"] == 40
     assert "accumulation_steps" in trainer.state.log_history[0]
-    assert trainer._controller.tracker.num_windows > 2
+    assert trainer.trainopt.accumulation.controller.tracker.num_windows > 2
 
 
 def test_hyperparameter_changes_between_calls_are_seen(tmp_path):

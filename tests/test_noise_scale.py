@@ -16,7 +16,7 @@ from hf_trainopt.accumulation.noise_scale import (
     estimate_noise,
     ratio_interval,
 )
-from hf_trainopt.accumulation.window import REDUCED, from_vector, local_sums, to_vector
+from hf_trainopt.accumulation.sums import SUMMED, local_sums, pack_sums, unpack_sums
 
 
 DIMENSION = 20
@@ -25,7 +25,7 @@ DIMENSION = 20
 def statistics_of(gradients: np.ndarray, num_items: np.ndarray, weights=None, world_size: int = 1, num_samples=None):
     """Statistics as the Trainer takes them: per rank, what `.grad` gets, then one sum over ranks."""
     weights = num_items / num_items.sum() if weights is None else weights
-    vector = torch.zeros(len(REDUCED), dtype=torch.float64)
+    vector = torch.zeros(len(SUMMED), dtype=torch.float64)
     for rank in range(world_size):
         mine = slice(rank, None, world_size)
         # DDP averages `.grad` over ranks, so that each rank holds W times its term of the sum.
@@ -34,8 +34,8 @@ def statistics_of(gradients: np.ndarray, num_items: np.ndarray, weights=None, wo
             list((in_grad**2).sum(1)), list(num_items[mine]), list(weights[mine]), gradient_factor=1 / world_size
         )
         mean = (weights[:, None] * gradients).sum(0)
-        vector += to_vector(0, len(gradients[mine]), float(mean @ mean) if rank == 0 else 0.0, sums)
-    _, statistics = from_vector(vector.tolist())
+        vector += pack_sums(0, len(gradients[mine]), float(mean @ mean) if rank == 0 else 0.0, sums)
+    _, statistics = unpack_sums(vector.tolist())
     return statistics
 
 

@@ -225,7 +225,7 @@ def test_with_enough_memory_nothing_changes(policy, tmp_path):
         keys = a.keys() - set(CLOCK_KEYS)
         assert {key: b[key] for key in keys} == {key: a[key] for key in keys}
         assert b.keys() - a.keys() <= added
-    assert ours._controller is not None
+    assert ours.trainopt.accumulation.controller is not None
 
 
 def test_statistics_are_those_of_the_smaller_micro_batches(tmp_path):
@@ -249,7 +249,7 @@ def test_statistics_of_mean_losses_in_uneven_pieces(tmp_path):
     from reference import estimate_noise_by_pairs
 
     from hf_trainopt.accumulation import estimate_noise
-    from hf_trainopt.accumulation.window import from_vector, local_sums, micro_batch_weights, to_vector
+    from hf_trainopt.accumulation.sums import local_sums, micro_batch_weights, pack_sums, unpack_sums
 
     rows, shares = [2, 1, 2, 1], [2 / 3, 1 / 3, 2 / 3, 1 / 3]
     generator = torch.Generator().manual_seed(0)
@@ -258,7 +258,7 @@ def test_statistics_of_mean_losses_in_uneven_pieces(tmp_path):
     assert weights == pytest.approx([1 / 3, 1 / 6, 1 / 3, 1 / 6])
     pieces = [weight * gradient for weight, gradient in zip(weights, gradients, strict=True)]
     sums = local_sums([float(piece.square().sum()) for piece in pieces], rows, weights, 1.0)
-    _, statistics = from_vector(to_vector(0, 6, float(sum(pieces).square().sum()), sums).tolist())
+    _, statistics = unpack_sums(pack_sums(0, 6, float(sum(pieces).square().sum()), sums).tolist())
     expected = estimate_noise_by_pairs(gradients.numpy(), np.array(rows))
     assert estimate_noise(statistics) == pytest.approx(expected)
 
@@ -322,7 +322,9 @@ def test_times_of_a_repeated_window_do_not_count(tmp_path):
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            timer_entries.append((trainer.micro_batch_size, len(trainer._controller.timer._plain)))
+            timer_entries.append(
+                (trainer.micro_batch_size, len(trainer.trainopt.accumulation.controller.timer._plain))
+            )
 
     trainer.add_callback(Look())
     train(trainer)

@@ -17,7 +17,7 @@ from transformers import (
 from transformers import Trainer as StockTrainer
 
 from hf_trainopt import EfficientTrainer, EfficientTrainerMixin
-from hf_trainopt.accumulation.window import with_counted_items
+from hf_trainopt.accumulation.sums import with_counted_items
 
 
 class Even(torch.utils.data.Dataset):
@@ -80,7 +80,10 @@ def chosen(trainer) -> list[int]:
 
 
 def noise_in_micro_batches(trainer) -> float:
-    return trainer._controller.tracker.estimate().value / trainer._controller.micro_batch_samples
+    return (
+        trainer.trainopt.accumulation.controller.tracker.estimate().value
+        / trainer.trainopt.accumulation.controller.micro_batch_samples
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,8 +96,10 @@ def test_rows_that_are_no_samples(tmp_path, collator, rows):
     assert len(set(chosen(plain))) > 1
     assert chosen(found) == chosen(plain)
     assert noise_in_micro_batches(found) == pytest.approx(noise_in_micro_batches(plain), rel=1e-3)
-    assert found._controller.micro_batch_samples == rows
-    assert found._controller.tracker.half_life == pytest.approx(plain._controller.tracker.half_life * rows / 8)
+    assert found.trainopt.accumulation.controller.micro_batch_samples == rows
+    assert found.trainopt.accumulation.controller.tracker.half_life == pytest.approx(
+        plain.trainopt.accumulation.controller.tracker.half_life * rows / 8
+    )
     last, runtime = found.state.log_history[-1], found.state.log_history[-1]["train_runtime"]
     assert last["samples_seen"] == 50 * rows
     assert last["train_samples_per_second"] == pytest.approx(400 / runtime, rel=0.02)
@@ -137,7 +142,7 @@ class Buckets(OfLists):
 
 def test_the_size_of_batches_that_vary_is_their_mean(tmp_path):
     trainer = run(tmp_path, Buckets, per_device_train_batch_size=3, num_train_epochs=2)
-    assert trainer._controller.micro_batch_samples == pytest.approx(7, rel=0.1)
+    assert trainer.trainopt.accumulation.controller.micro_batch_samples == pytest.approx(7, rel=0.1)
 
 
 class Popping(StockTrainer):
@@ -185,7 +190,7 @@ def test_steps_and_counts_of_ones_own_measure_the_same_noise(tmp_path, base):
 def test_statistics_with_weights_of_another_sum():
     """The slow twin: the same sums with weights that add up to 1 from the start."""
     from hf_trainopt.accumulation.noise_scale import WindowStatistics, estimate_noise
-    from hf_trainopt.accumulation.window import from_vector, local_sums, to_vector
+    from hf_trainopt.accumulation.sums import local_sums, pack_sums, unpack_sums
 
     norms, items, divided_by = [4.0, 9.0, 1.0], [3, 5, 2], 37.0
     total = sum(items)
@@ -195,8 +200,8 @@ def test_statistics_with_weights_of_another_sum():
     )
     expected = local_sums([norm * (total / divided_by) ** 2 for norm in norms], items, [n / total for n in items], 1.0)
     square = 5.0 * (total / divided_by) ** 2
-    _, found = from_vector(to_vector(0, 10, square, given).tolist())
-    _, right = from_vector(to_vector(0, 10, square, expected).tolist())
+    _, found = unpack_sums(pack_sums(0, 10, square, given).tolist())
+    _, right = unpack_sums(pack_sums(0, 10, square, expected).tolist())
     corrected = with_counted_items(found, divided_by)
     for name in WindowStatistics.__dataclass_fields__:
         assert getattr(corrected, name) == pytest.approx(getattr(right, name), rel=1e-12), name
@@ -278,7 +283,7 @@ def test_ignore_data_skip_allows_other_batches(tmp_path):
 
     found = resume(max_steps=12, gradient_accumulation_steps=1, per_device_train_batch_size=4, ignore_data_skip=True)
     assert found._initial_units == pytest.approx(6, abs=1)  # half of the budget
-    assert found._cursor.exhausted
+    assert found.trainopt.accumulation.cursor.exhausted
 
 
 def test_a_model_that_is_made_later_can_be_checked_for(tmp_path):

@@ -70,7 +70,7 @@ def assert_same(stock, ours, extra_keys: set[str]):
 def test_fixed_is_stock_to_the_bit(task, k, tmp_path):
     stock = run(task, k, tmp_path)
     ours = run(task, k, tmp_path, EfficientTrainer, EfficientTrainingArguments, accumulation_policy="fixed")
-    assert ours[0]._cursor is None
+    assert ours[0].trainopt.accumulation.cursor is None
     assert_same(stock, ours, extra_keys=set())
 
 
@@ -82,7 +82,7 @@ def test_windows_at_constant_k_are_stock_to_the_bit(task, k, tmp_path):
         task, k, tmp_path, EfficientTrainer, EfficientTrainingArguments,
         accumulation_policy="ramp", accumulation_ramp=f"0:{k}",
     )  # fmt: skip
-    assert ours[0]._cursor is not None
+    assert ours[0].trainopt.accumulation.cursor is not None
     assert_same(stock, ours, extra_keys=OUR_KEYS)
     assert ours[1].accumulation_steps_seen == {k}
 
@@ -95,7 +95,7 @@ def test_measuring_changes_nothing(task, tmp_path):
         measure_noise_scale=True, noise_scale_interval=2,
     )  # fmt: skip
     assert_same(stock, ours, extra_keys=OUR_KEYS)
-    assert ours[0]._controller.tracker.num_windows >= 4
+    assert ours[0].trainopt.accumulation.controller.tracker.num_windows >= 4
     assert "noise_scale_low" in ours[0].state.log_history[-1]
 
 

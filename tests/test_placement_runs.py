@@ -24,10 +24,10 @@ from hf_trainopt.placement.apply import apply_placement
 from hf_trainopt.placement.budget import gib, parse_budget
 from hf_trainopt.placement.costs import DEVICES
 from hf_trainopt.placement.example_batch import largest_batch
+from hf_trainopt.placement.part import PLAN_NAME
 from hf_trainopt.placement.plan import FULL, STORE, PlacementPlan, Rewrites, StageChoice
 from hf_trainopt.placement.planner import PlacementPlanner, plan_placement
 from hf_trainopt.placement.replay import StepSetup
-from hf_trainopt.placement.trainer import PLAN_NAME
 
 
 CPU = StepSetup(device=DEVICES["cpu"])
@@ -38,7 +38,7 @@ SHORT = {**FIXED, "gradient_accumulation_steps": 1, "max_steps": 2}
 @pytest.fixture(autouse=True)
 def _no_timing(monkeypatch):
     """The CPU by its data sheet: the same times in every run, and none spent on measuring them."""
-    monkeypatch.setattr("hf_trainopt.placement.trainer.device_spec", lambda device: DEVICES["cpu"])
+    monkeypatch.setattr("hf_trainopt.placement.run_planner.device_spec", lambda device: DEVICES["cpu"])
 
 
 # ---- Second runs, optimizers ---------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_a_loss_of_the_trainers_model_gives_it_no_fake_gradients(tmp_path):
     set_seed(7)
     args = arguments(tmp_path, **SHORT, **EXACT)
     trainer = quiet(OwnModel(model=gpt2(), args=args, train_dataset=Rows(48, length=24)))
-    trainer._agreed_plan(trainer.get_train_dataloader())
+    trainer.trainopt.placement._agreed_plan(trainer.get_train_dataloader())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from helpers import AnyK, Pictures, Recorder, Rows, Stream, arguments, quiet, table, weights_equal
 from placement_models import gpt2, llama, timm_model
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
-from hf_trainopt.placement.arguments import PlacementArgumentsMixin
 from hf_trainopt.placement.example_batch import largest_batch
+from hf_trainopt.placement.part import PLAN_NAME
 from hf_trainopt.placement.plan import PlacementPlan
-from hf_trainopt.placement.trainer import PLAN_NAME, PlacementTrainerMixin
 
 
 FIXED = {
@@ -177,9 +176,9 @@ def test_what_is_logged(tmp_path, caplog):
 def test_a_budget_that_was_too_low_in_truth_is_said(tmp_path, caplog):
     trainer = run(tmp_path, **FIXED, memory_budget="70%")
     caplog.clear()
-    trainer._peak_measured(trainer.placement_plan.budget_bytes + 8)  # a step counter
+    trainer.trainopt.placement._peak_measured(trainer.placement_plan.budget_bytes + 8)  # a step counter
     assert "above memory_budget" not in caplog.text
-    trainer._peak_measured(trainer.placement_plan.budget_bytes + 8192)
+    trainer.trainopt.placement._peak_measured(trainer.placement_plan.budget_bytes + 8192)
     assert "above memory_budget" in caplog.text
 
 
@@ -302,29 +301,21 @@ def test_the_longest_samples_make_the_batch():
         largest_batch(torch.utils.data.DataLoader(data.select([]), collate_fn=collate), 2)
 
 
-def test_mixin_on_a_stock_trainer(tmp_path, stock):
-    """Placement alone, without any of the rest."""
-    from dataclasses import dataclass
-
-    from transformers import TrainingArguments
-
-    @dataclass
-    class Arguments(PlacementArgumentsMixin, TrainingArguments): ...
-
-    class PlacedTrainer(PlacementTrainerMixin, Trainer): ...
-
+def test_placement_alone(tmp_path, stock):
+    """Without any of the rest: all else is stock."""
     set_seed(7)
     args = arguments(
         tmp_path,
-        cls=Arguments,
         seed=7,
         gradient_accumulation_steps=2,
         max_steps=4,
         per_device_train_batch_size=12,
+        accumulation_policy="fixed",
         checkpoint_placement="all",
     )
-    trainer = quiet(PlacedTrainer(model=gpt2(), args=args, train_dataset=Rows(48, length=24)))
+    trainer = quiet(EfficientTrainer(model=gpt2(), args=args, train_dataset=Rows(48, length=24)))
     trainer.train()
+    assert trainer.trainopt.accumulation.cursor is None
     assert losses(trainer) == losses(stock)
     assert measured(trainer) == pytest.approx(1, abs=0.01)
 

@@ -47,7 +47,7 @@ def test_poisoned_windows_leave_no_trace(tmp_path, optim):
     assert weights_equal(run.model, clean.model)
     assert not weights_equal(run.model, Network())
     # The statistics: none of the poisoned windows is in them.
-    ours, theirs = run._controller.tracker, clean._controller.tracker
+    ours, theirs = run.trainopt.accumulation.controller.tracker, clean.trainopt.accumulation.controller.tracker
     assert (ours.num_dropped, theirs.num_dropped) == (len(poisoned), 0)
     assert ours.num_windows == theirs.num_windows == 13
     for name in ("value", "trace", "gradient_square", "lower"):
@@ -88,7 +88,11 @@ def test_the_search_for_the_first_scale_is_no_collapse(tmp_path, caplog):
     last = lines(trainer)[-1]
     assert last["skipped_steps"] > MOST_SKIPPED_IN_A_ROW
     assert 1 <= last["loss_scale"] == 2.0 ** (32 - last["skipped_steps"])
-    assert trainer._controller.tracker.num_dropped == last["skipped_steps"] < trainer.state.global_step
+    assert (
+        trainer.trainopt.accumulation.controller.tracker.num_dropped
+        == last["skipped_steps"]
+        < trainer.state.global_step
+    )
     assert not weights_equal(trainer.model, tiny_gpt2())
     assert "is left" not in caplog.text
 
@@ -137,7 +141,7 @@ def test_fp16_is_left_and_training_goes_on(tmp_path, monkeypatch, caplog, case, 
     logged = lines(run)
     assert [line["skipped_steps"] for line in logged[skipped[-1] :]] == [len(skipped)] * (24 - skipped[-1])
     assert ["loss_scale" in line for line in logged] == [True] * skipped[-1] + [False] * (24 - skipped[-1])
-    assert run._controller.tracker.num_dropped == len(skipped)
+    assert run.trainopt.accumulation.controller.tracker.num_dropped == len(skipped)
 
     # What happens is a run in fp16 up to the first of them, and one in the other precision from the last one on.
     first = make(tmp_path, Points(data, range(WINDOW * skipped[0])), scaler=scaler, precision="fp16")
@@ -253,8 +257,8 @@ def test_an_overflow_of_the_forward_pass_ends_fp16_and_not_the_run(tmp_path, hal
     run.train()
     assert f"Step {first + 10}: fp16 is left for fp32: {reason}." in caplog.text
     assert run.model.precisions == [torch.float16] * 2 * (first + 10) + [torch.float32] * 2 * (10 - first)
-    assert run._controller.tracker.num_dropped == 10
-    assert run._controller.tracker.num_windows == 10
+    assert run.trainopt.accumulation.controller.tracker.num_dropped == 10
+    assert run.trainopt.accumulation.controller.tracker.num_windows == 10
     assert run.state.log_history[-1]["samples_seen"] == 20 * WINDOW
     assert not weights_equal(run.model, Loud())
     # fp16=True stays in fp16, and the run ends as it does in any other precision.
@@ -290,7 +294,7 @@ def test_an_infinite_loss_with_finite_gradients_is_in_no_statistics(tmp_path, op
     clean.train()
     assert (lines(run)[-1]["skipped_windows"], lines(run)[-1]["skipped_steps"]) == (2, 0)
     assert weights_equal(run.model, clean.model)
-    ours, theirs = run._controller.tracker, clean._controller.tracker
+    ours, theirs = run.trainopt.accumulation.controller.tracker, clean.trainopt.accumulation.controller.tracker
     assert (ours.num_dropped, ours.num_windows) == (2, theirs.num_windows)
     for name in ("value", "trace", "gradient_square", "lower"):
         assert getattr(ours.estimate(), name) == pytest.approx(getattr(theirs.estimate(), name), rel=1e-6), name
@@ -314,7 +318,10 @@ def test_a_resumed_run_stays_where_it_was(tmp_path, monkeypatch, fallback):
         assert weights_equal(whole.model, resumed.model), step
         assert resumed.model.precisions == whole.model.precisions[2 * step :]
         assert lines(resumed) == lines(whole)
-        assert resumed._controller.tracker.state_dict() == whole._controller.tracker.state_dict()
+        assert (
+            resumed.trainopt.accumulation.controller.tracker.state_dict()
+            == whole.trainopt.accumulation.controller.tracker.state_dict()
+        )
     # The same object goes back to before.
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert weights_equal(whole.model, resumed.model)

@@ -141,6 +141,6 @@ def test_a_run_with_such_windows_measures_the_others(tmp_path):
     settings = {"optimizer_step_cost": 1.0, "train_sampling_strategy": "random"}
     trainer = run(tmp_path, EfficientTrainer, rows=FullPrompts(num_rows=64, period=2), **settings)
     trainer.train()
-    tracker = trainer._controller.tracker
+    tracker = trainer.trainopt.accumulation.controller.tracker
     assert tracker.num_windows >= 4
-    assert math.isfinite(trainer._controller.noise.trace)
+    assert math.isfinite(trainer.trainopt.accumulation.controller.noise.trace)

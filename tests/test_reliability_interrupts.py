@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_trainopt.reliability import TrainingInterrupted, TrainingTerminated, find_last_complete, inspect_checkpoint
-from hf_trainopt.reliability.interrupts import SIGNALS, SignalWatch, signal_of
+from hf_trainopt.reliability.signals import SIGNALS, SignalWatch, signal_of
 
 
 @pytest.fixture(autouse=True)

@@ -129,8 +129,8 @@ def test_the_count_survives_a_resume(tmp_path):
     resumed = poisoned(tmp_path, [], max_steps=10)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert resumed.state.log_history[-1]["skipped_windows"] == 3
-    saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-    assert saved["stateful_callbacks"]["hf_trainopt_skipped_windows"]["attributes"] == {"total": 3, "in_a_row": 2}
+    saved = json.loads((tmp_path / "checkpoint-4" / "trainopt_state.json").read_text())
+    assert saved["parts"]["skipped_steps"] == {"total": 3, "in_a_row": 2}
 
 
 @pytest.mark.parametrize("limit", [10, 0])
@@ -149,7 +149,7 @@ def listen(trainer):
 
     def set_initial_training_values(*args, **kwargs):
         values = begin(*args, **kwargs)
-        tracker = trainer._controller.tracker
+        tracker = trainer.trainopt.accumulation.controller.tracker
         update, skip = tracker.update, tracker.skip
         tracker.update = lambda statistics: updates.append(update(statistics))
         tracker.skip = lambda samples: (skips.append(samples), skip(samples))  # `update` calls it too
@@ -175,8 +175,10 @@ def test_adaptive_k_counts_the_samples_and_not_the_statistics(by_gradient, tmp_p
     assert count in (2, 3)
     assert len(skips) == trainer.state.global_step
     assert sum(skips) == trainer.state.log_history[-1]["samples_seen"] == 100
-    assert sum(updates) == trainer._controller.tracker.num_windows == num_measurable(skips) - count
-    noise = trainer._controller.noise
+    assert (
+        sum(updates) == trainer.trainopt.accumulation.controller.tracker.num_windows == num_measurable(skips) - count
+    )
+    noise = trainer.trainopt.accumulation.controller.noise
     assert noise is None or noise.value == noise.value
     assert trainer.state.epoch == 2.0
     assert trainer.state.log_history[-2]["learning_rate"] >= 0
@@ -194,8 +196,8 @@ def test_a_bad_loss_with_good_gradients_is_not_measured_either(tmp_path):
     _, skips = listen(trainer)
     trainer.train()
     assert trainer.state.log_history[-1]["skipped_windows"] == 1
-    assert trainer._controller.tracker.num_windows == num_measurable(skips) - 1
-    assert trainer._controller.tracker.num_dropped == 1
+    assert trainer.trainopt.accumulation.controller.tracker.num_windows == num_measurable(skips) - 1
+    assert trainer.trainopt.accumulation.controller.tracker.num_dropped == 1
 
 
 def test_batch_norm_stays_clean(tmp_path):
@@ -235,7 +237,7 @@ def test_resumed_after_bad_windows_is_the_same_run(tmp_path):
     whole.train()
     for name in checkpoints(tmp_path / "whole")[1:6:2]:
         resumed = poisoned(tmp_path / "resumed", bad, **GOODPUT)
-        state = json.loads((tmp_path / "whole" / name / "accumulation_state.json").read_text())
+        state = json.loads((tmp_path / "whole" / name / "trainopt_state.json").read_text())["parts"]["accumulation"]
         resumed.count = state["cursor"]["samples_seen"] // 3
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / name))
         assert weights_equal(whole.model, resumed.model), name
@@ -244,7 +246,7 @@ def test_resumed_after_bad_windows_is_the_same_run(tmp_path):
 
 def test_what_cannot_skip_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
-        "hf_trainopt.reliability.trainer.obstacle_to_skipping", lambda *args: "its steps are not to be had"
+        "hf_trainopt.reliability.skipped_steps.obstacle_to_skipping", lambda *args: "its steps are not to be had"
     )
     poisoned(tmp_path, [5], max_steps=3).train()
     assert "max_skipped_windows has no effect: its steps are not to be had." in caplog.text

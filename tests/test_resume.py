@@ -10,7 +10,7 @@ from helpers import Pictures, Recorder, Rows, arguments, quiet, tiny_gpt2, tiny_
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.accumulation.checkpoint import STATE_NAME
+from hf_trainopt.core.state import STATE_NAME
 from hf_trainopt.reliability.manifest import MANIFEST_NAME
 
 
@@ -85,7 +85,7 @@ def test_k_varies_in_these_runs(whole_runs, policy):
     sizes = [entry["accumulation_steps"] for entry in whole_runs[policy].state.log_history if "loss" in entry]
     assert len(set(sizes)) >= (4 if policy == "ramp" else 2)
     if policy != "ramp":
-        assert whole_runs[policy]._controller.was_resolved
+        assert whole_runs[policy].trainopt.accumulation.controller.was_resolved
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -164,7 +164,7 @@ def test_data_skip_can_be_ignored_as_in_stock(whole_runs, tmp_path):
 
 def test_throughput_counts_this_call_only(whole_runs, tmp_path):
     checkpoint = Path(whole_runs["ramp"].args.output_dir) / "checkpoint-4"
-    seen = json.loads((checkpoint / STATE_NAME).read_text())["cursor"]["samples_seen"]
+    seen = json.loads((checkpoint / STATE_NAME).read_text())["parts"]["accumulation"]["cursor"]["samples_seen"]
     trainer = make(tmp_path, "ramp", saves=False)
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint)).metrics
     assert metrics["train_samples_per_second"] == pytest.approx((100 - seen) / metrics["train_runtime"], rel=0.01)

@@ -88,7 +88,7 @@ def test_a_varying_k_goes_on_at_the_same_sample(batch, k, step, tmp_path, caplog
         resumed.train(resume_from_checkpoint=checkpoint(tmp_path, step))
     assert resumed.seen == whole.seen[len(whole.seen) - len(resumed.seen) :]
     assert resumed.state.log_history[-1]["samples_seen"] == 96
-    assert resumed.lr_scheduler.position == resumed._cursor.budget
+    assert resumed.lr_scheduler.position == resumed.trainopt.accumulation.cursor.budget
     assert "are trained on again" not in caplog.text
 
 

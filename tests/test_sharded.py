@@ -120,7 +120,7 @@ def test_fsdp1_is_refused_with_the_remedy(tmp_path, monkeypatch):
 
 
 def test_fsdp2_is_taken(tmp_path, monkeypatch):
-    sharded_trainer(tmp_path, monkeypatch)._check_setup()
+    sharded_trainer(tmp_path, monkeypatch).trainopt.accumulation.check_setup()
 
 
 def test_fsdp2_with_torch_compile_is_refused_where_norms_are_measured(tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_fsdp2_with_torch_compile_is_refused_where_norms_are_measured(tmp_path, 
 
 def test_fsdp2_with_torch_compile_and_a_ramp_is_taken(tmp_path, monkeypatch):
     ramp = {"accumulation_policy": "ramp", "accumulation_ramp": "0:2"}
-    sharded_trainer(tmp_path, monkeypatch, torch_compile=True, **ramp)._check_setup()
+    sharded_trainer(tmp_path, monkeypatch, torch_compile=True, **ramp).trainopt.accumulation.check_setup()
 
 
 @pytest.mark.parametrize("name", ["ep_size", "pp_size"])

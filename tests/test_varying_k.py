@@ -111,8 +111,11 @@ def statistics_and_twin(tmp_path, k, **kwargs):
     class Listening(Spy):
         def set_initial_training_values(self, *args, **kwargs):
             values = super().set_initial_training_values(*args, **kwargs)
-            update = self._controller.tracker.update
-            self._controller.tracker.update = lambda statistics: (found.append(statistics), update(statistics))[1]
+            update = self.trainopt.accumulation.controller.tracker.update
+            self.trainopt.accumulation.controller.tracker.update = lambda statistics: (
+                found.append(statistics),
+                update(statistics),
+            )[1]
             return values
 
     args = arguments(
@@ -121,7 +124,7 @@ def statistics_and_twin(tmp_path, k, **kwargs):
     )  # fmt: skip
     trainer = quiet(Listening(model=tiny_gpt2(), args=args, train_dataset=Rows(numbered=True), sequence=[k]))
     trainer.train()
-    assert trainer._measures
+    assert trainer.trainopt.accumulation.measures
     model = tiny_gpt2(dtype=torch.float64).to(trainer.args.device)
     windows = [window for window in trainer.windows if len(window) >= 2]
     assert len(found) == len(windows)
@@ -230,4 +233,4 @@ def test_the_built_in_policies_train(tmp_path, policy):
     trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows()))
     trainer.train()
     assert trainer.state.log_history[-1]["samples_seen"] == 300
-    assert trainer._controller.tracker.num_windows > 4
+    assert trainer.trainopt.accumulation.controller.tracker.num_windows > 4

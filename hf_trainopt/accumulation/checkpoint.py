@@ -1,9 +1,7 @@
 """What a checkpoint holds of adaptive k, and how a run finds its place again."""
 
-import json
 import logging
 import math
-import os
 from typing import Any
 
 from .controller import AccumulationController
@@ -11,9 +9,6 @@ from .cursor import DataCursor
 
 
 logger = logging.getLogger(__name__)
-
-STATE_NAME = "accumulation_state.json"
-STATE_VERSION = 1
 
 
 def run_state(setup: dict[str, int], cursor: DataCursor, controller: AccumulationController) -> dict[str, Any]:
@@ -25,7 +20,6 @@ def run_state(setup: dict[str, int], cursor: DataCursor, controller: Accumulatio
         controller: k and the running averages.
     """
     return {
-        "version": STATE_VERSION,
         "setup": setup,
         "micro_batches_per_epoch": cursor.micro_batches_per_epoch,
         "cursor": cursor.state_dict(),
@@ -33,48 +27,38 @@ def run_state(setup: dict[str, int], cursor: DataCursor, controller: Accumulatio
     }
 
 
-def write_state(state: dict[str, Any], folder: str) -> None:
-    """Write the state into a checkpoint folder, which is made if it is not there."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, STATE_NAME), "w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
-
-
-def read_state(folder: str, setup: dict[str, int], adapts: bool, keeps_place: bool = True) -> dict[str, Any] | None:
-    """Read the state of a checkpoint and refuse one that does not fit this run.
+def check_state(
+    path: str,
+    state: dict[str, Any] | None,
+    saved_setup: dict[str, int],
+    setup: dict[str, int],
+    adapts: bool,
+    keeps_place: bool = True,
+) -> None:
+    """Look whether a run can go on from a checkpoint.
 
     Args:
-        folder: Checkpoint.
-        setup: What this run counts its position in the data in.
+        path: Checkpoint, for the messages.
+        state: Its `run_state`; `None` if training didn't go through windows.
+        saved_setup: What its place in the data is counted in; empty if not known.
+        setup: What this run counts in.
         adapts: Whether this run goes through windows.
         keeps_place: Whether it goes on at the same sample (not with `ignore_data_skip`).
 
-    Returns:
-        The state, or `None` if the checkpoint has none.
-
     Raises:
-        ValueError: Another version wrote it, or this run is stock and k has varied or steps are of another size.
+        ValueError: This run is stock, and k has varied.
     """
-    path = os.path.join(folder, STATE_NAME)
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        state = json.load(file)
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(
-            f"{path} has version {state.get('version')}, this hf_trainopt reads version {STATE_VERSION}; resume with "
-            "the version that wrote it."
-        )
-    if keeps_place and not adapts:
-        check_step_size(path, state["setup"], setup)
-    reference = state["setup"]["gradient_accumulation_steps"]
-    if not adapts and state["controller"]["used_range"] not in ([], [reference, reference]):
+    if adapts:
+        return
+    reference = saved_setup.get("gradient_accumulation_steps")
+    if state is not None and state["controller"]["used_range"] not in ([], [reference, reference]):
         raise ValueError(
             "accumulation_policy='fixed' cannot resume a checkpoint in which k has varied (stock Trainer would not "
             "find its place in the data); resume with the policy that it was written with, or set "
             "measure_noise_scale=True."
         )
-    return state
+    if keeps_place:
+        warn_of_other_step_size(path, saved_setup, setup)
 
 
 def samples_in_step(setup: dict[str, int]) -> int:
@@ -82,27 +66,29 @@ def samples_in_step(setup: dict[str, int]) -> int:
     return math.prod(setup.values())
 
 
-def check_step_size(path: str, saved: dict[str, int], setup: dict[str, int]) -> None:
-    """Refuse a checkpoint whose optimizer steps have other samples than those of a run with constant k.
+def warn_of_other_step_size(path: str, saved: dict[str, int], setup: dict[str, int]) -> None:
+    """Warn where optimizer steps of a run with constant k have other samples than those of the checkpoint.
 
-    How they are split into ranks, micro-batches and accumulation makes no difference to the place in the data.
+    How the samples are split into ranks, micro-batches and accumulation makes no difference to the place in the data.
+    Their number does: stock `Trainer` counts the place in steps, and goes on at another sample.
 
     Args:
-        path: For the error.
+        path: Checkpoint, for the message.
         saved: Micro-batch size, ranks and k_ref that it was written with; what is missing is taken to be the same.
         setup: Those of this run.
-
-    Raises:
-        ValueError: Their products differ.
     """
     saved = {**setup, **saved}
     if samples_in_step(saved) == samples_in_step(setup):
         return
     differing = " and ".join(f"{n} is {v} (there {saved[n]})" for n, v in setup.items() if saved[n] != v)
-    raise ValueError(
-        f"an optimizer step of this run has {samples_in_step(setup)} samples, but {path} was written with "
-        f"{samples_in_step(saved)}: {differing}. Its place in the data is counted in steps; choose values with the "
-        "same product, or set ignore_data_skip=True to begin the epoch anew."
+    logger.warning(
+        "An optimizer step of this run has %d samples, but %s was written with %d: %s. The place in the data is "
+        "counted in steps, as in Trainer, so training goes on at other samples than it stopped at. Choose values with "
+        "the same product, or set ignore_data_skip=True to begin the epoch anew.",
+        samples_in_step(setup),
+        path,
+        samples_in_step(saved),
+        differing,
     )
 
 
@@ -168,8 +154,8 @@ def place_after_stock_steps(
     """
     if any("accumulation_steps" in entry for entry in log_history):
         raise ValueError(
-            f"the checkpoint was written with varying k but has no {STATE_NAME}, so that its place in the data is "
-            "unknown; resume from another checkpoint, or start anew from its weights."
+            "the checkpoint was written with varying k but what hf_trainopt has saved in it is missing, so that its "
+            "place in the data is unknown; resume from another checkpoint, or start anew from its weights."
         )
     k = cursor.reference_steps
     length = cursor.micro_batches_per_epoch or cursor.budget_units
@@ -180,4 +166,4 @@ def place_after_stock_steps(
     epoch_samples = min(length * micro_batch_samples, epoch_examples)
     cursor.samples_seen = cursor.epoch * epoch_samples + cursor.micro_batch * micro_batch_samples
     cursor.reported_units = cursor.units
-    logger.info("The checkpoint has no %s: taken as written at k = %d throughout.", STATE_NAME, k)
+    logger.info("The checkpoint knows of no windows: taken as written at k = %d throughout.", k)

@@ -257,3 +257,11 @@ class NoiseScaleTracker:
         self.num_dropped = state["num_dropped"]
         self._pending_samples = state["pending_samples"]
         self._sums = _Sums(**state["sums"])
+
+
+def noise_logs(noise: NoiseScale | None) -> dict[str, float]:
+    """Return what is logged of the noise scale: `noise_scale`, `noise_scale_low`, `noise_scale_high` where finite."""
+    if noise is None:
+        return {}
+    values = {"noise_scale": noise.value, "noise_scale_low": noise.lower, "noise_scale_high": noise.upper}
+    return {name: value for name, value in values.items() if value < math.inf}

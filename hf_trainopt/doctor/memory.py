@@ -6,7 +6,7 @@ from typing import Any
 import psutil
 import torch
 
-from .._compat import rank_batch_size
+from ..core.facts import is_sharded, rank_batch_size
 from ..placement.example_batch import largest_batch
 from ..placement.global_state import forked_random_state
 from ..placement.planner import PlacementPlanner
@@ -28,28 +28,27 @@ class MemoryForecast:
     """
 
     def __init__(self, trainer: Any):
-        self.planner: PlacementPlanner | None = None
         self.obstacle: str | None = None
         self._trainer = trainer
-        self._make_planner, self._set_values = trainer._planner, trainer.set_initial_training_values
-        trainer._planner, trainer.set_initial_training_values = self._planner, self._set_initial_training_values
-        trainer._keep_plan = lambda: None
+        self._set_values = trainer.set_initial_training_values
+        trainer.set_initial_training_values = self._set_initial_training_values
+        trainer.trainopt.placement.keeps_plan = False
 
-    def _planner(self, *args, **kwargs) -> PlacementPlanner:
-        self.planner = self._make_planner(*args, **kwargs)
-        return self.planner
+    @property
+    def planner(self) -> PlacementPlanner | None:
+        return self._trainer.trainopt.placement.planner.last
 
     def _set_initial_training_values(self, args, dataloader, *other, **kwargs):
         # Where the Trainer plans, too: before the model is wrapped.
         values = self._set_values(args, dataloader, *other, **kwargs)
         trainer = self._trainer
-        if trainer._is_sharded:
+        if is_sharded(trainer):
             self.obstacle = "the model is sharded"
         elif self.planner is None and not trainer.placement_plan and args.process_index == 0:
             try:
                 with forked_random_state([args.device]):
                     batch = largest_batch(dataloader, rank_batch_size(trainer))
-                    self._planner(batch, available_rewrites(trainer.model))
+                    trainer.trainopt.placement.planner.planner_for(batch, available_rewrites(trainer.model))
             except ValueError as error:
                 self.obstacle = str(error)
         return values

@@ -52,14 +52,18 @@ def describe(trainer: Trainer, dataloader: Any, resumed_from: str | None, memory
 
 def _budget(trainer: Trainer) -> int:
     """Reference windows of the whole run: steps, where k does not vary."""
-    return trainer.state.max_steps if trainer._cursor is None else trainer._cursor.budget
+    return (
+        trainer.state.max_steps
+        if trainer.trainopt.accumulation.cursor is None
+        else trainer.trainopt.accumulation.cursor.budget
+    )
 
 
 def data(trainer: Trainer, dataloader: Any) -> Lines:
     """Return the data budget, in samples and in steps."""
     args, windows = trainer.args, _budget(trainer)
     batch = trainer.get_total_train_batch_size(args)
-    unit = "optimizer steps" if trainer._cursor is None else "reference windows"
+    unit = "optimizer steps" if trainer.trainopt.accumulation.cursor is None else "reference windows"
     count = args.world_size * max(1, args.n_gpu)
     on_each = f" on each of {count} devices" if count > 1 else ""
     lines = [("micro-batch", f"{args.per_device_train_batch_size} samples{on_each}")]
@@ -75,7 +79,7 @@ def data(trainer: Trainer, dataloader: Any) -> Lines:
     else:
         lines.append(("training data", "a stream"))
         lines.append(("budget", f"{windows * batch:,} samples, {windows:,} {unit} of {batch:,} samples"))
-    if trainer._cursor is not None:
+    if trainer.trainopt.accumulation.cursor is not None:
         lines.append(("intervals", "warm-up, logging, evaluation and saving are counted in reference windows"))
     state = trainer.state
     for name, strategy, every in (
@@ -103,12 +107,12 @@ def _interval(strategy: str, every: int | None, unit: str) -> str:
 def accumulation(trainer: Trainer) -> Lines:
     """Return how k is chosen."""
     args, policy = trainer.args, trainer.accumulation_policy
-    if trainer._has_own_policy:
+    if trainer.trainopt.accumulation.has_own_policy:
         what = f"your own: {getattr(policy, '__name__', None) or type(policy).__name__}"
     else:
         what = f"{args.accumulation_policy}: {inspect.getdoc(type(policy)).splitlines()[0]}"
     lines = [("policy", what)]
-    controller = trainer._controller
+    controller = trainer.trainopt.accumulation.controller
     if controller is None:
         return [*lines, ("k", f"{args.gradient_accumulation_steps}; the loop is that of stock Trainer, bit for bit")]
     if isinstance(policy, FixedPolicy):
@@ -156,7 +160,7 @@ def learning_rate(trainer: Trainer) -> Lines:
             ("rate", ", ".join(rates) + " of the data" + (", at the reference k" if _adapts(trainer) else ""))
         )
     if _adapts(trainer):
-        rule = chosen_rule(args.lr_batch_scaling, trainer._measures)
+        rule = chosen_rule(args.lr_batch_scaling, trainer.trainopt.accumulation.measures)
         here = "" if rule == args.lr_batch_scaling else f", here '{rule}'"
         unknown = " while the noise scale is not known" if rule in NOISE_SCALING_RULES else ""
         lines.append(("with k", f"lr_batch_scaling='{args.lr_batch_scaling}'{here}: {_scaling(trainer)}{unknown}"))
@@ -164,7 +168,7 @@ def learning_rate(trainer: Trainer) -> Lines:
 
 
 def _adapts(trainer: Trainer) -> bool:
-    return trainer._controller is not None
+    return trainer.trainopt.accumulation.controller is not None
 
 
 def _unit(trainer: Trainer) -> str:
@@ -173,14 +177,14 @@ def _unit(trainer: Trainer) -> str:
 
 def _scaling(trainer: Trainer) -> str:
     """Return the factors on the rate at the least, the reference and the largest k, as the Trainer would set them."""
-    controller, scheduler = trainer._controller, trainer.lr_scheduler
+    controller, scheduler = trainer.trainopt.accumulation.controller, trainer.lr_scheduler
     scheduler = getattr(scheduler, "scheduler", scheduler)
     kept = controller.accumulation_steps, controller.tracker, scheduler.position, scheduler.scale
     controller.tracker = None  # a probe is no window of the k that was decided
     factors = []
     for k in dict.fromkeys([controller.minimum, controller.reference_steps, controller.maximum]):
         controller.accumulation_steps = k
-        trainer._place_learning_rate()
+        trainer.trainopt.learning_rate.place()
         factors.append(f"×{scheduler.scale:.3g} at a k of {k}")
     controller.accumulation_steps, controller.tracker = kept[:2]
     scheduler.set_position(*kept[2:])
@@ -189,7 +193,7 @@ def _scaling(trainer: Trainer) -> str:
 
 def precision(trainer: Trainer) -> Lines:
     """Return the precision and why."""
-    choice, mixed = trainer._precision_choice, str(trainer.accelerator.mixed_precision)
+    choice, mixed = trainer.trainopt.precision.choice, str(trainer.accelerator.mixed_precision)
     if choice is None:
         named = {"no": "fp32 (or the type of the weights)"}.get(mixed, f"{mixed} autocast")
         lines = [("computation", f"{named}, as fp16, bf16 and the launcher say (precision is unset)")]
@@ -218,7 +222,9 @@ def memory_of_a_step(trainer: Trainer, memory: MemoryForecast) -> Lines:
         lines.append(
             ("floor", f"{gib(floor)}, the least that any plan needs (memory_rewrites='{args.memory_rewrites}')")
         )
-        lines.append(("for", f"the longest samples, up to {trainer._most_accumulation_steps} micro-batches a step"))
+        lines.append(
+            ("for", f"the longest samples, up to {trainer.trainopt.accumulation.most_steps} micro-batches a step")
+        )
     elif plan is not None and plan.predicted_peak_bytes is not None:
         peak = plan.predicted_peak_bytes
         lines.append(("peak of a step", f"{gib(peak)}, by the plan"))

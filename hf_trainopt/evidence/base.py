@@ -26,10 +26,13 @@ class MeasurementCallback(TrainerCallback, ExportableState):
 
     Attributes:
         position: 0 for the first callback of its class in a run, 1 for the second, ...
+        kept: States of the checkpoint that is resumed, by `entry_key`, where `EfficientTrainer` keeps them; `None`
+            where they are in `state.stateful_callbacks`, as those of any callback of the user's.
     """
 
     def __init__(self):
         self.position = 0
+        self.kept: dict[str, dict[str, Any]] | None = None
         self._added_to_line = 0
         self._added: set[str] = set()
 
@@ -76,19 +79,33 @@ class MeasurementCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs):
         self.close()
         self._added_to_line = 0
-        name, arguments = type(self).__name__, self.arguments()
-        entries = _entries(state, name)
-        mine = [entry for entry in entries if entry.get("args", {}) == arguments]
-        saved = _saved(mine[-1]) if mine and state.global_step else None
-        if not mine:
-            # A checkpoint written without this callback, or by others of its class, lacks its entry, and the next save
-            # would fail or keep one of them only.
-            entries = [*entries, self.state()]
-            state.stateful_callbacks[name] = entries if len(entries) > 1 else entries[0]
+        name = type(self).__name__
+        saved = self._saved_here(state) if self.kept is None else self.kept.get(entry_key(name, self.arguments()))
+        saved = saved if state.global_step else None
         # A place that lasts as long as the run, and that the callbacks of a plain `Trainer` share.
         begun = vars(state).setdefault("_callbacks_begun", {})
         self.position = begun[name] = begun.get(name, -1) + 1
         self.begin(args, state, saved, **kwargs)
+
+    def _saved_here(self, state: TrainerState) -> dict[str, Any] | None:
+        """Return what `state.stateful_callbacks` has of this callback, which gets an entry there if it has none."""
+        name, arguments = type(self).__name__, self.arguments()
+        entries = _entries(state, name)
+        mine = [entry for entry in entries if entry.get("args", {}) == arguments]
+        if mine:
+            return _saved(mine[-1])
+        # A checkpoint written without this callback, or by others of its class, lacks its entry, and the next save
+        # would fail or keep one of them only.
+        entries = [*entries, self.state()]
+        state.stateful_callbacks[name] = entries if len(entries) > 1 else entries[0]
+        return None
+
+    def take_old_entries(self, state: TrainerState) -> None:
+        """Move what `state.stateful_callbacks` has of this class to `kept`."""
+        for entry in _entries(state, type(self).__name__):
+            key = entry_key(type(self).__name__, entry.get("args", {}))
+            self.kept.setdefault(key, _saved(entry))
+        state.stateful_callbacks.pop(type(self).__name__, None)
 
     def on_train_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
         self.close()
@@ -136,7 +153,8 @@ class MeteredCallback(MeasurementCallback):
         kept = (saved or {}).get("meter")
         if kept is None and state.global_step:
             # Any clock will do: of another target, say.
-            every = (_saved(entry) for name in state.stateful_callbacks for entry in _entries(state, name))
+            others = (_saved(entry) for name in state.stateful_callbacks for entry in _entries(state, name))
+            every = [*(self.kept or {}).values(), *others]
             kept = next((found["meter"] for found in every if found.get("meter", {}).get("seconds")), None)
         self.is_partial = bool(state.global_step) and kept is None
         if self.is_partial:
@@ -173,6 +191,22 @@ class MeteredCallback(MeasurementCallback):
 
     def on_predict(self, args, state, control, metrics=None, **kwargs):
         self.meter.skip()
+
+
+def entry_of(callback: MeasurementCallback) -> dict[str, Any]:
+    """Return the entry of a callback in a checkpoint."""
+    name, arguments = type(callback).__name__, callback.arguments()
+    return {"name": name, "arguments": arguments, "attributes": callback.attributes()}
+
+
+def kept_states(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the attributes in the entries of a checkpoint, by `entry_key`."""
+    return {entry_key(entry["name"], entry["arguments"]): entry["attributes"] for entry in entries}
+
+
+def entry_key(name: str, arguments: dict[str, Any]) -> str:
+    """Return what tells a callback, by class and arguments, from others in a checkpoint."""
+    return f"{name} {json.dumps(arguments, sort_keys=True)}"
 
 
 def _entries(state: TrainerState, name: str) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The gradient noise scale of a plain `Trainer`, measured as `EfficientTrainer` does."""
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,10 +13,12 @@ from torch.autograd.graph import register_multi_grad_hook
 from .._versions import ACTIVATION_CHECKPOINTING, activation_checkpointing, activation_checkpointing_kwargs
 from ..accumulation.controller import AccumulationController
 from ..accumulation.gradient_norms import MicroBatchNorms
-from ..accumulation.noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics
+from ..accumulation.noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics, noise_logs
 from ..accumulation.policy import FixedPolicy
+from ..accumulation.sums import local_sums, micro_batch_weights, pack_sums, unpack_sums
 from ..accumulation.timing import StepTimer
-from ..accumulation.window import count_target_tokens, from_vector, local_sums, micro_batch_weights, to_vector
+from ..accumulation.window import count_target_tokens
+from ..core.facts import inverse_loss_scale
 from .base import MeasurementCallback
 from .meter import count_inputs, is_compiled, is_training_pass
 
@@ -26,14 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Samples of steps that are not measured are added up on each rank until one is.
 _UNMEASURED = WindowStatistics(*(0,) * 9)
-
-
-def noise_logs(noise: NoiseScale | None) -> dict[str, float]:
-    """Return what is logged of the noise scale: `noise_scale`, `noise_scale_low`, `noise_scale_high` where finite."""
-    if noise is None:
-        return {}
-    values = {"noise_scale": noise.value, "noise_scale_low": noise.lower, "noise_scale_high": noise.upper}
-    return {name: value for name, value in values.items() if value < math.inf}
 
 
 class _Inputs:
@@ -259,9 +252,7 @@ class GradientStatisticsCallback(MeasurementCallback):
         """Sums over the micro-batches of all ranks (of none, if their weights cannot be told); all ranks call it."""
         batches = [batch for _, batch in self._inputs.micro_batches]
         by_items = any("num_items_in_batch" in batch for batch in batches)
-        scaler = getattr(optimizer, "scaler", None)
-        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        unscale = 1.0 / scale if scale else math.inf
+        unscale = inverse_loss_scale(optimizer)
         square_norm = self._square_norm * unscale**2 if args.process_index == 0 else 0.0
         total = None
         if by_items:
@@ -278,7 +269,7 @@ class GradientStatisticsCallback(MeasurementCallback):
                 excess.append((sum(items) - share) / max(total, 1.0))
             weights = micro_batch_weights(items, args.world_size, by_items, over_ranks)
             sums = local_sums(square_norms, items, weights, unscale / args.world_size)
-            vectors.append(to_vector(0, self._inputs.num_samples, square_norm, sums))
+            vectors.append(pack_sums(0, self._inputs.num_samples, square_norm, sums))
             if not by_items:
                 break
         skipped = self._inputs.skipped_samples
@@ -291,17 +282,17 @@ class GradientStatisticsCallback(MeasurementCallback):
         self._controller.tracker.skip(skipped)
         length = len(vectors[0])
         if not by_items:
-            return from_vector(found)[1]
+            return unpack_sums(found)[1]
         for index in range(2):
             if abs(found[2 * length + index]) < 1e-6:
-                return from_vector(found[index * length : (index + 1) * length])[1]
+                return unpack_sums(found[index * length : (index + 1) * length])[1]
         if not self._warned:
             self._warned = True
             logger.warning(
                 "GradientStatisticsCallback measures nothing: num_items_in_batch is not the number of labels that the "
                 "model is given."
             )
-        return replace(from_vector(found[:length])[1], num_micro_batches=0)
+        return replace(unpack_sums(found[:length])[1], num_micro_batches=0)
 
     def values(self, args, state, logs):
         return noise_logs(self.noise)

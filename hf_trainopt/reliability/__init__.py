@@ -1,8 +1,8 @@
 """A run that cannot be lost: complete checkpoints, signals, windows that are not finite."""
 
-from .interrupts import TrainingInterrupted, TrainingTerminated
 from .losses import TrainingDivergedError
 from .resume import Checkpoint, CheckpointError, find_last_complete, inspect_checkpoint
+from .signals import TrainingInterrupted, TrainingTerminated
 
 
 __all__ = [

@@ -10,8 +10,9 @@ class ReliabilityArgumentsMixin:
     Args:
         save_on_interrupt (`bool`, *optional*): On SIGTERM or Ctrl-C save a checkpoint at the end of the optimizer
             step and end. Unset: unless `save_strategy="no"` or `enable_jit_checkpoint=True`.
-        max_skipped_windows (`int`, defaults to 10): So many optimizer steps in a row may be left out because their
-            loss or gradients are not finite; then the run stops. 0: nothing is checked, as in `Trainer`.
+        max_skipped_windows (`int`, *optional*): So many optimizer steps in a row may be left out because their loss
+            or gradients are not finite; then the run stops. 0: nothing is checked, as in `Trainer`. Unset: 10 where
+            k varies, 0 with `accumulation_policy="fixed"`.
     """
 
     save_on_interrupt: bool | None = field(
@@ -24,11 +25,12 @@ class ReliabilityArgumentsMixin:
             "const": True,
         },
     )
-    max_skipped_windows: int = field(
-        default=10,
+    max_skipped_windows: int | None = field(
+        default=None,
         metadata={
             "help": "An optimizer step whose loss or gradients are not finite is left out; after this many in a row "
-            "the run stops with an error. Set 0 to take such steps, as stock Trainer does."
+            "the run stops with an error. Unset (the default): 10 where k varies, and 0 with "
+            "accumulation_policy='fixed'. Set 0 to take such steps, as stock Trainer does."
         },
     )
 
@@ -42,7 +44,7 @@ class ReliabilityArgumentsMixin:
         Raises:
             ValueError: One is out of range or contradicts another.
         """
-        if self.max_skipped_windows < 0:
+        if self.max_skipped_windows is not None and self.max_skipped_windows < 0:
             raise ValueError(
                 f"max_skipped_windows is {self.max_skipped_windows}; it must be at least 1, or 0 for no check at all."
             )

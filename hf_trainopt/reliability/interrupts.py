@@ -1,161 +1,121 @@
-"""SIGTERM (preemption) and Ctrl-C: noted when they come, served at the end of a window."""
+"""SIGTERM and Ctrl-C as a part: served at the end of a window with a checkpoint, after which the run ends."""
 
 import contextlib
 import logging
-import os
 import signal
-import threading
-import weakref
+from collections.abc import Iterator
 from typing import Any
+
+from transformers.integrations.neftune import deactivate_neftune
+
+from ..core.part import Part
+from .signals import SIGNALS, SignalWatch, ending, signal_of
 
 
 logger = logging.getLogger(__name__)
 
-# In the order in which they count if ranks have got different ones.
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NUM_FLAGS = len(SIGNALS)
 
 
-class TrainingInterrupted(KeyboardInterrupt, SystemExit):
-    """Ctrl-C, after the checkpoint is saved: ends the process with 130, as the signal itself would.
+class InterruptsPart(Part):
+    """Ends a run on a signal, once a checkpoint is saved."""
 
-    A `KeyboardInterrupt` for whoever catches one. A `SystemExit` too, since Python would end any other exception that
-    nobody catches with a traceback and the exit code 1.
+    name = "interrupts"
 
-    Attributes:
-        checkpoint: The last complete checkpoint, if there is one.
-        exit_code: For scripts.
-    """
-
-    exit_code = 128 + signal.SIGINT
-
-    def __init__(self, message: str, checkpoint: str | None):
-        super().__init__(message)
-        self.code = self.exit_code
-        self.checkpoint = checkpoint
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-class TrainingTerminated(SystemExit):
-    """SIGTERM, after the checkpoint is saved: ends the process with 143, as the signal itself would.
-
-    Attributes:
-        message: What was done.
-        checkpoint: The last complete checkpoint, if there is one.
-    """
-
-    def __init__(self, message: str, checkpoint: str | None):
-        super().__init__(128 + signal.SIGTERM)
-        self.message = message
-        self.checkpoint = checkpoint
-
-
-_WATCHES: weakref.WeakSet["SignalWatch"] = weakref.WeakSet()
-
-
-_held = threading.local()
-
-
-def _before_fork() -> None:
-    # Python forgets in the child what comes between the fork and the change of handlers.
-    _held.mask = None
-    if any(watch.is_installed for watch in _WATCHES):
-        _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-
-def _after_fork() -> None:
-    if _held.mask is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
-
-
-def _in_child() -> None:
-    for watch in list(_WATCHES):
-        watch.leave_child()
-    _after_fork()
-
-
-if hasattr(os, "register_at_fork"):  # where there is `fork`
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
-
-
-class SignalWatch:
-    """Notes SIGTERM and Ctrl-C while it is installed; the second Ctrl-C is what Ctrl-C always was.
-
-    Only handlers that are Python's own are replaced: who has installed another wants the signal.
-    """
-
-    def __init__(self):
-        _WATCHES.add(self)
-        self.received: signal.Signals | None = None
-        self._replaced: dict[signal.Signals, Any] = {}
-        self._process = 0
-
-    def install(self) -> None:
-        """Begin to watch; nothing is done outside the main thread, where Python runs no handlers."""
-        self.restore()
-        self.received = None
-        if threading.current_thread() is not threading.main_thread():
-            logger.info("Not in the main thread: SIGTERM and Ctrl-C do not save a checkpoint.")
-            return
-        self._process = os.getpid()
-        for number in SIGNALS:
-            handler = signal.getsignal(number)
-            if handler in (signal.SIG_DFL, signal.default_int_handler):
-                self._replaced[number] = signal.signal(number, self._handle)
-            else:
-                logger.info("%s has a handler already, which is left alone.", number.name)
-
-    def restore(self) -> None:
-        """Put back the handlers that were there before."""
-        while self._replaced:
-            number, handler = self._replaced.popitem()
-            # A handler of somebody else's, installed in the meantime, stays.
-            if signal.getsignal(number) == self._handle:
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._process:
-            return  # a worker of the data loader: Ctrl-C reaches the whole group, and its data are still needed
-        if number == signal.SIGINT and self.received is not None:
-            self.restore()
-            raise KeyboardInterrupt
-        if self.received is None:
-            self.received = signal.Signals(number)
-            # The signal may have come in the middle of a write to the same stream.
-            with contextlib.suppress(RuntimeError):
-                logger.warning(
-                    "%s: a checkpoint is saved at the end of this optimizer step, then training ends (Ctrl-C%s: at "
-                    "once, without saving).",
-                    self.received.name,
-                    " again" if number == signal.SIGINT else "",
-                )
+    def __init__(self, trainer: Any, parts: Any):
+        super().__init__(trainer, parts)
+        self._signals = SignalWatch()
+        self._interrupt: signal.Signals | None = None
 
     @property
-    def is_installed(self) -> bool:
-        """Whether it watches now."""
-        return bool(self._replaced)
+    def is_on(self) -> bool:
+        """Whether signals save a checkpoint."""
+        return self.trainer.args.saves_on_interrupt
 
-    def leave_child(self) -> None:
-        """Take SIGTERM as before, in a process that was forked: it means the child, such as a worker of a pool.
+    # ---- A run -----------------------------------------------------------------------------------------------------
 
-        A handler would not do. One that comes before the child waits for a lock runs when the child has got it.
-        """
-        handler = self._replaced.get(signal.SIGTERM)
-        if handler is not None and signal.getsignal(signal.SIGTERM) == self._handle:
-            signal.signal(signal.SIGTERM, handler)
+    @contextlib.contextmanager
+    def run(self) -> Iterator[None]:
+        trainer = self.trainer
+        self._interrupt = None
+        try:
+            yield
+            if self._signals.received is not None:
+                self._interrupt = self._signals.received  # too late for a window to serve it
+                raise self._ending("all steps were done")
+        except BaseException:
+            if trainer.neftune_noise_alpha is not None and getattr(trainer, "neftune_hook_handle", None) is not None:
+                # Or the next `train` adds its noise to this one's.
+                deactivate_neftune(trainer.model, trainer.neftune_hook_handle, trainer.accelerator)
+            raise
+        finally:
+            self._signals.restore()
+            self._signals.received = None
 
-    def counts(self) -> list[float]:
-        """One number for each of `SIGNALS`, for ranks to add up: 1 if this process got it."""
-        return [float(self.received == number) for number in SIGNALS]
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.is_on:
+            self._signals.install()
 
+    @contextlib.contextmanager
+    def epoch(self, **loop: Any) -> Iterator[None]:
+        yield
+        if self._interrupt is None:
+            return
+        trainer, checkpoints = self.trainer, self.parts.checkpoints
+        if not checkpoints.is_saved and checkpoints.failure is None:
+            # The signal came in an evaluation, after which save_strategy="best" saves the best only.
+            checkpoints.save_now()
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        raise self._ending("after a save" if checkpoints.failure is None else "without a save")
 
-def signal_of(counts: list[float]) -> signal.Signals | None:
-    """Return the signal that any rank got, from the sums of `SignalWatch.counts`."""
-    return next((number for number, count in zip(SIGNALS, counts, strict=True) if count > 0), None)
+    def _ending(self, what: str) -> BaseException:
+        """Return the exception that a signal ends training with, and say so in the log."""
+        trainer, checkpoints = self.trainer, self.parts.checkpoints
+        last = checkpoints.last_complete()
+        rest = "there is no complete checkpoint" if last is None else f"resume from {last.path}"
+        if checkpoints.failure is not None:
+            rest = f"the last save failed ({checkpoints.failure}); {rest}"
+        message = f"{self._interrupt.name} ended training at step {trainer.state.global_step}, {what}; {rest}."
+        if trainer.args.should_log:
+            logger.warning("%s", message)
+        trainer.is_in_train = False
+        return ending(self._interrupt, message, None if last is None else last.path)
 
+    # ---- The end of a window ---------------------------------------------------------------------------------------
 
-def ending(number: signal.Signals, message: str, checkpoint: str | None) -> BaseException:
-    """Return the exception that training ends with."""
-    kind = TrainingInterrupted if number == signal.SIGINT else TrainingTerminated
-    return kind(message, checkpoint)
+    def flags(self) -> list[float]:
+        """Return what ranks add up at the end of a window: `NUM_FLAGS` numbers, one for each signal."""
+        return self._signals.counts()
+
+    def take_flags(self, sums: list[float]) -> None:
+        """Take in the sums of `flags` over the ranks."""
+        if self.is_on:
+            self._interrupt = signal_of(sums)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._serve(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._serve(control)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._serves_now and self.trainer.args.world_size > 1:
+            self.parts.agree_on_flags()
+        self._serve(control)
+
+    @property
+    def _serves_now(self) -> bool:
+        return self.is_on and self.trainer.is_in_train
+
+    def _serve(self, control: Any) -> None:
+        """Let the loop save and end if a signal has come."""
+        if not self._serves_now:
+            return
+        if self.trainer.args.world_size == 1:
+            self._interrupt = self._signals.received
+        if self._interrupt is None:
+            return
+        control.should_training_stop = True
+        # There may be seconds left: an evaluation that is due now isn't done.
+        control.should_evaluate = False
+        control.should_save = not self.parts.checkpoints.is_saved

@@ -7,6 +7,7 @@ from which the sampler has drawn its order, and that in which the batch was read
 (Accelerate's loaders look one batch ahead).
 """
 
+import contextlib
 import logging
 import os
 import random
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from .._compat import rank_batch_size
+from ..core.facts import rank_batch_size
+from ..core.part import Part
 
 
 logger = logging.getLogger(__name__)
@@ -86,33 +88,46 @@ class WatchedBatches:
         delattr(self.inside, name)
 
 
-class RandomDataTrainerMixin:
-    """Random states of the data for any `Trainer` class; a base of `CheckpointsTrainerMixin`."""
+class RandomDataPart(Part):
+    """Random numbers that the data draw, in a run that is resumed within an epoch."""
 
-    def __init__(self, *args, **kwargs):
+    name = "random_data"  # in files of its own, one a rank: states of generators aren't JSON
+
+    def __init__(self, trainer: Any, parts: Any):
+        super().__init__(trainer, parts)
         self._epoch_start: dict[str, Any] | None = None
         self._before_reading: dict[int, dict[str, Any]] = {}
         self._random_state_is_loaded = self._is_at_epoch_start = False
-        super().__init__(*args, **kwargs)
 
-    def _run_epoch(self, *args, train_dataloader, **kwargs):
+    @contextlib.contextmanager
+    def epoch(
+        self,
+        *,
+        train_dataloader: Any,
+        epoch: int,
+        epochs_trained: int,
+        steps_trained_in_current_epoch: int,
+        resume_from_checkpoint: str | None = None,
+        **loop: Any,
+    ) -> Iterator[None]:
         inner = getattr(train_dataloader, "base_dataloader", train_dataloader)  # inside Accelerate's
         batches = getattr(inner, "batch_sampler", None)
-        checkpoint = kwargs.get("resume_from_checkpoint")
-        is_resumed = checkpoint is not None and kwargs["epoch"] == kwargs["epochs_trained"]
-        first = kwargs["steps_trained_in_current_epoch"] if is_resumed and not self.args.ignore_data_skip else 0
+        checkpoint = resume_from_checkpoint
+        is_resumed = checkpoint is not None and epoch == epochs_trained
+        first = steps_trained_in_current_epoch if is_resumed and not self.trainer.args.ignore_data_skip else 0
         saved = self._saved_data_state(checkpoint) if first else None
         if is_resumed:
-            self._say_what_differs(train_dataloader, kwargs["epoch"], first)
+            self._say_what_differs(train_dataloader, epoch, first)
         self._random_state_is_loaded, self._before_reading = False, {}
         if saved is not None:
             HostGenerators.write(saved["epoch_start"])
-        # Else it is not known, or what upstream loads next.
+        # Else it isn't known, or what upstream loads next.
         self._epoch_start = HostGenerators.read() if not is_resumed or saved is not None else None
         self._is_at_epoch_start = is_resumed and not first
         reads_here = batches is not None and not getattr(inner, "num_workers", 0)
         if not reads_here:
-            return super()._run_epoch(*args, train_dataloader=train_dataloader, **kwargs)
+            yield
+            return
 
         pending = self._states_to_put_back(saved, first, checkpoint) if saved is not None else {}
 
@@ -125,7 +140,7 @@ class RandomDataTrainerMixin:
         # `DataLoader` lets nobody set it; Accelerate looks for methods of what is inside.
         vars(inner)["batch_sampler"] = WatchedBatches(batches, before)
         try:
-            return super()._run_epoch(*args, train_dataloader=train_dataloader, **kwargs)
+            yield
         finally:
             vars(inner)["batch_sampler"] = batches
 
@@ -133,7 +148,7 @@ class RandomDataTrainerMixin:
         """What to do before which batch is read, so that all rows are those of the run that is resumed."""
 
         def go_on() -> None:
-            self._load_rng_state(checkpoint)
+            self.trainer._load_rng_state(checkpoint)
             self._random_state_is_loaded = True
 
         if saved["batch"] != self._batch:
@@ -142,31 +157,36 @@ class RandomDataTrainerMixin:
             return {first: lambda: HostGenerators.write(saved["before_reading"][first]), first + 1: go_on}
         return {first: go_on}
 
-    def _load_rng_state(self, checkpoint):
-        if self._random_state_is_loaded:  # where the loader had come to; rows have drawn since
+    def load(self, stock_load: Callable[[], None]) -> None:
+        """Load the state of the generators, unless that was done where the loader had come to.
+
+        Args:
+            stock_load: Upstream's `_load_rng_state`. Rows have drawn since.
+        """
+        if self._random_state_is_loaded:
             self._random_state_is_loaded = False
             return
-        super()._load_rng_state(checkpoint)
+        stock_load()
         if self._is_at_epoch_start:
             self._epoch_start, self._is_at_epoch_start = HostGenerators.read(), False
 
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
+    def save(self, folder: str) -> None:
+        """Save, beside upstream's state of the generators, the earlier states that a resumed run needs."""
         if self._epoch_start is not None:
             state = {
                 "epoch_start": self._epoch_start,
                 "before_reading": self._before_reading,
                 "batch": self._batch,
             }
-            torch.save(state, self._data_state_path(output_dir))
+            torch.save(state, self._data_state_path(folder))
 
     @property
     def _batch(self) -> tuple[int, int]:
         """What batches are counted in."""
-        return rank_batch_size(self), self.args.world_size
+        return rank_batch_size(self.trainer), self.trainer.args.world_size
 
     def _data_state_path(self, folder: str) -> str:
-        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        rank = f"_{self.trainer.args.process_index}" if self.trainer.args.world_size > 1 else ""
         return os.path.join(folder, f"{FILE_NAME}{rank}.pth")
 
     def _saved_data_state(self, checkpoint: str) -> dict[str, Any] | None:
@@ -185,7 +205,7 @@ class RandomDataTrainerMixin:
                 what = "the workers of the data loader do not read the rows again that were trained on"
         elif first and isinstance(getattr(dataloader, "dataset", None), IterableDataset):
             what = "the rows of a stream are read again without the model in between"
-        if what is not None and self.args.should_log:
+        if what is not None and self.trainer.args.should_log:
             logger.warning(
                 "Rows that draw random numbers (masking, augmentation) draw others than in the run that is resumed, "
                 "since %s. Rows that draw none are the same.",

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..accumulation.checkpoint import check_step_size
 from .manifest import MANIFEST_NAME, find_fault, is_leftover, read_manifest
 
 
@@ -119,23 +118,6 @@ def last_checkpoint(run_dir: str, latest: float = math.inf) -> tuple[Checkpoint,
             "scratch, or name a checkpoint."
         )
     return chosen, skipped
-
-
-def check_setup(path: str, setup: dict[str, int]) -> None:
-    """Refuse a checkpoint of stock accumulation whose steps are of another size.
-
-    One with a k that varies says so itself (`accumulation.checkpoint`).
-
-    Args:
-        path: Checkpoint with a manifest.
-        setup: What this run counts its position in the data in.
-
-    Raises:
-        ValueError: Its steps have another number of samples.
-    """
-    manifest = read_manifest(path)
-    if not manifest.get("k_varies"):
-        check_step_size(path, manifest.get("setup", {}), setup)
 
 
 def check_named(path: str) -> Checkpoint:

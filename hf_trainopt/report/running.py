@@ -10,7 +10,8 @@ from .runs import RunRecord, model_name
 
 def run_in_memory(trainer: Any) -> RunRecord:
     """Return what a `Trainer` (ours or stock) has logged so far, as it would be read from its output folder."""
-    callbacks = [cb for cb in trainer.callback_handler.callbacks if isinstance(cb, TargetCallback)]
+    measuring = getattr(trainer, "measurements", trainer.callback_handler.callbacks)
+    callbacks = [cb for cb in measuring if isinstance(cb, TargetCallback)]
     state = {"global_step": trainer.state.global_step, "max_steps": trainer.state.max_steps}
     if callbacks:
         state["stateful_callbacks"] = {"TargetCallback": {"args": callbacks[-1].arguments()}}

@@ -1,0 +1,1 @@
+"""What every part builds on: the protocol of a part, facts about a run, the checkpoint file."""

@@ -1,0 +1,61 @@
+"""Facts about a run that several parts ask for, each told in one place."""
+
+import math
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from .._versions import is_sharded_at_load, loss_is_scaled_for_ga
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Return whether ranks hold pieces of the model (FSDP, DeepSpeed, `from_pretrained` with a distributed config)."""
+    return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_sharded_at_load(trainer)
+
+
+def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """Return the gradient scaler of a run in fp16; `None` where there is none, or it is switched off."""
+    return enabled_scaler(trainer.accelerator)
+
+
+def enabled_scaler(holder: Any) -> torch.amp.GradScaler | None:
+    """Return the `scaler` of an Accelerator, or of the optimizer that it has prepared, if it is in use."""
+    scaler = getattr(holder, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def inverse_loss_scale(holder: Any) -> float:
+    """Return what scaled gradients must be multiplied by: 1/(loss scale), 1 without a scaler.
+
+    Args:
+        holder: As for `enabled_scaler`. A scale that was halved down to 0 gives infinity: no gradient is finite.
+    """
+    scaler = enabled_scaler(holder)
+    scale = scaler.get_scale() if scaler is not None else 1.0
+    return 1.0 / scale if scale else math.inf
+
+
+def loss_divides_itself(trainer: Trainer, num_items_in_batch: Any) -> bool:
+    """Return whether the loss is taken to be divided by the items of the step, so that `Trainer` doesn't divide by k.
+
+    The condition of `Trainer.training_step`.
+
+    Args:
+        trainer: The Trainer.
+        num_items_in_batch: Items of the step; `None` where they are not known.
+    """
+    said = loss_is_scaled_for_ga(trainer)
+    if said is not None:
+        return said
+    if trainer.compute_loss_func is not None:
+        return True
+    return trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+
+
+def rank_batch_size(trainer: Any) -> int:
+    """Return the samples in a micro-batch of one rank, as the data loader makes them.
+
+    With `split_batches` in `accelerator_config` the ranks share each batch.
+    """
+    return trainer._train_batch_size // (trainer.args.world_size if trainer.accelerator.split_batches else 1)
