@@ -64,7 +64,7 @@ class Timed(EfficientTrainer):
     def _time_statistics(self) -> None:
         """Time what the end of a window takes; waiting for the other rank is in the agreement."""
         accumulation = self.trainopt.accumulation
-        for name in ("advance", "propose", "measure", "finish_window"):
+        for name in ("advance", "propose", "finish_window"):
             setattr(accumulation, name, self._timed(getattr(accumulation, name)))
 
     def _timed(self, function):
@@ -129,9 +129,11 @@ def train(
 
     def with_timed_norms(*args, **kwargs):
         result = values(*args, **kwargs)
-        if trainer.trainopt.accumulation.norms is not None:
-            trainer.trainopt.accumulation.norms = TimedNorms(trainer.model, trainer.args.device)
-            trainer.trainopt.accumulation.norms.trainer = trainer
+        measurement = trainer.trainopt.accumulation.measurement
+        if measurement is not None and measurement.norms is not None:
+            measurement.norms = TimedNorms(trainer.model, trainer.args.device)
+            measurement.norms.trainer = trainer
+            measurement.result = trainer._timed(measurement.result)
         return result
 
     trainer.set_initial_training_values = with_timed_norms

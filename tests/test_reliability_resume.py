@@ -123,14 +123,14 @@ def test_one_that_is_named_must_be_complete(run_dir):
     good, bad = checkpoints(run_dir)[-2:]
     cut("optimizer.pt")(run_dir / bad)
     with pytest.raises(
-        CheckpointError, match=f"{bad} cannot be resumed from: optimizer.pt has .*complete one is .*{good}"
+        CheckpointError, match=f"valid checkpoint at {bad}: optimizer.pt has .*complete one is .*{good}"
     ):
         make(run_dir, **GOODPUT).train(resume_from_checkpoint=str(run_dir / bad))
-    with pytest.raises(CheckpointError, match="cannot be resumed from: it does not exist"):
+    with pytest.raises(CheckpointError, match=r"valid checkpoint at .*: it does not exist"):
         make(run_dir, **GOODPUT).train(resume_from_checkpoint=str(run_dir / "checkpoint-99"))
     for name in checkpoints(run_dir):
         cut("optimizer.pt")(run_dir / name)
-    with pytest.raises(CheckpointError, match=r"found no complete checkpoint in .*optimizer.pt has"):
+    with pytest.raises(CheckpointError, match=r"No valid checkpoint found in output directory .*optimizer.pt has"):
         make(run_dir, **GOODPUT).train(resume_from_checkpoint=True)
 
 

@@ -207,7 +207,7 @@ def test_config_file_with_flags_over_it(tmp_path, flags):
         ({"tokenizer_name": "x"}, [], "--train_tokenizer_vocab_size cannot be used"),
         ({"validation_split_percentage": 100}, [], "must lie between 0 and 100"),
         ({"resume_from_checkpoint": "nowhere"}, [], "nowhere of --resume_from_checkpoint does not exist"),
-        ({"resume_from_checkpoint": "True"}, [], "found no complete checkpoint"),
+        ({"resume_from_checkpoint": "True"}, [], "No valid checkpoint found in output directory"),
         ({"accumulation_policy": "ramp"}, [], "needs accumulation_ramp"),
     ],
 )

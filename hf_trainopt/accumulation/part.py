@@ -19,21 +19,21 @@ from ..checks import (
     warn_of_adaptive_setup,
     warn_of_ignored_settings,
 )
-from ..core.facts import inverse_loss_scale, loss_divides_itself, rank_batch_size
+from ..core.facts import rank_batch_size
 from ..core.part import Part
 from ..schedule import NOISE_SCALING_RULES, DataIndexedLR
 from .checkpoint import check_state, place_after_stock_steps, restore, run_state
 from .controller import AccumulationController
 from .cursor import DataCursor
 from .fetch import StockFetch, WindowFetcher
-from .gradient_norms import MicroBatchNorms
 from .loss_division import LossDivision
 from .mean_loss import MeanLoss
+from .measurement import WindowMeasurement
 from .noise_scale import NoiseScaleTracker, WindowStatistics, noise_logs
 from .policy import AccumulationPolicy, FixedPolicy
-from .sums import POLICY_FAILED, LocalSums, local_sums, micro_batch_weights, with_counted_items
+from .sums import POLICY_FAILED, with_counted_items
 from .timing import StepTimer
-from .window import Slice, Window, count_samples, count_target_tokens
+from .window import Window
 
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class AccumulationPart(Part):
         reference_steps: k_ref.
         cursor: Position in the data, or `None`.
         controller: k and the running averages, or `None`.
+        measurement: Takes gradient statistics, where `cursor` isn't `None`.
     """
 
     name = "accumulation"
@@ -76,12 +77,11 @@ class AccumulationPart(Part):
         self.reference_steps = 1
         self.cursor: DataCursor | None = None
         self.controller: AccumulationController | None = None
-        self.norms: MicroBatchNorms | None = None
+        self.measurement: WindowMeasurement | None = None
         self.last_window: tuple[int, int] | None = None  # k and samples
         self._division: LossDivision | None = None
         self._fetcher: WindowFetcher | None = None
         self._mean_loss = MeanLoss()
-        self._items: list[tuple[int, Any]] = []  # samples and target tokens of each slice of a measured window
         self._epoch_examples = 0
         self._initial_samples_seen = self._initial_units = 0
         self._rate_is_outdated = False
@@ -188,7 +188,7 @@ class AccumulationPart(Part):
             epoch_length=steps_in_epoch,
         )
         self.controller = self._make_controller(max_steps)
-        self.norms = MicroBatchNorms(trainer.model, args.device) if self.measures else None
+        self.measurement = WindowMeasurement(trainer, self.measures)
         self.last_window, self._rate_is_outdated = None, False
         self._mean_loss = MeanLoss()
         logger.info(
@@ -322,16 +322,6 @@ class AccumulationPart(Part):
         """Try, in the first window of a run, whether the loss is divided by the items."""
         self._division.try_on(model, window.micro_batches[0], num_items_in_batch, self.parts.measurements.restart_step)
 
-    def begin_slices(self, window: Window) -> contextlib.AbstractContextManager:
-        """Return the context in which the slices of a window run: gradient norms are taken in a measured one."""
-        self._items = []
-        return self.norms if window.measured else contextlib.nullcontext()
-
-    def begin_slice(self, piece: Slice) -> None:
-        """Count what a slice of a measured window has; before `training_step`, which may take the batch apart."""
-        shifted = self.trainer._loss_shifts_labels
-        self._items.append((count_samples(piece.inputs), count_target_tokens(piece.inputs, shifted)))
-
     def restart_step(self) -> None:
         self.controller.timer.abandon_window()
 
@@ -351,29 +341,6 @@ class AccumulationPart(Part):
         except Exception as error:
             return POLICY_FAILED, error
 
-    def measure(self, window: Window, num_items_in_batch: Any) -> tuple[float, LocalSums | None, float | None]:
-        """Return this rank's share of |g|², its other sums, and what all ranks have divided their losses by, if known.
-
-        Gradients are still scaled here: they are unscaled by the loss scale.
-        """
-        if not window.measured:
-            return 0.0, None, None
-        args, world_size = self.trainer.args, self.trainer.args.world_size
-        unscale = inverse_loss_scale(self.trainer.accelerator)
-        samples, tokens = zip(*self._items, strict=True)
-        divides_itself = loss_divides_itself(self.trainer, num_items_in_batch)
-        # Without labels the items are some of the user's: micro-batches are taken to weigh the same.
-        by_tokens = divides_itself and num_items_in_batch is not None and None not in tokens
-        total = None
-        if by_tokens and args.average_tokens_across_devices:
-            # One number a device under DataParallel, all the same.
-            total = float(torch.as_tensor(num_items_in_batch).flatten()[0])
-        items = [int(count) for count in (tokens if by_tokens else samples)]
-        shares = [piece.share for piece in window.slices]
-        weights = micro_batch_weights(items, world_size, by_tokens, total, shares)
-        square_norm = self.norms.square_norm_share(args.process_index, world_size) * unscale**2
-        return square_norm, local_sums(self.norms.finish(), items, weights, unscale / world_size), total
-
     def finish_window(
         self,
         window: Window,
@@ -390,7 +357,7 @@ class AccumulationPart(Part):
             loss: Its mean over ranks.
             next_k: k from the next window on.
             statistics: Sums over ranks.
-            divided_by: As `measure` has returned it.
+            divided_by: What all ranks have divided their losses by, if known.
             learning_rate_factor: As for `propose`.
         """
         cursor, controller = self.cursor, self.controller

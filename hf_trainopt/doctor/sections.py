@@ -276,12 +276,13 @@ def reliability(trainer: Trainer, resumed_from: str | None) -> Lines:
     lines.append(("SIGTERM, Ctrl-C", signals))
     engine = trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.XLA)
     obstacle = obstacle_to_skipping(trainer.optimizer, str(args.optim), engine)
-    if not args.max_skipped_windows:
+    limit = trainer.trainopt.skipped_steps.limit
+    if not limit:
         text = "taken, as in stock Trainer"
     elif obstacle is not None:
         text = f"taken: max_skipped_windows has no effect, since {obstacle}"
     else:
-        text = f"left out; the run stops after {args.max_skipped_windows} in a row"
+        text = f"left out; the run stops after {limit} in a row"
     return [*lines, ("steps with NaN or inf", text)]
 
 

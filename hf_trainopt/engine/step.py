@@ -30,7 +30,7 @@ def take_step(parts: Parts, stock_step: StockStep, model: torch.nn.Module, windo
         num_items: `num_items_in_batch` of the window.
 
     Returns:
-        The loss of the window, over all ranks.
+        The loss of the window, on this rank.
     """
     accumulation, timer = parts.accumulation, parts.accumulation.controller.timer
     accumulation.try_loss(model, window, num_items)
@@ -43,7 +43,7 @@ def take_step(parts: Parts, stock_step: StockStep, model: torch.nn.Module, windo
     accumulation.advance(window, num_items)
     rate = parts.learning_rate.factor()
     proposed_k, failure = accumulation.propose(rate)
-    square_norm, sums, divided_by = accumulation.measure(window, num_items)
+    square_norm, sums, divided_by = accumulation.measurement.result(window, num_items)
     agreed = agree(parts, proposed_k, window.num_samples, square_norm, sums, loss)
     if agreed.next_k == POLICY_FAILED:
         raise failure or RuntimeError("accumulation_policy has failed on rank 0, which says how.")
@@ -61,18 +61,16 @@ def run_slices(parts: Parts, stock_step: StockStep, model: torch.nn.Module, wind
     """
     trainer, accumulation, memory = parts.trainer, parts.accumulation, parts.out_of_memory
     losses, lacks = [], []
-    with accumulation.steps_shown(len(window.slices)), accumulation.begin_slices(window):
+    with accumulation.steps_shown(len(window.slices)), accumulation.measurement.begin(window):
         for index, piece in enumerate(window.slices):
             is_last = index == len(window.slices) - 1
-            if window.measured:
-                accumulation.begin_slice(piece)
+            accumulation.measurement.begin_slice(window, piece)
             lacks.append(lacks_targets(piece.inputs, trainer._loss_shifts_labels))
             trainer.current_gradient_accumulation_steps = window.divisor(piece)
             trainer.accelerator.sync_gradients = is_last
             with backward_pass(parts, model, is_last):
                 losses.append(parts.skipped_steps.run_micro_batch(memory.inputs_of_try(piece), stock_step))
-            if window.measured:
-                accumulation.norms.end_micro_batch()
+            accumulation.measurement.end_slice(window)
             if not is_last:
                 end_slice(parts, piece)
     return window_loss(losses, lacks, trainer.args.logging_nan_inf_filter)

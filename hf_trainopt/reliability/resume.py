@@ -114,8 +114,9 @@ def last_checkpoint(run_dir: str, latest: float = math.inf) -> tuple[Checkpoint,
     if chosen is None:
         why = f" ({describe_skipped(skipped)})" if skipped else ""
         raise ValueError(
-            f"resume_from_checkpoint=True found no complete checkpoint in {run_dir}{why}; leave it out to start from "
-            "scratch, or name a checkpoint."
+            # In stock's words, which others may look for.
+            f"No valid checkpoint found in output directory ({run_dir}){why}; leave resume_from_checkpoint out to "
+            "start from scratch, or name a checkpoint."
         )
     return chosen, skipped
 
@@ -132,7 +133,7 @@ def check_named(path: str) -> Checkpoint:
         remedy = "there is no complete one beside it" if other is None else f"the last complete one is {other.path}"
         if checkpoint.has_manifest:
             remedy += f" (if it was changed on purpose, delete its {MANIFEST_NAME})"
-        raise ValueError(f"the checkpoint {path} cannot be resumed from: {checkpoint.fault}; {remedy}.")
+        raise ValueError(f"Can't find a valid checkpoint at {path}: {checkpoint.fault}; {remedy}.")  # likewise
     return checkpoint
 
 

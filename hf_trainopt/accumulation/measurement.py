@@ -1,0 +1,71 @@
+"""Gradient statistics of one window, on this rank: norms and weights of its micro-batches."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+from ..core.facts import inverse_loss_scale, loss_divides_itself
+from .gradient_norms import MicroBatchNorms
+from .sums import LocalSums, local_sums, micro_batch_weights
+from .window import Slice, Window, count_samples, count_target_tokens
+
+
+class WindowMeasurement:
+    """Measures windows that are to be measured, and lets the others pass.
+
+    Args:
+        trainer: The Trainer.
+        enabled: Whether any window is.
+
+    Attributes:
+        norms: Hooks that take the norms of micro-batch gradients; `None` if nothing is measured.
+    """
+
+    def __init__(self, trainer: Any, enabled: bool):
+        self._trainer = trainer
+        self.norms = MicroBatchNorms(trainer.model, trainer.args.device) if enabled else None
+        self._items: list[tuple[int, Any]] = []  # samples and target tokens of each slice
+
+    def begin(self, window: Window) -> contextlib.AbstractContextManager:
+        """Return the context in which the slices of a window run."""
+        self._items = []
+        return self.norms if window.measured else contextlib.nullcontext()
+
+    def begin_slice(self, window: Window, piece: Slice) -> None:
+        """Count what a slice has; before `training_step`, which may take the batch apart."""
+        if window.measured:
+            tokens = count_target_tokens(piece.inputs, self._trainer._loss_shifts_labels)
+            self._items.append((count_samples(piece.inputs), tokens))
+
+    def end_slice(self, window: Window) -> None:
+        """Take in the gradient of a slice."""
+        if window.measured:
+            self.norms.end_micro_batch()
+
+    def result(self, window: Window, num_items_in_batch: Any) -> tuple[float, LocalSums | None, float | None]:
+        """Return this rank's share of |g|², its other sums, and what all ranks have divided their losses by, if known.
+
+        Gradients are still multiplied by the loss scale here; the results aren't.
+
+        Args:
+            window: The window, after its last slice.
+            num_items_in_batch: Of the window.
+        """
+        if not window.measured:
+            return 0.0, None, None
+        trainer, args = self._trainer, self._trainer.args
+        unscale = inverse_loss_scale(trainer.accelerator)
+        samples, tokens = zip(*self._items, strict=True)
+        divides_itself = loss_divides_itself(trainer, num_items_in_batch)
+        # Without labels the items are some of the user's: micro-batches are taken to weigh the same.
+        by_tokens = divides_itself and num_items_in_batch is not None and None not in tokens
+        total = None
+        if by_tokens and args.average_tokens_across_devices:
+            # One number a device under DataParallel, all the same.
+            total = float(torch.as_tensor(num_items_in_batch).flatten()[0])
+        items = [int(count) for count in (tokens if by_tokens else samples)]
+        shares = [piece.share for piece in window.slices]
+        weights = micro_batch_weights(items, args.world_size, by_tokens, total, shares)
+        square_norm = self.norms.square_norm_share(args.process_index, args.world_size) * unscale**2
+        return square_norm, local_sums(self.norms.finish(), items, weights, unscale / args.world_size), total
