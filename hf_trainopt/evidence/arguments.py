@@ -16,8 +16,9 @@ class EvidenceArgumentsMixin:
     """What a run measures of itself.
 
     Args:
-        measurements (`str` or `list[str]`, defaults to `["throughput", "memory"]`): What is logged beside the loss: a
-            list out of `throughput` and `memory`, or a text with commas; `"none"` or an empty list for nothing.
+        measurements (`str` or `list[str]`, defaults to `"auto"`): What is logged beside the loss: a list out of
+            `throughput` and `memory`, or a text with commas; `"none"` or an empty list for nothing. `"auto"`: both
+            where k varies, nothing with `accumulation_policy="fixed"`.
         target_metric (`str`, *optional*): Evaluation metric whose time to `target_value` is measured.
         target_value (`float`, *optional*): That target.
         stop_at_target (`bool`, defaults to `False`): End training once it is met.
@@ -25,10 +26,11 @@ class EvidenceArgumentsMixin:
 
     # With a factory: `HfArgumentParser` forgets a plain default of a field that may be a list.
     measurements: str | list[str] = field(
-        default_factory=lambda: list(MEASUREMENTS),
+        default_factory=lambda: ["auto"],
         metadata={
             "help": "What is logged beside the loss, as a list: throughput (seconds of training, samples and tokens a "
-            "second, FLOPs), memory (peaks by phase). Set 'none' to have none of it."
+            "second, FLOPs), memory (peaks by phase). 'auto' (the default): both where k varies, nothing with "
+            "accumulation_policy='fixed'. Set 'none' to have none of it."
         },
     )
     target_metric: str | None = field(
@@ -64,12 +66,12 @@ class EvidenceArgumentsMixin:
         parts = given if isinstance(given, list | tuple) else [given]
         if not all(isinstance(part, str) for part in parts):
             raise ValueError(
-                f"measurements is {given!r}; give a list out of {', '.join(MEASUREMENTS)}, or 'none' alone."
+                f"measurements is {given!r}; give a list out of {', '.join(MEASUREMENTS)}, or 'none' or 'auto' alone."
             )
         unknown = [name for name in self.measured if name not in MEASUREMENTS]
         if unknown:
             raise ValueError(
-                f"measurements has '{unknown[0]}'; choose out of {', '.join(MEASUREMENTS)}, or 'none' alone."
+                f"measurements has '{unknown[0]}'; choose out of {', '.join(MEASUREMENTS)}, or 'none' or 'auto' alone."
             )
         if (self.target_metric is None) != (self.target_value is None):
             given, missing = ("target_metric", "target_value")[:: 1 if self.target_value is None else -1]
@@ -87,6 +89,8 @@ class EvidenceArgumentsMixin:
         given = self.measurements or ()
         parts = [given] if isinstance(given, str) else given
         names = [name.strip() for part in parts for name in part.split(",") if name.strip()]
+        if names == ["auto"]:  # with a constant k a run is stock's unless it is asked for more
+            names = ["none"] if getattr(self, "accumulation_policy", None) == "fixed" else list(MEASUREMENTS)
         return [] if names == ["none"] else list(dict.fromkeys(names))
 
     def make_measurements(self) -> list:
