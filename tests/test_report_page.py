@@ -326,14 +326,16 @@ def test_hostile_names_in_a_comparison(tmp_path):
     assert f"Ratios to {HOSTILE}" in reader.text
 
 
-def test_what_is_missing_is_said(folders):
+def test_what_is_missing_is_said(folders, tmp_path):
     text = Reader(make_report(folders / "stock").to_html()).text
     assert "Noise scaleEfficientTrainer measures it" in text
-    assert "No training time was logged" in text
-    assert "were not logged but follow from the rate" in text
+    assert "logged no training time: it is from its train_runtime" in text
+    assert "logged no samples" in text
     both = make_report(folders / "stock", folders / "ours").to_markdown()
     assert re.search(r"\| peak memory \| not recorded \| 1\.25 GiB \|", both)
-    assert "compared on samples and steps only" in both
+    bare = write_run(tmp_path / "bare", stock_history()[:-1])
+    assert "No training time was logged" in Reader(make_report(bare).to_html()).text
+    assert "compared on samples and steps only" in make_report(bare, folders / "ours").to_markdown()
 
 
 def test_styles_do_not_leave_a_fragment(report):

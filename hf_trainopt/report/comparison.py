@@ -16,7 +16,8 @@ from hf_trainopt.compare.statistics import Estimate
 from hf_trainopt.evidence.targets import Target
 
 from .contents import IntervalPanel, Table
-from .runs import RunRecord, number, read_beside
+from .reading import model_name, read_beside, with_derived
+from .runs import Run, number
 from .summary import figure
 
 
@@ -43,8 +44,8 @@ class Comparison:
 
     folder: Path
     result: Result | None
-    runs: tuple[tuple[str, RunRecord], ...] = ()
-    others: tuple[tuple[str, RunRecord], ...] = ()
+    runs: tuple[tuple[str, Run], ...] = ()
+    others: tuple[tuple[str, Run], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -123,7 +124,7 @@ def _said(cell: str) -> str:
     return "not known" if cell == "–" else cell
 
 
-def _metric(run: RunRecord, metric: str) -> str:
+def _metric(run: Run, metric: str) -> str:
     value = run.last(metric)
     return "not recorded" if value is None else f"{value:.4f}" if math.isfinite(value) else figure(value)
 
@@ -223,18 +224,20 @@ def _read_records(folder: Path, notes: list[str]) -> Iterable[dict[str, Any]]:
     return sorted(found, key=lambda record: record["seed"])
 
 
-def _run_of(folder: Path, record: Mapping[str, Any]) -> RunRecord:
+def _run_of(folder: Path, record: Mapping[str, Any]) -> Run:
     history = record["log_history"] if isinstance(record["log_history"], list) else []
     steps = number(record.get("optimizer_steps"))
     output = folder / record["stem"]  # where the script was told to write; plan and config are there if it did
     notes: list[str] = []
-    plan, model = read_beside(output, notes)
-    return RunRecord(
+    plan, config, settings = read_beside(output, notes)
+    run = Run(
         name=record["stem"],
         folder=output,
         history=tuple(line for line in history if isinstance(line, dict)),
         state={} if steps is None else {"global_step": int(steps)},
         plan=plan,
-        model=model,
+        model=model_name(config),
+        settings=settings,
         notes=tuple(notes),
     )
+    return with_derived(run, config)

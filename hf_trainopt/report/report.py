@@ -13,7 +13,8 @@ from .arms import Arm, find_arm, group
 from .comparison import Comparison, is_comparison, read_comparison
 from .contents import Contents
 from .metrics import choose_target, evaluation_metrics
-from .runs import RunRecord, is_run, read_run
+from .reading import is_run, read_run
+from .runs import Run
 from .sections import contents
 from .summary import NOT_RECORDED
 
@@ -129,7 +130,7 @@ def make_report(
 
     Args:
         *sources: Output folders of `EfficientTrainer` or of stock `Trainer`, folders of `hf-trainopt compare`, folders
-            of such folders, or `RunRecord`s. `NAME=FOLDER` names the arm of a run.
+            of such folders, or `Run`s. `NAME=FOLDER` names the arm of a run.
         baseline: Run or arm that others are divided by; of a comparison its own, else the first, unless given.
         target_metric: Metric that time to target is measured on, as `eval_loss` or `loss`.
         target_value: The value to be reached. Without: the target of the comparison or of the runs, else the last
@@ -142,7 +143,7 @@ def make_report(
     """
     if not sources:
         raise ValueError("there is nothing to report on; name an output folder.")
-    runs: list[RunRecord] = []
+    runs: list[Run] = []
     labels: list[tuple[str, str] | None] = []
     comparisons: list[Comparison] = []
     for source in sources:
@@ -165,9 +166,9 @@ def make_report(
     )
 
 
-def _read(source: Any) -> list[tuple[RunRecord | Comparison, tuple[str, str] | None]]:
+def _read(source: Any) -> list[tuple[Run | Comparison, tuple[str, str] | None]]:
     """Return what a source has in it, each run with the arm that the user has named."""
-    if isinstance(source, RunRecord):
+    if isinstance(source, Run):
         return [(source, None)]
     folder, label = Path(source), None
     name, separator, place = str(source).partition("=")
@@ -184,13 +185,13 @@ def _read(source: Any) -> list[tuple[RunRecord | Comparison, tuple[str, str] | N
     return [(read_run(folder), label)]
 
 
-def _read_one(path: Path, label: tuple[str, str] | None) -> list[tuple[RunRecord | Comparison, Any]]:
+def _read_one(path: Path, label: tuple[str, str] | None) -> list[tuple[Run | Comparison, Any]]:
     return [(read_comparison(path), None) if is_comparison(path) else (read_run(path), label)]
 
 
 def _without_repeats(
-    runs: Sequence[RunRecord], labels: Sequence[tuple[str, str] | None]
-) -> tuple[list[RunRecord], list[tuple[str, str] | None]]:
+    runs: Sequence[Run], labels: Sequence[tuple[str, str] | None]
+) -> tuple[list[Run], list[tuple[str, str] | None]]:
     """Return the runs less those whose folder came before: named twice, or in a comparison too."""
     seen: set[Path] = set()
     kept = []

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .contents import Band, Line
-from .runs import RunRecord
+from .runs import Run
+from .settings import reference_steps
 
 
 # Points of all curves of a chart together; beyond what a screen can show they only make the page large.
@@ -40,7 +41,7 @@ def thinned(ys: np.ndarray, limit: int) -> np.ndarray:
     return np.array(sorted(kept))
 
 
-def columns(run: RunRecord, axis: str, keys: Sequence[str]) -> tuple[np.ndarray, list[np.ndarray]]:
+def columns(run: Run, axis: str, keys: Sequence[str]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return positions and values of the lines that have the first key.
 
     Args:
@@ -62,7 +63,7 @@ def columns(run: RunRecord, axis: str, keys: Sequence[str]) -> tuple[np.ndarray,
     return table[:, 0], [table[:, 1 + index] for index in range(len(keys))]
 
 
-def curve(run: RunRecord, arm: int, axis: str, key: str, limit: int, style: str = "line") -> Line | None:
+def curve(run: Run, arm: int, axis: str, key: str, limit: int, style: str = "line") -> Line | None:
     """Return a column as a curve of at most `limit` points; `None` where the run has nothing of it."""
     xs, (ys,) = columns(run, axis, [key])
     if not len(xs) or np.isnan(ys).all():
@@ -71,7 +72,36 @@ def curve(run: RunRecord, arm: int, axis: str, key: str, limit: int, style: str 
     return Line(arm, xs[kept], ys[kept], style)
 
 
-def batch_curve(run: RunRecord, arm: int, axis: str, limit: int) -> Line | None:
+def k_curve(run: Run, arm: int, axis: str, limit: int) -> Line | None:
+    """Return k; as it was set, where it cannot vary and so is not logged."""
+    steps = reference_steps(run.settings)
+    end = run.end(axis)
+    if "accumulation_steps" in run.keys or steps is None or not end:
+        return curve(run, arm, axis, "accumulation_steps", limit, "step")
+    return Line(arm, np.array([0.0, end]), np.full(2, float(steps)), "step")
+
+
+def derived_rate(run: Run, arm: int, axis: str, counts: Sequence[float | None], limit: int) -> Line | None:
+    """Return how many of something there were in a second, between each training line and the one before.
+
+    Args:
+        run: Whose log; its times are known.
+        arm: Index of its arm.
+        axis: Name in `runs.AXES`.
+        counts: For each line of the log, how many there had been by then.
+        limit: Most points.
+    """
+    lines = zip(run.history, run.positions("time"), counts, run.positions(axis), strict=True)
+    known = [row for line, *row in lines if "loss" in line and None not in row]
+    table = np.array(sorted({(0.0, 0.0, 0.0), *map(tuple, known)}))
+    # The first interval holds the warm-up, with compilation and the first reading of the data.
+    seconds, counted = np.diff(table[:, 0])[1:], np.diff(table[:, 1])[1:]
+    rates, xs = counted[seconds > 0] / seconds[seconds > 0], table[2:, 2][seconds > 0]
+    kept = thinned(rates, limit)
+    return Line(arm, xs[kept], rates[kept]) if len(xs) else None
+
+
+def batch_curve(run: Run, arm: int, axis: str, limit: int) -> Line | None:
     """Return samples of an optimizer step; where they are not logged, the mean between log lines."""
     logged = curve(run, arm, axis, "effective_batch_size", limit, "step")
     if logged is not None:
@@ -90,7 +120,7 @@ def batch_curve(run: RunRecord, arm: int, axis: str, limit: int) -> Line | None:
     return Line(arm, xs[kept], ys[kept], "step")
 
 
-def noise_curves(run: RunRecord, arm: int, axis: str, limit: int) -> tuple[list[Line], Band | None]:
+def noise_curves(run: Run, arm: int, axis: str, limit: int) -> tuple[list[Line], Band | None]:
     """Return the noise scale and its interval.
 
     Where the gradient is not resolved from zero there is no upper end: the interval is open (infinity), and the value
