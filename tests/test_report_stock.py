@@ -234,7 +234,7 @@ def test_the_report_says_what_was_divided(runs):
     for text in (report.to_markdown(), report.to_markdown(brief=True), report.to_html()):
         words = text.replace("<wbr>", "").replace("\\", "")
         assert "BertForSequenceClassification ignores num_items_in_batch" in words
-        assert "shown divided by 4, as means" in words
+        assert "logs 4 times the mean; they are shown as means" in words
     assert "ignores num_items_in_batch" not in make_report(runs / "gpt", runs / "ours").to_markdown()
 
 
@@ -269,6 +269,17 @@ def test_what_a_loss_is(settings, config, history, divisor, in_doubt):
     assert (found == MEAN) == (divisor == 1 and not in_doubt)
 
 
+def test_several_ranks_multiply_evaluated_losses_too():
+    """As measured with two processes: k = 4 of BERT began at 8 log(4), its evaluations at 2 log(4)."""
+    ranks = {"average_tokens_across_devices": True, "world_size": 2}
+    for k, ratio in ((4, 4.0), (1, 1.0)):
+        found = loss_scale({"gradient_accumulation_steps": k, **ranks}, BERT, lines_with(ratio))
+        assert [found.of(key) for key in ("loss", "grad_norm", "eval_loss", "eval_accuracy", "learning_rate")] == [
+            2 * k, 2 * k, 2, 1, 1,
+        ]  # fmt: skip
+    assert loss_scale({**ACCUMULATED, **ranks}, GPT2, lines_with(4.0)) == MEAN
+
+
 def test_a_loss_in_doubt_is_drawn_apart(runs, tmp_path):
     folder = shutil.copytree(runs / "bert", tmp_path / "doubtful")
     for path in folder.rglob("config.json"):
@@ -279,4 +290,4 @@ def test_a_loss_in_doubt_is_drawn_apart(runs, tmp_path):
     (line,) = panels["loss_0"].lines
     assert line.ys[0] == max(line["loss"] for line in read_run(folder).history if "loss" in line)
     assert rows_of(report)["train loss, last logged"][0] == "not recorded"
-    assert "it is drawn apart" in report.to_markdown()
+    assert "its training loss is drawn apart" in report.to_markdown()

@@ -3,7 +3,8 @@
 Stock `Trainer` hands `num_items_in_batch` to every model whose `forward` takes `**kwargs`, and expects the loss to be
 divided by it: it adds up the k micro-batches of a step and doesn't divide by k. In about half of these classes (BERT
 and the like) the loss is a mean of its own. Their logged `loss`, `train_loss` and `grad_norm` are k times too large,
-their `eval_loss` isn't. With several ranks and `average_tokens_across_devices`, `Trainer` multiplies by their number.
+their `eval_loss` isn't. With several ranks and `average_tokens_across_devices`, `Trainer` multiplies all of them by
+the number of ranks.
 
 No file of a run says so. It follows from k, from the class of the model and from the code of that class. The first
 evaluation confirms it: there the training loss is about k times the evaluated one.
@@ -20,8 +21,7 @@ from hf_trainopt.loss_scaling import class_ignores_num_items
 from .settings import reference_steps, settings_number
 
 
-# What is k times too large.
-SCALED_KEYS = ("loss", "train_loss", "grad_norm")
+_TRAINING = ("loss", "train_loss", "grad_norm")
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,21 @@ class LossScale:
     """How a run's training loss relates to a mean over its micro-batches.
 
     Args:
-        divisor: What the logged values are divided by to be means.
+        divisor: What losses and gradient norms of training are divided by to be means.
+        evaluated: What evaluated losses are divided by.
         in_doubt: Whether the class of the model and the logged values don't say the same: no divisor is known.
         reason: Why, in a sentence, unless they are means.
     """
 
     divisor: float = 1.0
+    evaluated: float = 1.0
     in_doubt: bool = False
     reason: str = ""
+
+    def of(self, key: str) -> float:
+        """Return what the values under a key of the log are divided by."""
+        is_evaluated = key.startswith("eval_") and key.endswith("_loss")
+        return self.divisor if key in _TRAINING else self.evaluated if is_evaluated else 1.0
 
 
 MEAN = LossScale()
@@ -57,20 +64,21 @@ def loss_scale(
     k = reference_steps(settings)
     if k is None or settings.get("label_smoothing_factor"):  # label smoothing divides by num_items_in_batch
         return MEAN
-    factor = k
-    if settings.get("average_tokens_across_devices") is True:
-        factor *= settings_number(settings, "world_size") or 1
+    averages = settings.get("average_tokens_across_devices") is True
+    ranks = (settings_number(settings, "world_size") if averages else None) or 1
+    factor = k * ranks
     if factor == 1:
         return MEAN
     name, ignores = _model_class(config)
     ratio = _ratio_to_evaluated(history)
-    is_near_mean = ratio is not None and ratio <= math.sqrt(k)
+    is_near_mean = k > 1 and ratio is not None and ratio <= math.sqrt(k)  # both are of all ranks
     logged = f"{name} ignores num_items_in_batch, so that stock Trainer logs {factor} times the mean"
+    logged += f" ({ranks} times in evaluations)" if ranks > 1 else ""
     if ignores and not is_near_mean:
-        return LossScale(float(factor), reason=logged)
+        return LossScale(float(factor), float(ranks), reason=logged)
     if ignores:
         return LossScale(in_doubt=True, reason=f"{logged}; but it is {ratio:.2g} times the first evaluated loss only")
-    if ignores is None and ratio is not None and not is_near_mean and ratio < k**1.5:
+    if ignores is None and k > 1 and ratio is not None and not is_near_mean and ratio < k**1.5:
         return LossScale(
             in_doubt=True,
             reason=f"it is {ratio:.2g} times the first evaluated loss. Stock Trainer logs {factor} times the mean for "

@@ -11,7 +11,7 @@ from hf_trainopt.evidence.targets import Crossing, Evaluation, Target, falls_whe
 from hf_trainopt.placement.plan import PlacementPlan
 
 from .clock import Clock
-from .loss_scale import MEAN, SCALED_KEYS, LossScale
+from .loss_scale import MEAN, LossScale
 from .settings import samples_per_step
 
 
@@ -63,10 +63,10 @@ class Run:
     def column(self, key: str) -> list[float | None]:
         """Return the numbers under a key, one for each line; `None` where there is none.
 
-        Training losses that are k times the mean are divided by k, and gradient norms with them.
+        Losses that are a multiple of the mean are divided by it, and gradient norms with them.
         """
         if key not in self._columns:
-            divisor = self.loss_scale.divisor if key in SCALED_KEYS else 1.0
+            divisor = self.loss_scale.of(key)
             values = (number(line.get(key)) for line in self.history)
             self._columns[key] = [None if value is None else value / divisor for value in values]
         return self._columns[key]
@@ -74,7 +74,10 @@ class Run:
     def last(self, key: str) -> float | None:
         """Return the last number under a key, finite or not; if the log has none, that of the results."""
         found = (value for value in reversed(self.column(key)) if value is not None)
-        return next(found, None) if key in self.keys else number(self.results.get(key))
+        if key in self.keys:
+            return next(found, None)
+        value = number(self.results.get(key))
+        return None if value is None else value / self.loss_scale.of(key)
 
     @functools.cached_property
     def samples_are_derived(self) -> bool:

@@ -132,10 +132,10 @@ def _loss_scales(arms: Sequence[Arm]) -> list[str]:
     for arm in arms:
         for scale in dict.fromkeys(run.loss_scale for run in arm.runs if run.loss_scale.reason):
             done = (
-                "it is drawn apart" if scale.in_doubt
-                else f"loss and gradient norm are shown divided by {scale.divisor:g}, as means"
+                "its training loss is drawn apart" if scale.in_doubt
+                else "they are shown as means, gradient norms likewise"
             )  # fmt: skip
-            text.append(f"Training loss of {arm.name}: {scale.reason}; {done}.")
+            text.append(f"Losses of {arm.name}: {scale.reason}; {done}.")
     return text
 
 
