@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_trainopt.evidence.targets import Target
 
-from . import html, markdown, plot
+from . import html, markdown, pictures
 from .arms import Arm, find_arm, group
 from .comparison import Comparison, is_comparison, read_comparison
 from .contents import Contents
@@ -38,7 +38,7 @@ class Report:
     contents: Contents
 
     def _repr_html_(self) -> str:
-        return html.fragment(self.contents)
+        return html.render(self.contents, whole=False)
 
     def __str__(self) -> str:
         return self.to_markdown()
@@ -48,7 +48,7 @@ class Report:
 
     def to_html(self) -> str:
         """Return one self-contained HTML page."""
-        return html.page(self.contents)
+        return html.render(self.contents, whole=True)
 
     def to_markdown(self, brief: bool = False) -> str:
         """Return texts and tables as Markdown.
@@ -64,7 +64,7 @@ class Report:
         Args:
             folder: Made if it is not there.
             formats: Out of `html` (report.html), `md` (report.md) and `png` (a picture for each section); all of them
-                unless given, but for pictures where matplotlib is missing.
+                unless given, without pictures where matplotlib is missing (the page then has no charts either).
 
         Returns:
             The files, the page first.
@@ -83,10 +83,10 @@ class Report:
         saved = []
         if "html" in formats:
             saved.append(_write(folder / "report.html", self.to_html()))
-        pictures = plot.save_pictures(self.contents, folder) if "png" in formats else {}
+        drawn = pictures.save_pictures(self.contents, folder) if "png" in formats else {}
         if "md" in formats:
-            saved.append(_write(folder / "report.md", markdown.markdown(self.contents, pictures)))
-        return [*saved, *(folder / name for name in pictures.values())]
+            saved.append(_write(folder / "report.md", markdown.markdown(self.contents, drawn)))
+        return [*saved, *(folder / name for name in drawn.values())]
 
 
 def _write(path: Path, text: str) -> Path:
@@ -98,9 +98,9 @@ def _write(path: Path, text: str) -> Path:
 def _formats_here() -> tuple[str, ...]:
     """Return all formats; without pictures, and with a warning, where matplotlib is missing."""
     try:
-        plot.check_matplotlib()
+        pictures.check_matplotlib()
     except ValueError:
-        logger.warning("matplotlib is not installed: the report has no PNG pictures; pip install matplotlib for them.")
+        logger.warning("matplotlib is not installed: the report has no charts; %s for them.", pictures.REMEDY)
         return tuple(name for name in FORMATS if name != "png")
     return FORMATS
 
@@ -115,7 +115,7 @@ def check_formats(formats: Sequence[str]) -> None:
     if unknown or not formats:
         raise ValueError(f"formats has '{', '.join(unknown)}'; choose from {', '.join(FORMATS)}.")
     if "png" in formats:
-        plot.check_matplotlib()
+        pictures.check_matplotlib()
 
 
 def make_report(
