@@ -16,7 +16,7 @@ from .theme import arm_dashes, arm_name, light, part_name
 WIDTH, HEIGHT = 400, 250
 _ROW = 36
 # Width of a character of the size 12, on average.
-_CHARACTER = 6.9
+_CHARACTER = 6.4
 
 # What the `gid` of an artist begins with: the class of its element on a page and, behind |, a text for the mouse.
 CLASS = "class:"
@@ -136,7 +136,7 @@ def _intervals(axes: Any, panel: IntervalPanel) -> None:
     axes.axvline(1, color=light("ink"), linewidth=1.3, zorder=1)
     for row, (label, arm, ratio, lower, upper) in enumerate(panel.points):
         text = interval_text(ratio, lower, upper)
-        _row_text(axes, row, _shortened(label, _CHARACTER * (len(text) + 2)), "left")
+        _row_text(axes, row, _shortened(label, _CHARACTER * (len(text) + 1)), "left")
         _row_text(axes, row, text, "right")
         colour = light(arm_name(arm or 0))
         if not (math.isnan(lower) or math.isnan(upper)):

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_trainopt.compare.arms import STOCK
-from hf_trainopt.compare.comparison import RATIOS, SCHEMA_VERSION, ArmResult
-from hf_trainopt.compare.comparison import Comparison as Result
+from hf_trainopt.compare.comparison import RATIOS, SCHEMA_VERSION, ArmResult, Comparison
 from hf_trainopt.compare.records import RECORD_FORMAT
 from hf_trainopt.compare.render import machine_words, ratio_rows, ratio_words, target_words, value_rows
 from hf_trainopt.compare.statistics import Estimate
@@ -30,8 +29,8 @@ _RISING = ("throughput",)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A folder of `hf-trainopt compare`.
+class ComparisonFolder:
+    """What is in a folder of `hf-trainopt compare`.
 
     Args:
         folder: The folder.
@@ -43,7 +42,7 @@ class Comparison:
     """
 
     folder: Path
-    result: Result | None
+    result: Comparison | None
     runs: tuple[tuple[str, Run], ...] = ()
     others: tuple[tuple[str, Run], ...] = ()
     notes: tuple[str, ...] = ()
@@ -100,7 +99,7 @@ class Comparison:
                 estimate = arm.ratios.get(quantity)
                 if estimate is None or estimate.value is None:
                     continue
-                text = self._label(quantity, label) + (f": {arm.name}" if len(compared) > 1 else "")
+                text = (f"{arm.name}: " if len(compared) > 1 else "") + self._label(quantity, label)
                 points.append((text, arms.get(arm.name), estimate.value, *_ends(estimate)))
         if not points:
             return None
@@ -148,7 +147,7 @@ def is_comparison(folder: Path) -> bool:
     return (folder / RESULT_NAME).is_file() or any((folder / RECORDS_NAME).glob("*.json"))
 
 
-def read_comparison(folder: Path) -> Comparison:
+def read_comparison(folder: Path) -> ComparisonFolder:
     """Read a folder of `hf-trainopt compare`.
 
     Raises:
@@ -165,7 +164,7 @@ def read_comparison(folder: Path) -> Comparison:
         notes.append(f"{failed} {'run has' if failed == 1 else 'runs have'} failed; see {RECORDS_NAME}/.")
     runs = [(record["arm"]["name"], _run_of(folder, record)) for record in finished]
     if result is None:
-        return Comparison(folder, None, tuple(runs), notes=tuple(notes))
+        return ComparisonFolder(folder, None, tuple(runs), notes=tuple(notes))
     names = [arm.name for arm in result.arms]
     compared = {(arm.name, seed) for arm in result.arms for seed in arm.seeds}
     pairs = list(zip(runs, (record["seed"] for record in finished), strict=True))
@@ -174,17 +173,17 @@ def read_comparison(folder: Path) -> Comparison:
     others = [pair for pair, seed in pairs if (pair[0], seed) not in compared]
     if len(of_arms) < sum(len(arm.seeds) for arm in result.arms):
         notes.append(f"Not all runs have a record in {RECORDS_NAME}/; curves are of those that have one.")
-    return Comparison(folder, result, tuple(of_arms), tuple(others), tuple(notes))
+    return ComparisonFolder(folder, result, tuple(of_arms), tuple(others), tuple(notes))
 
 
-def _read_result(path: Path) -> Result:
+def _read_result(path: Path) -> Comparison:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is {values.get('schema_version')}, not {SCHEMA_VERSION}")
         target = Target(**values["target"]) if values["target"] is not None else None
         arms = [_arm_of(arm) for arm in values["arms"]]
-        result = Result(
+        result = Comparison(
             str(values["script"]), str(values["baseline"]), target, arms, values["machine"], values["versions"]
         )
         # Whatever is missing deeper inside shows here and not half way through a page.

@@ -10,7 +10,7 @@ from hf_trainopt.evidence.targets import Target
 
 from . import html, markdown, pictures
 from .arms import Arm, find_arm, group
-from .comparison import Comparison, is_comparison, read_comparison
+from .comparison import ComparisonFolder, is_comparison, read_comparison
 from .contents import Contents
 from .metrics import choose_target, evaluation_metrics
 from .reading import is_run, read_run
@@ -145,10 +145,10 @@ def make_report(
         raise ValueError("there is nothing to report on; name an output folder.")
     runs: list[Run] = []
     labels: list[tuple[str, str] | None] = []
-    comparisons: list[Comparison] = []
+    comparisons: list[ComparisonFolder] = []
     for source in sources:
         for found, label in _read(source):
-            if isinstance(found, Comparison):
+            if isinstance(found, ComparisonFolder):
                 comparisons.append(found)
                 runs += [run for _, run in found.runs]
                 labels += [(str(found.folder.resolve()), name) for name, _ in found.runs]
@@ -166,7 +166,7 @@ def make_report(
     )
 
 
-def _read(source: Any) -> list[tuple[Run | Comparison, tuple[str, str] | None]]:
+def _read(source: Any) -> list[tuple[Run | ComparisonFolder, tuple[str, str] | None]]:
     """Return what a source has in it, each run with the arm that the user has named."""
     if isinstance(source, Run):
         return [(source, None)]
@@ -185,7 +185,7 @@ def _read(source: Any) -> list[tuple[Run | Comparison, tuple[str, str] | None]]:
     return [(read_run(folder), label)]
 
 
-def _read_one(path: Path, label: tuple[str, str] | None) -> list[tuple[Run | Comparison, Any]]:
+def _read_one(path: Path, label: tuple[str, str] | None) -> list[tuple[Run | ComparisonFolder, Any]]:
     return [(read_comparison(path), None) if is_comparison(path) else (read_run(path), label)]
 
 
@@ -203,7 +203,7 @@ def _without_repeats(
     return [run for run, _ in kept], [label for _, label in kept]
 
 
-def _baseline(arms: Sequence[Arm], name: str | None, comparisons: Sequence[Comparison]) -> Arm | None:
+def _baseline(arms: Sequence[Arm], name: str | None, comparisons: Sequence[ComparisonFolder]) -> Arm | None:
     if name is not None:
         return find_arm(arms, name)
     if len(arms) < 2:
@@ -220,7 +220,7 @@ def _given_target(
     metric: str | None,
     value: float | None,
     greater_is_better: bool | None,
-    comparisons: Sequence[Comparison],
+    comparisons: Sequence[ComparisonFolder],
 ) -> Target | None:
     """Return the target that the user has given, else that of the first comparison."""
     if (metric is None) != (value is None):
@@ -233,7 +233,7 @@ def _given_target(
     return own if own is not None and own.metric in evaluation_metrics(arms) else None
 
 
-def _title(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> str:
+def _title(arms: Sequence[Arm], comparisons: Sequence[ComparisonFolder]) -> str:
     folders = {run.folder.parent if run.folder is not None else None for arm in arms for run in arm.runs}
     if len(comparisons) == 1 and folders <= {comparisons[0].folder}:
         result = comparisons[0].result

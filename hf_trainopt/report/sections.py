@@ -9,7 +9,7 @@ from hf_trainopt.placement.plan import PlacementPlan, StageChoice, describe
 from hf_trainopt.placement.render import percent, words
 
 from .arms import Arm
-from .comparison import Comparison
+from .comparison import ComparisonFolder
 from .contents import Contents, Section, Table
 from .metrics import common_axis, evaluation_metrics, main_metric, without_axis
 from .panels import (
@@ -45,7 +45,7 @@ def contents(
     baseline: Arm | None = None,
     target: Target | None = None,
     no_target: str | None = None,
-    comparisons: Sequence[Comparison] = (),
+    comparisons: Sequence[ComparisonFolder] = (),
 ) -> Contents:
     """Return a report of arms.
 
@@ -328,14 +328,14 @@ def _choice(choice: StageChoice, count: int) -> str:
     ]
 
 
-def _comparison(comparison: Comparison, index: int, arms: Sequence[Arm]) -> Section:
+def _comparison(comparison: ComparisonFolder, index: int, arms: Sequence[Arm]) -> Section:
     name = "comparison" if index == 0 else f"comparison_{index + 1}"
     title = "Comparison" if index == 0 else f"Comparison in {comparison.folder}"
     panel = comparison.panel(name, _colours(comparison, arms))
     return Section(name, title, comparison.text(), comparison.tables(), (panel,) if panel is not None else ())
 
 
-def _colours(comparison: Comparison, arms: Sequence[Arm]) -> dict[str, int]:
+def _colours(comparison: ComparisonFolder, arms: Sequence[Arm]) -> dict[str, int]:
     """Return the index of each of a comparison's arms among all arms."""
     places = {run.folder: index for index, arm in enumerate(arms) for run in arm.runs}
     return {name: places[run.folder] for name, run in comparison.runs if run.folder in places}
