@@ -142,6 +142,14 @@ def test_gaps_stay_gaps():
     assert "nan" not in svg(panel_of(1.0, np.nan, 2.0))
 
 
+def test_long_curves_are_short_in_a_drawing():
+    ys = np.random.default_rng(0).normal(size=20_000)
+    band = Band(0, np.arange(20_000.0), ys + 8, np.where(ys > 1, np.inf, ys + 11))
+    text = svg(panel_of(*(ys + 10), scale="log", bands=(band,)))
+    assert len(text) < 120_000
+    assert len(of_class(ElementTree.fromstring(text), "band", "open")) == 1
+
+
 def test_steps_hold_until_the_next_value():
     line = Line(0, np.array([0.0, 1.0, 2.0]), np.array([1.0, 2.0, 4.0]), "step")
     (curve,) = of_class(drawn(LinePanel("n", "t", "x", "y", (line,), scale="log2")), "curve", "step")

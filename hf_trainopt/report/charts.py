@@ -1,6 +1,8 @@
 """Draws charts into axes of matplotlib."""
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,9 @@ _CHARACTER = 6.4
 # What the `gid` of an artist begins with: the class of its element on a page and, behind |, a text for the mouse.
 CLASS = "class:"
 
+# Points of all curves of a chart together; beyond what a screen can show they only make the page large.
+_POINTS = 3000
+
 _BASE = {"log": 10, "log2": 2}
 
 
@@ -29,6 +34,27 @@ def height(panel: Panel) -> float:
     if isinstance(panel, LinePanel):
         return HEIGHT
     return 44 + _ROW * len(panel.bars if isinstance(panel, BarPanel) else panel.points)
+
+
+def thinned(ys: np.ndarray, limit: int) -> np.ndarray:
+    """Return the indices of at most `limit` points (4 at least) that keep the shape of a curve.
+
+    The first and the last point stay, and of each of equally long stretches between them the lowest and the highest,
+    so that no peak is lost; of a stretch without a number its first point, so that the gap is kept.
+    """
+    count = len(ys)
+    limit = max(4, limit)
+    if count <= limit:
+        return np.arange(count)
+    edges = np.linspace(1, count - 1, (limit - 2) // 2 + 1).astype(int)
+    kept = {0, count - 1}
+    for start, end in itertools.pairwise(edges):
+        part = ys[start:end]
+        if len(part) and not np.isnan(part).all():
+            kept |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
+        elif len(part):
+            kept.add(int(start))
+    return np.array(sorted(kept))
 
 
 def draw(axes: Any, panel: Panel) -> None:
@@ -56,7 +82,10 @@ def depth(line: Line) -> int:
 def _lines(axes: Any, panel: LinePanel) -> None:
     scale, (left, right), (low, high) = limits(panel)
     axes.set_yscale("linear" if scale == "linear" else "log", **({} if scale == "linear" else {"base": _BASE[scale]}))
+    room = max(60, _POINTS // max(1, len(panel.lines) + len(panel.bands)))
     for band in panel.bands:
+        # By the upper end: neither the widest nor the open intervals may be thinned away.
+        band = _at(band, thinned(band.high, room))
         is_open = np.isinf(band.high)
         bottom = np.where(band.low > 0, band.low, low)
         top = np.where(is_open, high, np.minimum(band.high, 2 * high))
@@ -65,7 +94,7 @@ def _lines(axes: Any, panel: LinePanel) -> None:
             axes.fill_between(band.xs, bottom, top, where=where & ~np.isnan(bottom) & ~np.isnan(top), alpha=alpha,
                               color=light(arm_name(band.arm)), linewidth=0, gid=CLASS + kind)  # fmt: skip
     for line in sorted(panel.lines, key=depth):
-        _curve(axes, line)
+        _curve(axes, _at(line, thinned(line.ys, room)))
     if panel.level is not None and low <= panel.level[0] <= high:
         value, text = panel.level
         axes.axhline(value, color=light("ink"), linestyle=(0, (5, 4)), linewidth=1)
@@ -78,6 +107,12 @@ def _lines(axes: Any, panel: LinePanel) -> None:
     set_ticks(axes.xaxis, "linear", (left, right))
     set_ticks(axes.yaxis, scale, (low, high))
     axes.grid(True, axis="y")
+
+
+def _at(curve: Any, indices: np.ndarray) -> Any:
+    """Return some points of a curve or a band."""
+    arrays = {name: value[indices] for name, value in vars(curve).items() if isinstance(value, np.ndarray)}
+    return replace(curve, **arrays)
 
 
 def _curve(axes: Any, line: Line) -> None:

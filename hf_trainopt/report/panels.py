@@ -12,7 +12,7 @@ from .arms import Arm
 from .contents import BarPanel, Line, LinePanel
 from .runs import Run
 from .seeds import with_medians
-from .series import batch_curve, curve, derived_rate, k_curve, noise_curves, points_per_curve
+from .series import batch_curve, curve, derived_rate, k_curve, noise_curves
 from .summary import PHASES, figure, measured_peak, size_unit, time_unit
 
 
@@ -67,7 +67,7 @@ def line_panel(
     ylabel: str,
     style: str = "line",
     scale: str = "linear",
-    make: Callable[[Run, int, str, int], Line | None] | None = None,
+    make: Callable[[Run, int, str], Line | None] | None = None,
 ) -> LinePanel | None:
     """Return a chart of one column of the log; `None` where no run has it.
 
@@ -80,12 +80,11 @@ def line_panel(
         ylabel: Values with their unit.
         style: Of the curves.
         scale: Of the values.
-        make: Makes the curve from run, arm, axis and the most points it may have, in place of the column's.
+        make: Makes the curve from run, arm and axis, in place of the column's.
     """
     runs = every_run(arms)
-    limit = points_per_curve(len(runs))
-    make = make or (lambda run, arm, axis, limit: curve(run, arm, axis, key, limit, style))
-    found = [make(run, arm, axis, limit) for arm, run in runs if run.has_axis(axis)]
+    make = make or (lambda run, arm, axis: curve(run, arm, axis, key, style))
+    found = [make(run, arm, axis) for arm, run in runs if run.has_axis(axis)]
     divisor, xlabel = axis_scale(arms, axis)
     lines = tuple(_rescaled(line, divisor) for line in found if line is not None)
     if not lines:
@@ -94,19 +93,19 @@ def line_panel(
     return LinePanel(name, title, xlabel, ylabel, tuple(with_medians(lines)), scale=scale, summary=summary)
 
 
-def rate_curve(key: str) -> Callable[[Run, int, str, int], Line | None]:
+def rate_curve(key: str) -> Callable[[Run, int, str], Line | None]:
     """Return what makes the curve of a rate, without the lines at ends of `train`: these have the whole run's mean.
 
     For a run that logs no rate but whose times are known otherwise it is the count between two lines over the time.
     """
 
-    def make(run: Run, arm: int, axis: str, limit: int) -> Line | None:
+    def make(run: Run, arm: int, axis: str) -> Line | None:
         if key not in run.keys and run.time_is_derived and not run.clock.is_uniform:
             counts = {"samples_per_second": run.positions("samples"),
                       "tokens_per_second": run.column("num_input_tokens_seen")}  # fmt: skip
-            return derived_rate(run, arm, axis, counts[key], limit) if key in counts else None
+            return derived_rate(run, arm, axis, counts[key]) if key in counts else None
         lines = tuple(line for line in run.history if not is_last_line(line))
-        return curve(replace(run, history=lines), arm, axis, key, limit)
+        return curve(replace(run, history=lines), arm, axis, key)
 
     return make
 
@@ -114,9 +113,8 @@ def rate_curve(key: str) -> Callable[[Run, int, str, int], Line | None]:
 def loss_panel(arms: Sequence[Arm], axis: str, metric: str | None, target: Target | None) -> LinePanel | None:
     """Return training loss and evaluations over one axis."""
     runs = [(arm, run) for arm, run in every_run(arms) if run.has_axis(axis)]
-    limit = points_per_curve(2 * len(runs))
-    train = [curve(run, arm, axis, "loss", limit, "faint") for arm, run in runs if not run.loss_scale.in_doubt]
-    evaluated = [curve(run, arm, axis, metric, limit, "marked") for arm, run in runs] if metric else []
+    train = [curve(run, arm, axis, "loss", "faint") for arm, run in runs if not run.loss_scale.in_doubt]
+    evaluated = [curve(run, arm, axis, metric, "marked") for arm, run in runs] if metric else []
     divisor, xlabel = axis_scale(arms, axis)
     lines = [_rescaled(line, divisor) for line in (*train, *evaluated) if line is not None]
     if not lines:
@@ -139,8 +137,7 @@ def loss_panel(arms: Sequence[Arm], axis: str, metric: str | None, target: Targe
 def doubtful_loss_panel(arms: Sequence[Arm], index: int) -> LinePanel | None:
     """Return the training loss of an arm of which nobody knows what it is k times of; `None` for any other arm."""
     runs = [run for run in arms[index].runs if run.loss_scale.in_doubt]
-    limit = points_per_curve(len(runs))
-    lines = [line for run in runs if (line := curve(run, index, "steps", "loss", limit, "faint")) is not None]
+    lines = [line for run in runs if (line := curve(run, index, "steps", "loss", "faint")) is not None]
     if not lines:
         return None
     title = f"Training loss of {arms[index].name}, as logged"
@@ -151,12 +148,11 @@ def doubtful_loss_panel(arms: Sequence[Arm], index: int) -> LinePanel | None:
 def noise_panel(arms: Sequence[Arm], axis: str) -> LinePanel | None:
     """Return the noise scale with its interval."""
     runs = every_run(arms)
-    limit = points_per_curve(3 * len(runs))
     divisor, xlabel = axis_scale(arms, axis)
     lines, bands = [], []
     for arm, run in runs:
         if "noise_scale_low" in run.keys or "noise_scale" in run.keys:
-            found, band = noise_curves(run, arm, axis, limit)
+            found, band = noise_curves(run, arm, axis)
             lines += [_rescaled(line, divisor) for line in found]
             bands += [band] if band is not None else []
     if not lines and not bands:
