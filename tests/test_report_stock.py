@@ -19,6 +19,7 @@ from hf_trainopt.report.clock import clock_of_history
 from hf_trainopt.report.loss_scale import MEAN, loss_scale
 from hf_trainopt.report.reading import read_run
 from hf_trainopt.report.settings import read_settings
+from hf_trainopt.report.summary import figure
 
 
 pytest.importorskip("tensorboard")
@@ -192,6 +193,16 @@ def test_events_of_another_run_are_left_out(runs, tmp_path):
     assert run.clock.is_uniform
 
 
+@pytest.mark.parametrize("keep", [0, 40, 700])
+def test_event_files_that_end_early(runs, tmp_path, keep):
+    folder = shutil.copytree(runs / "bert", tmp_path / "run")
+    (path,) = folder.glob("runs/*/events*")
+    path.write_bytes(path.read_bytes()[:keep] + b"garbage" * 20)
+    run = read_run(folder)
+    assert run.end("steps") == 12
+    assert run.has_axis("time")
+
+
 def test_without_tensorboard_the_whole_time_is_known(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing", None)
     run = read_run(runs / "bert")
@@ -234,7 +245,7 @@ def test_the_report_says_what_was_divided(runs):
     for text in (report.to_markdown(), report.to_markdown(brief=True), report.to_html()):
         words = text.replace("<wbr>", "").replace("\\", "")
         assert "BertForSequenceClassification ignores num_items_in_batch" in words
-        assert "logs 4 times the mean; they are shown as means" in words
+        assert "so stock Trainer logs 4 times the mean loss. Shown are means" in words
     assert "ignores num_items_in_batch" not in make_report(runs / "gpt", runs / "ours").to_markdown()
 
 
@@ -274,9 +285,8 @@ def test_several_ranks_multiply_evaluated_losses_too():
     ranks = {"average_tokens_across_devices": True, "world_size": 2}
     for k, ratio in ((4, 4.0), (1, 1.0)):
         found = loss_scale({"gradient_accumulation_steps": k, **ranks}, BERT, lines_with(ratio))
-        assert [found.of(key) for key in ("loss", "grad_norm", "eval_loss", "eval_accuracy", "learning_rate")] == [
-            2 * k, 2 * k, 2, 1, 1,
-        ]  # fmt: skip
+        keys = ("loss", "grad_norm", "eval_loss", "eval_accuracy", "learning_rate")
+        assert [8 / found.apply(key, 8.0) for key in keys] == [2 * k, 2 * k, 2, 1, 1]
     assert loss_scale({**ACCUMULATED, **ranks}, GPT2, lines_with(4.0)) == MEAN
 
 
@@ -289,5 +299,8 @@ def test_a_loss_in_doubt_is_drawn_apart(runs, tmp_path):
     assert {line.arm for line in panels["loss_samples"].lines if line.style == "faint"} == {1}
     (line,) = panels["loss_0"].lines
     assert line.ys[0] == max(line["loss"] for line in read_run(folder).history if "loss" in line)
-    assert rows_of(report)["train loss, last logged"][0] == "not recorded"
-    assert "its training loss is drawn apart" in report.to_markdown()
+    assert {line.arm for line in panels["grad_norm"].lines} == {1}
+    rows = rows_of(report)
+    assert rows["train loss, last logged"][0] == rows["the same, mean or sum over k"][1] == "not recorded"
+    assert rows["the same, mean or sum over k"][0] == figure(line.ys[-1])
+    assert "is drawn apart, as it was logged" in report.to_markdown()

@@ -55,7 +55,7 @@ def clock_of_events(lines: Sequence[tuple[float, Mapping[str, Any]]]) -> Clock |
         # An evaluation is logged when it is over.
         evaluations += _evaluation_seconds(line)
         marks.append((line["step"], wall - evaluations))
-    return _clock(marks, "the wall times in its TensorBoard events")
+    return _clock(marks, "the wall times of its TensorBoard events")
 
 
 def clock_of_history(history: Sequence[Mapping[str, Any]], is_resumed: bool) -> Clock | None:

@@ -40,10 +40,12 @@ class LossScale:
     in_doubt: bool = False
     reason: str = ""
 
-    def of(self, key: str) -> float:
-        """Return what the values under a key of the log are divided by."""
+    def apply(self, key: str, value: float | None) -> float | None:
+        """Return a logged value as a mean; `None` if it is in doubt whether it is one."""
+        if value is None or (self.in_doubt and key in _TRAINING):
+            return None
         is_evaluated = key.startswith("eval_") and key.endswith("_loss")
-        return self.divisor if key in _TRAINING else self.evaluated if is_evaluated else 1.0
+        return value / (self.divisor if key in _TRAINING else self.evaluated if is_evaluated else 1.0)
 
 
 MEAN = LossScale()
@@ -72,18 +74,21 @@ def loss_scale(
     name, ignores = _model_class(config)
     ratio = _ratio_to_evaluated(history)
     is_near_mean = k > 1 and ratio is not None and ratio <= math.sqrt(k)  # both are of all ranks
-    logged = f"{name} ignores num_items_in_batch, so that stock Trainer logs {factor} times the mean"
-    logged += f" ({ranks} times in evaluations)" if ranks > 1 else ""
     if ignores and not is_near_mean:
-        return LossScale(float(factor), float(ranks), reason=logged)
+        evaluations = f", in evaluations {ranks} times" if ranks > 1 else ""
+        reason = f"{name} ignores num_items_in_batch, so stock Trainer logs {factor} times the mean loss{evaluations}"
+        return LossScale(float(factor), float(ranks), reason=reason)
     if ignores:
-        return LossScale(in_doubt=True, reason=f"{logged}; but it is {ratio:.2g} times the first evaluated loss only")
-    if ignores is None and k > 1 and ratio is not None and not is_near_mean and ratio < k**1.5:
+        reason = f"{name} ignores num_items_in_batch, so stock Trainer should have logged {factor} times the mean loss"
         return LossScale(
-            in_doubt=True,
-            reason=f"it is {ratio:.2g} times the first evaluated loss. Stock Trainer logs {factor} times the mean for "
-            "models that ignore num_items_in_batch, and the class of this model isn't known",
+            in_doubt=True, reason=f"{reason}; but that is {ratio:.2g} times the first evaluated loss only"
         )
+    if ignores is None and k > 1 and ratio is not None and not is_near_mean and ratio < k**1.5:
+        reason = (
+            f"the training loss is {ratio:.2g} times the first evaluated loss. For models that ignore "
+            f"num_items_in_batch, stock Trainer logs {factor} times the mean, and the class of this model isn't known"
+        )
+        return LossScale(in_doubt=True, reason=reason)
     return MEAN
 
 

@@ -113,7 +113,7 @@ def rate_curve(key: str) -> Callable[[Run, int, str], Line | None]:
 def loss_panel(arms: Sequence[Arm], axis: str, metric: str | None, target: Target | None) -> LinePanel | None:
     """Return training loss and evaluations over one axis."""
     runs = [(arm, run) for arm, run in every_run(arms) if run.has_axis(axis)]
-    train = [curve(run, arm, axis, "loss", "faint") for arm, run in runs if not run.loss_scale.in_doubt]
+    train = [curve(run, arm, axis, "loss", "faint") for arm, run in runs]
     evaluated = [curve(run, arm, axis, metric, "marked") for arm, run in runs] if metric else []
     divisor, xlabel = axis_scale(arms, axis)
     lines = [_rescaled(line, divisor) for line in (*train, *evaluated) if line is not None]
@@ -136,8 +136,8 @@ def loss_panel(arms: Sequence[Arm], axis: str, metric: str | None, target: Targe
 
 def doubtful_loss_panel(arms: Sequence[Arm], index: int) -> LinePanel | None:
     """Return the training loss of an arm of which nobody knows what it is k times of; `None` for any other arm."""
-    runs = [run for run in arms[index].runs if run.loss_scale.in_doubt]
-    lines = [line for run in runs if (line := curve(run, index, "steps", "loss", "faint")) is not None]
+    runs = [run.as_logged for run in arms[index].runs if run.loss_scale.in_doubt]
+    lines = [line for run in runs if (line := curve(run, index, "steps", "loss")) is not None]
     if not lines:
         return None
     title = f"Training loss of {arms[index].name}, as logged"

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +63,16 @@ class Run:
     def column(self, key: str) -> list[float | None]:
         """Return the numbers under a key, one for each line; `None` where there is none.
 
-        Losses that are a multiple of the mean are divided by it, and gradient norms with them.
+        Losses and gradient norms that are a multiple of the mean are divided by it; in doubt there are none.
         """
         if key not in self._columns:
-            divisor = self.loss_scale.of(key)
-            values = (number(line.get(key)) for line in self.history)
-            self._columns[key] = [None if value is None else value / divisor for value in values]
+            self._columns[key] = [self.loss_scale.apply(key, number(line.get(key))) for line in self.history]
         return self._columns[key]
 
     def last(self, key: str) -> float | None:
         """Return the last number under a key, finite or not; if the log has none, that of the results."""
         found = (value for value in reversed(self.column(key)) if value is not None)
-        if key in self.keys:
-            return next(found, None)
-        value = number(self.results.get(key))
-        return None if value is None else value / self.loss_scale.of(key)
+        return next(found, None) if key in self.keys else self.loss_scale.apply(key, number(self.results.get(key)))
 
     @functools.cached_property
     def samples_are_derived(self) -> bool:
@@ -138,6 +133,11 @@ class Run:
     def end(self, axis: str) -> float | None:
         """Return how far the run went on an axis."""
         return max((value for value in self.positions(axis) if value is not None), default=None)
+
+    @property
+    def as_logged(self) -> "Run":
+        """The run with its losses as they were logged."""
+        return replace(self, loss_scale=MEAN)
 
     # ---- Targets ---------------------------------------------------------------------------------------------------
 

@@ -102,7 +102,8 @@ def _summary(arms: Sequence[Arm], baseline: Arm | None) -> Section:
     derived = [arm.name for arm in arms if any(run.samples_are_derived for run in arm.runs)]
     if derived:
         text.append(
-            f"{_names(derived)} logged no samples: they are those of the whole run, or of a full step, per step."
+            f"Samples of {_names(derived)} weren't logged: they follow from those of the whole run, or from the batch "
+            "that was set."
         )
     text += _clocks(arms)
     text += _loss_scales(arms)
@@ -121,21 +122,21 @@ def _clocks(arms: Sequence[Arm]) -> list[str]:
         for source in dict.fromkeys(run.clock.source for run in arm.runs if run.time_is_derived):
             names.setdefault(source, []).append(arm.name)
     return [
-        f"{_names(of)} logged no training time: it is from {source}, less evaluations, saves and warm-up included."
+        f"Training time of {_names(of)} wasn't logged. It is from {source}: no evaluations, but saves and warm-up."
         for source, of in names.items()
     ]
 
 
 def _loss_scales(arms: Sequence[Arm]) -> list[str]:
-    """Return which training losses are not shown as they were logged, and why."""
+    """Return which training losses are not shown as they were logged, or apart, and why."""
     text = []
     for arm in arms:
         for scale in dict.fromkeys(run.loss_scale for run in arm.runs if run.loss_scale.reason):
             done = (
-                "its training loss is drawn apart" if scale.in_doubt
-                else "they are shown as means, gradient norms likewise"
+                "The training loss is drawn apart, as it was logged; the gradient norm isn't drawn" if scale.in_doubt
+                else "Shown are means, of gradient norms too"
             )  # fmt: skip
-            text.append(f"Losses of {arm.name}: {scale.reason}; {done}.")
+            text.append(f"Loss of {arm.name}: {scale.reason}. {done}.")
     return text
 
 

@@ -170,7 +170,8 @@ def measures(arms: Sequence[Arm]) -> list[Measure]:
         Measure("epochs", _last("epoch"), compared=False),
         Measure("training time", lambda run: run.end("time"), "s"),
         Measure("whole run, evaluations and saves included", _of_whole_run("train_runtime"), "s"),
-        Measure("train loss, last logged", lambda run: None if run.loss_scale.in_doubt else run.last("loss")),
+        Measure("train loss, last logged", _last("loss")),
+        Measure("the same, mean or sum over k", _doubtful_loss, compared=False),
     ]
     for metric in evaluation_metrics(arms):
         rows.append(Measure(f"{metric}, last", _last(metric)))
@@ -198,6 +199,10 @@ def tokens(run: Run) -> float | None:
     """Return the tokens that a run was counting (`include_num_input_tokens_seen`)."""
     counted = run.last("num_input_tokens_seen")
     return counted if counted is not None else number(run.state.get("num_input_tokens_seen")) or None
+
+
+def _doubtful_loss(run: Run) -> float | None:
+    return run.as_logged.last("loss") if run.loss_scale.in_doubt else None
 
 
 def _last_k(run: Run) -> float | None:
