@@ -364,6 +364,15 @@ def test_hostile_names_in_a_comparison(tmp_path):
     assert f"Ratios to {HOSTILE}" in reader.text
 
 
+def test_names_that_no_xml_can_hold(tmp_path, recwarn):
+    name = "a\x1b\udce9\ufffe 名前"
+    logs = {name: [our_history()] * 2, "ours": [our_history(10, 0.3)] * 2, "more": [our_history(10, 0.4)] * 2}
+    report = make_report(write_comparison(tmp_path / "c", logs), baseline="ours")
+    assert len(report.save(tmp_path / "out")) > 5
+    assert "名前" in (tmp_path / "out" / "report.html").read_text()
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
 def test_what_is_missing_is_said(folders, tmp_path):
     text = Reader(make_report(folders / "stock").to_html()).text
     assert "Noise scaleEfficientTrainer measures it" in text

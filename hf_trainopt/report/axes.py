@@ -37,10 +37,10 @@ def limits(panel: LinePanel) -> tuple[str, tuple[float, float], tuple[float, flo
 
 def _padded(low: float, high: float, scale: str = "linear") -> tuple[float, float]:
     """Return the ends of a linear axis: 4 % beyond the values, but not below zero if none is."""
-    if not high - low > max(1e-9 * max(abs(low), abs(high)), 1e-290):
-        pad = abs(low) * 0.1 if abs(low) > 1e-290 else 1.0
-    else:
-        pad = 0.04 * (high - low)
+    size = max(abs(low), abs(high))
+    pad = 0.04 * (high - low) if high - low > 1e-9 * size else 0.1 * size
+    if size < 1e-280:  # too small for matplotlib's ticks
+        pad = 1.0
     return (0.0 if 0 <= low < pad else low - pad), high + pad
 
 

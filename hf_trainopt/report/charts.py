@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -60,7 +61,7 @@ def thinned(ys: np.ndarray, limit: int) -> np.ndarray:
 def draw(axes: Any, panel: Panel) -> None:
     """Draw a chart, without its title."""
     {LinePanel: _lines, BarPanel: _bars, IntervalPanel: _intervals}[type(panel)](axes, panel)
-    axes.set_xlabel(panel.xlabel)
+    axes.set_xlabel(printable(panel.xlabel))
 
 
 def dashes(arm: int) -> Any:
@@ -68,10 +69,15 @@ def dashes(arm: int) -> Any:
     return (0, arm_dashes(arm)) if arm_dashes(arm) else "-"
 
 
+def printable(text: str) -> str:
+    """Return a text without what XML has no place for: control characters, halves of surrogate pairs."""
+    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
+
+
 def _shortened(text: str, taken: float = 0.0) -> str:
     """Return a text cut to what a row has room for, some of which is taken."""
     count = max(4, int((WIDTH - 16 - taken) / _CHARACTER))
-    return text if len(text) <= count else text[: count - 1] + "…"
+    return printable(text if len(text) <= count else text[: count - 1] + "…")
 
 
 def depth(line: Line) -> int:
@@ -99,7 +105,7 @@ def _lines(axes: Any, panel: LinePanel) -> None:
         value, text = panel.level
         axes.axhline(value, color=light("ink"), linestyle=(0, (5, 4)), linewidth=1)
         below = value > low + 0.85 * (high - low) if scale == "linear" else value > low * (high / low) ** 0.85
-        axes.annotate(f"{text} {shown(value)}", (1, value), xycoords=axes.get_yaxis_transform(), ha="right",
+        axes.annotate(f"{printable(text)} {shown(value)}", (1, value), xycoords=axes.get_yaxis_transform(), ha="right",
                       va="top" if below else "bottom", xytext=(-2, -3 if below else 3), textcoords="offset points",
                       gid=CLASS + "halo")  # fmt: skip
     axes.set_xlim(left, right)

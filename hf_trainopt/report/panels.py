@@ -13,7 +13,7 @@ from .contents import BarPanel, Line, LinePanel
 from .runs import Run
 from .seeds import with_medians
 from .series import batch_curve, curve, derived_rate, k_curve, noise_curves
-from .summary import PHASES, figure, measured_peak, size_unit, time_unit
+from .summary import PHASES, figure, largest, measured_peak, size_unit, time_unit
 
 
 AXIS_TITLES = {"time": "training time", "samples": "samples", "steps": "optimizer steps"}
@@ -202,11 +202,6 @@ def _sizes_panel(name: str, title: str, bars: Sequence[Bar], parts: tuple[str, .
     scaled = tuple((label, arm, tuple(scale * value for value in values)) for label, arm, values in bars)
     words = "; ".join(f"{label} {figure(sum(values), 3)} {unit}" for label, _, values in scaled)
     return BarPanel(name, title, unit, scaled, parts, summary=f"{words}.")
-
-
-def largest(run: Run, key: str) -> float | None:
-    """Return the largest finite number under a key of the log."""
-    return max((value for value in run.column(key) if value is not None and np.isfinite(value)), default=None)
 
 
 def step_memory_panel(arms: Sequence[Arm]) -> BarPanel | None:

@@ -7,12 +7,13 @@ import contextlib
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from .charts import CLASS, WIDTH, dashes, draw, height
+from .charts import CLASS, WIDTH, dashes, draw, height, printable
 from .contents import BarPanel, Contents, LinePanel, Panel, Section, arms_shown
 from .theme import PALETTE, arm_name, light, part_name
 
@@ -65,7 +66,9 @@ def missing(contents: Contents) -> str:
 def _style(**more: Any) -> Iterator[None]:
     import matplotlib
 
-    with matplotlib.rc_context({**_STYLE, **more}):
+    with warnings.catch_warnings(), matplotlib.rc_context({**_STYLE, **more}):
+        # A name in a script that the font of pictures lacks; a page has the browser's fonts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 
@@ -111,9 +114,9 @@ def _section_figure(section: Section, arms: Sequence[str]) -> Any:
     grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": heights}).ravel()
     for axes, panel in zip(grid, section.panels, strict=False):
         draw(axes, panel)
-        axes.set_title(panel.title, loc="left", fontsize="large", fontweight="bold", color=light("ink"))
+        axes.set_title(printable(panel.title), loc="left", fontsize="large", fontweight="bold", color=light("ink"))
         if isinstance(panel, LinePanel):
-            axes.set_ylabel(panel.ylabel)
+            axes.set_ylabel(printable(panel.ylabel))
         if isinstance(panel, BarPanel) and panel.parts:
             axes.legend(handles=[_patch(part_name(part), name) for part, name in enumerate(panel.parts)], ncols=3,
                         loc="upper left", bbox_to_anchor=(0, -0.14))  # fmt: skip
@@ -127,14 +130,14 @@ def _section_figure(section: Section, arms: Sequence[str]) -> Any:
 def _patch(colour: str, label: str, alpha: float = 1.0) -> Any:
     from matplotlib.patches import Patch
 
-    return Patch(color=light(colour), alpha=alpha, linewidth=0, label=label)
+    return Patch(color=light(colour), alpha=alpha, linewidth=0, label=printable(label))
 
 
 def _legend(section: Section, arms: Sequence[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     def line(label: str, colour: str = "ink", **look: Any) -> Any:
-        return Line2D([], [], color=light(colour), label=label, **look)
+        return Line2D([], [], color=light(colour), label=printable(label), **look)
 
     styles = {
         "faint": lambda text: line(text, linewidth=1, alpha=0.45),

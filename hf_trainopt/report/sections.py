@@ -17,7 +17,6 @@ from .panels import (
     doubtful_loss_panel,
     every_run,
     has_values,
-    largest,
     line_panel,
     loss_panel,
     noise_panel,
@@ -27,7 +26,7 @@ from .panels import (
 )
 from .seeds import seed_legend
 from .settings import settings_rows
-from .summary import NOT_RECORDED, PHASES, figure, headings, spread, summary_table, target_table
+from .summary import NOT_RECORDED, PHASES, figure, headings, largest, spread, summary_table, target_table
 
 
 TIME_ABSENT = (

@@ -106,12 +106,9 @@ def _last(key: str) -> Callable[[Run], float | None]:
     return lambda run: run.last(key)
 
 
-def _largest(key: str) -> Callable[[Run], float | None]:
-    def value(run: Run) -> float | None:
-        found = [value for value in run.column(key) if value is not None and math.isfinite(value)]
-        return max(found, default=None)
-
-    return value
+def largest(run: Run, key: str) -> float | None:
+    """Return the largest finite number under a key of the log."""
+    return max((value for value in run.column(key) if value is not None and math.isfinite(value)), default=None)
 
 
 def _best(metric: str) -> Callable[[Run], float | None]:
@@ -187,7 +184,7 @@ def measures(arms: Sequence[Arm]) -> list[Measure]:
         Measure("samples per optimizer step, mean", _samples_per_step, compared=False),
         Measure("k, last", _last_k, compared=False),
         Measure("noise scale in samples, last", _resolved_noise, compared=False),
-        Measure("peak memory", _largest("peak_memory_gib"), "GiB"),
+        Measure("peak memory", lambda run: largest(run, "peak_memory_gib"), "GiB"),
         Measure("peak of a step, measured", measured_peak, "GiB"),
         Measure("peak of a step, predicted", predicted_peak, "GiB", compared=False),
         Measure("skipped steps", _last("skipped_steps"), compared=False),
