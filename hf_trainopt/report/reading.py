@@ -10,7 +10,6 @@ from typing import Any
 
 from hf_trainopt.log_lines import is_last_line
 from hf_trainopt.placement.plan import PlacementPlan
-from hf_trainopt.placement.trainer import PLAN_NAME
 
 from .clock import Clock, clock_of_events, clock_of_history
 from .events import can_read_events, event_files, joined_lines, read_calls
@@ -20,6 +19,7 @@ from .settings import ARGUMENTS_NAME, read_settings
 
 
 STATE_NAME = "trainer_state.json"
+PLAN_NAME = "placement.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
