@@ -104,7 +104,8 @@ def versions() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line)
-    extras = {f"`[{name}]`": project["optional-dependencies"][name] for name in ("scripts", "plot", "examples")}
+    shown = ("scripts", "plot", "compare", "examples")
+    extras = {f"`[{name}]`": project["optional-dependencies"][name] for name in shown}
     rows = []
     for needed_for, requirements in {"everything": project["dependencies"], **extras}.items():
         for text in requirements:

@@ -45,12 +45,24 @@ def model_ignores_num_items(model: torch.nn.Module) -> bool:
     """
     inner = base_model(model)
     config = getattr(inner, "config", None)
-    if type(inner).__name__.endswith(_BY_PROBLEM_TYPE) and (
-        getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
-        or getattr(config, "num_labels", None) == 1
+    return class_ignores_num_items(
+        type(inner), getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+    )
+
+
+def class_ignores_num_items(cls: type, problem_type: str | None = None, num_labels: int | None = None) -> bool:
+    """Return what `model_ignores_num_items` says of a model of a class.
+
+    Args:
+        cls: The class of the model.
+        problem_type: Of its config.
+        num_labels: Of its config.
+    """
+    if cls.__name__.endswith(_BY_PROBLEM_TYPE) and (
+        problem_type in ("regression", "multi_label_classification") or num_labels == 1
     ):
         return True
-    return _forward_ignores_num_items(type(inner))
+    return _forward_ignores_num_items(cls)
 
 
 @functools.cache

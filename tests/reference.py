@@ -134,14 +134,6 @@ def best_path_twin(chain, budget):
     return best
 
 
-def t_cdf_by_integration(t: float, degrees: int, cells: int = 20_000) -> float:
-    """P(T <= t) of Student's t by the trapezoidal rule over its density, from the middle."""
-    scale = math.gamma((degrees + 1) / 2) / (math.sqrt(degrees * math.pi) * math.gamma(degrees / 2))
-    width = t / cells
-    density = [scale * (1 + (i * width) ** 2 / degrees) ** (-(degrees + 1) / 2) for i in range(cells + 1)]
-    return 0.5 + width * (sum(density) - (density[0] + density[-1]) / 2)
-
-
 def median_at_positions(curves, holds):
     """Median of curves, point by point, on the stretch that all have: lists of (x, y) in the order of x.
 

@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hf_trainopt.compare.arms import Arm
+from hf_trainopt.compare.arms import ArmSpec
 from hf_trainopt.compare.comparison import compare, freeze_target
-from hf_trainopt.compare.records import RECORD_FORMAT, Run, save
+from hf_trainopt.compare.records import RECORD_FORMAT, RunSpec, save
 
 
 def stock_history(steps: int = 10, rate: float = 0.1) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def write_comparison(folder: Path, histories: dict[str, list[list[dict[str, Any]
     by_arm: dict[str, list[dict[str, Any]]] = {}
     for name, logs in histories.items():
         for seed, history in enumerate(logs):
-            run = Run(Arm(name, ()), seed, folder)
+            run = RunSpec(ArmSpec(name, ()), seed, folder)
             record = {"format": RECORD_FORMAT, "arm": {"name": name, "arguments": []}, "seed": seed, "command": "c",
                       "identity": "i"}  # fmt: skip
             if history is None:

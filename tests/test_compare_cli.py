@@ -11,7 +11,7 @@ import pytest
 
 from hf_trainopt.cli import main
 from hf_trainopt.compare import cli
-from hf_trainopt.compare.arms import OFF, Arm, ablations, our_arm, stock_arm, sweep_arms, value_of, without
+from hf_trainopt.compare.arms import OFF, ArmSpec, ablations, our_arm, stock_arm, sweep_arms, value_of, without
 from hf_trainopt.compare.comparison import compare, freeze_target, value_at_share
 from hf_trainopt.compare.render import machine_words, ratio_words
 from hf_trainopt.evidence.targets import Evaluation
@@ -103,7 +103,7 @@ def test_arguments_are_found_and_removed():
 
 
 def test_sweep_keeps_the_data():
-    stock = Arm("stock", (*BASE, "--max_steps", "100", "--warmup_steps", "0.1", "--eval_steps=10"))
+    stock = ArmSpec("stock", (*BASE, "--max_steps", "100", "--warmup_steps", "0.1", "--eval_steps=10"))
     arms = sweep_arms(stock, [1, 8], ["0.5x", "3e-3"])
     rates = [
         (value_of(a.arguments, "gradient_accumulation_steps"), value_of(a.arguments, "learning_rate")) for a in arms
@@ -113,7 +113,7 @@ def test_sweep_keeps_the_data():
     assert [value_of(arms[i].arguments, "eval_steps") for i in (0, 2)] == ["40", "5"]
     assert value_of(arms[0].arguments, "warmup_steps") == "0.1"
     with pytest.raises(ValueError, match="needs --learning_rate"):
-        sweep_arms(Arm("stock", ("--gradient_accumulation_steps", "4")), [1], ["1x"])
+        sweep_arms(ArmSpec("stock", ("--gradient_accumulation_steps", "4")), [1], ["1x"])
 
 
 def test_ablations_turn_on_one_part_each():
@@ -433,11 +433,11 @@ def test_progress_is_not_lost_when_interrupted(script):
     arguments = argparse.Namespace(
         script=script, output_dir=script.parent / "o", launcher=None, threads=1, restart=False
     )
-    arm = Arm("stock", ())
+    arm = ArmSpec("stock", ())
     with pytest.raises(KeyboardInterrupt):
-        cli.Runs(arguments, launch).make([(arm, 0), (arm, 1)])
+        cli.Executor(arguments, launch).make([(arm, 0), (arm, 1)])
     kept = Launcher(lambda arguments: [5.0])
-    cli.Runs(arguments, kept).make([(arm, 0), (arm, 1)])
+    cli.Executor(arguments, kept).make([(arm, 0), (arm, 1)])
     assert [value_of(words, "seed") for words in kept.commands] == ["1"]
 
 

@@ -1,6 +1,7 @@
 """A plain `pip install hf-trainopt`: what it imports, and that it trains without the packages of the extras."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from hf_trainopt.cli import COMMANDS
 
 
 PACKAGE = Path(hf_trainopt.__file__).parent
-EXTRAS = ("datasets", "evaluate", "timm", "torchvision", "sklearn", "matplotlib", "peft", "trl")
-# Modules that only the scripts, `--timm_model` and pictures need.
-OUTSIDE_THE_CORE = ("scripting/", "models/timm_model.py", "placement/plot.py", "report/plot.py")
+EXTRAS = ("datasets", "evaluate", "timm", "torchvision", "sklearn", "scipy", "matplotlib", "peft", "trl")
+# Modules that only the scripts, `--timm_model`, charts and comparisons need.
+OUTSIDE_THE_CORE = (
+    "scripting/", "models/timm_model.py", "placement/plot.py", "report/axes.py", "report/pictures.py",
+    "compare/statistics.py",
+)  # fmt: skip
 
 # As if the extras were not installed: neither found nor imported.
 HIDE = f"""
@@ -98,13 +102,33 @@ def test_help_imports_nothing_heavy():
 
 def test_the_trainer_imports_none_of_the_tools_around_it():
     unwanted = ("hf_trainopt.report", "hf_trainopt.compare", "hf_trainopt.doctor", "hf_trainopt.scripting",
-                "matplotlib")  # fmt: skip
+                "matplotlib", "scipy.stats")  # fmt: skip
     done = python(
         "import sys\nfrom hf_trainopt import EfficientTrainer, EfficientTrainingArguments\n"
         f"print(*[name for name in {unwanted} if name in sys.modules])"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+def test_a_comparison_over_seeds_names_the_extra_before_any_run(tmp_path):
+    (tmp_path / "train.py").write_text("raise SystemExit('it was run')")
+    words = ["compare", str(tmp_path / "train.py"), "--output_dir", str(tmp_path / "out")]
+    done = python(HIDE + f"from hf_trainopt.cli import main; sys.exit(main({words}))")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("need SciPy: pip install 'hf-trainopt[compare]'.")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_needs_no_extra(tmp_path):
+    lines = [{"loss": 2.0, "step": 1, "epoch": 1.0}, {"eval_loss": 1.5, "step": 1, "epoch": 1.0}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 1, "log_history": lines}))
+    words = ["report", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    done = python(HIDE + f"from hf_trainopt.cli import main; sys.exit(main({words}))")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("pip install &#39;hf-trainopt[plot]&#39;") == 1
+    assert "eval_loss" in page.replace("<wbr>", "")
 
 
 def test_the_core_imports_no_extra():

@@ -36,8 +36,8 @@ document.getElementById("f").onload = event => {
     charts: charts.length,
     smallest: Math.min(...charts.map(svg => Math.min(box(svg).width, box(svg).height))), outside,
     text: Math.min(...charts.map(svg => parseFloat(style(svg.querySelector("text")).fontSize) * box(svg).width / 400)),
-    curves: root.querySelectorAll("path.curve").length,
-    stroke: style(root.querySelector("path.curve[stroke]")).stroke,
+    curves: root.querySelectorAll(".curve path").length,
+    stroke: style(root.querySelector(".curve path[style*='--arm']")).stroke,
     paper: style(root).backgroundColor, ink: style(root).color,
   };
   document.body.dataset.result = btoa(unescape(encodeURIComponent(JSON.stringify(result))));

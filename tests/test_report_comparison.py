@@ -10,7 +10,7 @@ from hf_trainopt.compare.comparison import compare, freeze_target
 from hf_trainopt.compare.records import save
 from hf_trainopt.report import make_report
 from hf_trainopt.report.comparison import is_comparison, read_comparison
-from hf_trainopt.report.runs import RunRecord
+from hf_trainopt.report.runs import Run
 
 
 def histories(shift: float = 0.0) -> list:
@@ -130,7 +130,7 @@ def test_a_search_shows_what_has_diverged(folder):
 
 
 def test_beside_a_run_in_memory(folder):
-    run = RunRecord("mine", None, tuple(our_history()), {"global_step": 10})
+    run = Run("mine", None, tuple(our_history()), {"global_step": 10})
     assert "mine" in make_report(run, folder).contents.title
 
 

@@ -14,9 +14,11 @@ from hf_trainopt.placement import PlacementPlan
 from hf_trainopt.placement.plan import StageChoice
 from hf_trainopt.report import make_report
 from hf_trainopt.report.arms import find_arm, group
+from hf_trainopt.report.charts import thinned
 from hf_trainopt.report.metrics import choose_target
-from hf_trainopt.report.runs import RunRecord, read_run
-from hf_trainopt.report.series import batch_curve, columns, curve, noise_curves, points_per_curve, thinned
+from hf_trainopt.report.reading import read_run
+from hf_trainopt.report.runs import Run
+from hf_trainopt.report.series import batch_curve, columns, curve, noise_curves
 from hf_trainopt.report.summary import summary_table
 
 
@@ -37,7 +39,8 @@ def test_a_stock_folder(stock):
     run = read_run(stock)
     assert (run.name, run.model, run.plan, run.notes) == ("stock", None, None, ())
     assert run.last("loss") == pytest.approx(3 * math.exp(-1) + 1)
-    assert not run.has_axis("time")
+    assert run.end("time") == 15.0  # 20 s less five evaluations
+    assert run.clock.is_uniform
     # 4 samples a step follow from rate and time of the whole run.
     assert run.samples_are_derived
     assert run.end("samples") == pytest.approx(40)
@@ -116,15 +119,15 @@ def test_a_log_with_odd_lines(tmp_path):
     folder.mkdir()
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": lines, "global_step": "x"}))
     run = read_run(folder)
-    assert curve(run, 0, "steps", "loss", 100) is None
+    assert curve(run, 0, "steps", "loss") is None
     assert run.last("loss") == 2.0
 
 
 # ---- Arms ----------------------------------------------------------------------------------------------------------
 
 
-def record(folder) -> RunRecord:
-    return RunRecord(folder.name, folder)
+def record(folder) -> Run:
+    return Run(folder.name, folder)
 
 
 def names(arms) -> dict[str, list[str]]:
@@ -179,13 +182,8 @@ def test_short_curves_stay_whole():
     assert thinned(np.zeros(50), 60).tolist() == list(range(50))
 
 
-def test_a_long_log_is_short_on_the_page(tmp_path):
-    run = read_run(write_run(tmp_path / "long", our_history(6000)))
-    assert len(curve(run, 0, "steps", "loss", points_per_curve(4)).xs) <= 750
-
-
 def test_noise_scale_is_open_where_there_is_no_upper_end(ours):
-    lines, band = noise_curves(read_run(ours), 0, "steps", 1000)
+    lines, band = noise_curves(read_run(ours), 0, "steps")
     assert [line.style for line in lines] == ["line", "guess"]
     resolved = np.isfinite(band.high)
     assert (band.xs[resolved] <= 5).all()
@@ -194,13 +192,13 @@ def test_noise_scale_is_open_where_there_is_no_upper_end(ours):
 
 
 def test_batches_of_stock_are_means_between_lines(stock):
-    line = batch_curve(read_run(stock), 0, "steps", 1000)
+    line = batch_curve(read_run(stock), 0, "steps")
     assert np.allclose(line.ys, 4.0)
 
 
 def test_columns_are_in_order_of_the_axis():
     lines = ({"step": 2, "eval_loss": 1.0}, {"step": 1, "eval_loss": 3.0}, {"step": 3}, {"step": 4, "eval_loss": 2.0})
-    xs, (ys,) = columns(RunRecord("r", None, lines), "steps", ["eval_loss"])
+    xs, (ys,) = columns(Run("r", None, lines), "steps", ["eval_loss"])
     assert (xs.tolist(), ys.tolist()) == ([1, 2, 4], [3, 1, 2])
 
 
@@ -237,9 +235,9 @@ def test_a_target_is_interpolated_from_step_0_on(tmp_path):
     history = [start, *stock_history(), again]
     target = Target.of("loss", 5.0)
     crossing = read_run(write_run(tmp_path / "run", history)).crossing(target)
-    assert crossing == replace(
-        first_crossing(curve_from_log(history, "eval_loss"), 5.0, False), samples=crossing.samples
-    )
+    expected = first_crossing(curve_from_log(history, "eval_loss"), 5.0, False)
+    assert crossing == replace(expected, samples=crossing.samples, seconds=crossing.seconds)
+    assert crossing.seconds == pytest.approx(1.5 * crossing.steps)
     assert 0 < crossing.steps < 2
     assert not read_run(tmp_path / "run").crossing(Target.of("loss", 1.0)).reached
 

@@ -23,7 +23,7 @@ _IN_STEPS = ("max_steps", "warmup_steps", "eval_steps", "logging_steps", "save_s
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmSpec:
     """One way to run the script.
 
     Args:
@@ -99,7 +99,7 @@ def without(arguments: Sequence[str], names: set[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def stock_arm(script_arguments: Sequence[str]) -> Arm:
+def stock_arm(script_arguments: Sequence[str]) -> ArmSpec:
     """Return the arm of stock `Trainer`: the arguments less those of ours, everything of ours off.
 
     Raises:
@@ -110,28 +110,28 @@ def stock_arm(script_arguments: Sequence[str]) -> Arm:
         raise ValueError(
             f"the file of --config sets {', '.join(own)}, which stock Trainer must not have; pass it after -- instead."
         )
-    return Arm(STOCK, (*without(script_arguments, own_flags()), *OFF))
+    return ArmSpec(STOCK, (*without(script_arguments, own_flags()), *OFF))
 
 
-def our_arm(script_arguments: Sequence[str], extra: Sequence[str] = ()) -> Arm:
+def our_arm(script_arguments: Sequence[str], extra: Sequence[str] = ()) -> ArmSpec:
     """Return the arm of our defaults, or of what the arguments say of them."""
-    return Arm(OURS, (*script_arguments, *extra))
+    return ArmSpec(OURS, (*script_arguments, *extra))
 
 
-def ablations(ours: Arm) -> list[Arm]:
+def ablations(ours: ArmSpec) -> list[ArmSpec]:
     """Return arms in which one of our parts is on alone, and one in which the learning rate does not follow k."""
     placement = [name for name in _PLACEMENT if value_of(ours.arguments, name) is not None]
     arms = []
     if placement:
         accumulation = (*without(ours.arguments, set(_PLACEMENT)), "--checkpoint_placement", "none")
-        arms.append(Arm("accumulation alone", accumulation))
+        arms.append(ArmSpec("accumulation alone", accumulation))
         alone = without(ours.arguments, {"accumulation_policy", "lr_batch_scaling"})
-        arms.append(Arm("placement alone", (*alone, *OFF[:4])))
+        arms.append(ArmSpec("placement alone", (*alone, *OFF[:4])))
     rule = without(ours.arguments, {"lr_batch_scaling"})
-    return [*arms, Arm("rate not scaled", (*rule, "--lr_batch_scaling", "none"))]
+    return [*arms, ArmSpec("rate not scaled", (*rule, "--lr_batch_scaling", "none"))]
 
 
-def sweep_arms(stock: Arm, steps: Sequence[int], rates: Sequence[str]) -> list[Arm]:
+def sweep_arms(stock: ArmSpec, steps: Sequence[int], rates: Sequence[str]) -> list[ArmSpec]:
     """Return the stock arm at every k and learning rate, at equal data.
 
     What is counted in optimizer steps is set to the same share of the data.
@@ -160,7 +160,7 @@ def sweep_arms(stock: Arm, steps: Sequence[int], rates: Sequence[str]) -> list[A
     for k in steps:
         base = _at(stock.arguments, reference, k)
         for value in chosen:
-            arms.append(Arm(f"stock, k = {k}, rate {value:g}", (*base, "--learning_rate", f"{value:g}")))
+            arms.append(ArmSpec(f"stock, k = {k}, rate {value:g}", (*base, "--learning_rate", f"{value:g}")))
     return arms
 
 
@@ -186,7 +186,7 @@ def words_of(flag: str, text: str) -> list[str]:
         raise ValueError(f"{flag} {text} cannot be read ({error}); close what is quoted.") from error
 
 
-def parse_arm(text: str, script_arguments: Sequence[str], built_in: dict[str, Arm]) -> Arm:
+def parse_arm(text: str, script_arguments: Sequence[str], built_in: dict[str, ArmSpec]) -> ArmSpec:
     """Return the arm of `--arm NAME` (a built-in one) or `--arm NAME=ARGUMENTS` (added to those of the script).
 
     Raises:
@@ -200,8 +200,8 @@ def parse_arm(text: str, script_arguments: Sequence[str], built_in: dict[str, Ar
         if name not in built_in:
             raise ValueError(f"--arm {name} is none of {', '.join(built_in)}; write --arm {name}='--flag value'.")
         return built_in[name]
-    return Arm(name, (*script_arguments, *words_of("--arm", extra)))
+    return ArmSpec(name, (*script_arguments, *words_of("--arm", extra)))
 
 
-def as_dict(arm: Arm) -> dict[str, Any]:
+def as_dict(arm: ArmSpec) -> dict[str, Any]:
     return {"name": arm.name, "arguments": list(arm.arguments)}

@@ -18,9 +18,10 @@ from hf_trainopt.evidence.targets import Target, metric_key
 
 from . import arms as arms_of
 from . import records
-from .arms import BEST, OURS, STOCK, Arm
+from .arms import BEST, OURS, STOCK, ArmSpec
 from .comparison import Comparison, compare, freeze_target, quantities
 from .render import markdown
+from .statistics import check_scipy
 
 
 _DEFAULTS = {"eval_strategy": "steps", "eval_steps": "0.05", "save_strategy": "no"}
@@ -89,19 +90,19 @@ def run(arguments: argparse.Namespace) -> str:
     script_arguments = with_defaults(arguments.script_arguments)
     chosen = choose_arms(arguments, script_arguments)
     folder: Path = arguments.output_dir
-    runs = Runs(arguments)
+    executor = Executor(arguments)
     baseline = arguments.baseline or chosen[0].name
     if arguments.sweep:
         if not baseline.startswith(BEST):  # whose name says what the search has found
             check_baseline(baseline, chosen)
-        chosen.insert(1, best_fixed(arguments, runs, script_arguments))
+        chosen.insert(1, best_fixed(arguments, executor, script_arguments))
     check_baseline(baseline, chosen)
     order = [
         (arm, seed)
         for seed in range(arguments.seeds)
         for arm in (chosen if seed % 2 == 0 else chosen[::-1])  # none is always the first
     ]
-    found = runs.make(order)
+    found = executor.make(order)
     by_arm = {arm.name: [found[arm.name, seed] for seed in range(arguments.seeds)] for arm in chosen}
     finished = [record for record in by_arm[baseline] if record["status"] == "finished"]
     if not finished:
@@ -135,6 +136,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"there is no script {arguments.script}; name a Python file that trains with Trainer.")
     if arguments.seeds < 1:
         raise ValueError(f"--seeds is {arguments.seeds}; it must be at least 1.")
+    if arguments.seeds > 1:
+        check_scipy()
     if not 0 < arguments.target_share <= 1:
         raise ValueError(f"--target_share is {arguments.target_share}; it must be above 0 and at most 1.")
     if arguments.target_value is not None and not math.isfinite(arguments.target_value):
@@ -158,7 +161,7 @@ def check(arguments: argparse.Namespace) -> None:
         ) from error
 
 
-def check_baseline(baseline: str, arms: Sequence[Arm]) -> None:
+def check_baseline(baseline: str, arms: Sequence[ArmSpec]) -> None:
     """Raise `ValueError` if the baseline is none of the arms."""
     names = [arm.name for arm in arms]
     if baseline not in names:
@@ -177,7 +180,7 @@ def with_defaults(script_arguments: Sequence[str]) -> list[str]:
     return [*script_arguments, *added]
 
 
-def choose_arms(arguments: argparse.Namespace, script_arguments: Sequence[str]) -> list[Arm]:
+def choose_arms(arguments: argparse.Namespace, script_arguments: Sequence[str]) -> list[ArmSpec]:
     """Return the arms, the baseline first unless it is named otherwise.
 
     Raises:
@@ -198,7 +201,7 @@ def choose_arms(arguments: argparse.Namespace, script_arguments: Sequence[str]) 
     return chosen
 
 
-def best_fixed(arguments: argparse.Namespace, runs: "Runs", script_arguments: Sequence[str]) -> Arm:
+def best_fixed(arguments: argparse.Namespace, executor: "Executor", script_arguments: Sequence[str]) -> ArmSpec:
     """Search stock over k and learning rate on the first seed; return the setting with the best final metric.
 
     Raises:
@@ -218,7 +221,7 @@ def best_fixed(arguments: argparse.Namespace, runs: "Runs", script_arguments: Se
     if min(steps) < 1:
         raise ValueError(f"--sweep '{arguments.sweep}' has a k below 1.")
     sys.stderr.write(f"hf-trainopt: {len(swept)} runs to find the best fixed setting of stock\n")
-    found = runs.make([(arm, 0) for arm in swept])
+    found = executor.make([(arm, 0) for arm in swept])
     metric = metric_key(arguments.target_metric)
     target = Target.of(metric, 0.0, arguments.greater_is_better)  # of which the direction counts
     ended = [
@@ -235,8 +238,8 @@ def best_fixed(arguments: argparse.Namespace, runs: "Runs", script_arguments: Se
     _, winner = (max if target.greater_is_better else min)(ended, key=lambda pair: pair[0])
     k = arms_of.value_of(winner.arguments, "gradient_accumulation_steps")
     rate = arms_of.value_of(winner.arguments, "learning_rate")
-    arm = Arm(f"{BEST} (k = {k}, rate {rate})", winner.arguments)
-    runs.alias(arm, winner, seed=0)
+    arm = ArmSpec(f"{BEST} (k = {k}, rate {rate})", winner.arguments)
+    executor.alias(arm, winner, seed=0)
     return arm
 
 
@@ -251,7 +254,7 @@ def _first_failure(by_arm: dict[str, list[dict[str, Any]]]) -> str:
     )
 
 
-class Runs:
+class Executor:
     """Makes the runs of a comparison that have no record yet, one after the other.
 
     Args:
@@ -268,13 +271,13 @@ class Runs:
         self._launch = launch or run_process
         self._made: set[str] = set()
 
-    def make(self, order: Sequence[tuple[Arm, int]]) -> dict[tuple[str, int], dict[str, Any]]:
+    def make(self, order: Sequence[tuple[ArmSpec, int]]) -> dict[tuple[str, int], dict[str, Any]]:
         """Return the records of all runs, by arm and seed.
 
         Raises:
             ValueError: The folder has a record of a run with other arguments.
         """
-        runs = [records.Run(arm, seed, self._folder) for arm, seed in order]
+        runs = [records.RunSpec(arm, seed, self._folder) for arm, seed in order]
         found = {run.name: self._kept(run) for run in runs}
         with tqdm(total=len(runs), unit="run", file=sys.stderr, disable=None) as bar:
             for number, run in enumerate(runs, 1):
@@ -288,19 +291,19 @@ class Runs:
                 bar.update()
         return {(run.arm.name, run.seed): found[run.name] for run in runs}
 
-    def alias(self, arm: Arm, source: Arm, seed: int) -> None:
+    def alias(self, arm: ArmSpec, source: ArmSpec, seed: int) -> None:
         """Let the record of one arm stand for another with the same arguments."""
-        record = records.load(records.Run(source, seed, self._folder).record)
-        target = records.Run(arm, seed, self._folder)
+        record = records.load(records.RunSpec(source, seed, self._folder).record)
+        target = records.RunSpec(arm, seed, self._folder)
         if record is not None:
             values = {**record, "arm": arms_of.as_dict(arm), "identity": self._identity(target)}
             records.save(target.record, values)
             self._made.add(target.name)
 
-    def _identity(self, run: records.Run) -> str:
+    def _identity(self, run: records.RunSpec) -> str:
         return run.identity(self._script, self._launcher, self._threads)
 
-    def _kept(self, run: records.Run) -> dict[str, Any] | None:
+    def _kept(self, run: records.RunSpec) -> dict[str, Any] | None:
         record = None if self._restart and run.name not in self._made else records.load(run.record)
         if record is None or record["status"] != "finished":
             return None
@@ -311,7 +314,7 @@ class Runs:
             )
         return record
 
-    def _make(self, run: records.Run) -> dict[str, Any]:
+    def _make(self, run: records.RunSpec) -> dict[str, Any]:
         measured = run.record.with_suffix(".run")
         measured.parent.mkdir(parents=True, exist_ok=True)
         measured.unlink(missing_ok=True)
@@ -338,7 +341,7 @@ class Runs:
         return record
 
 
-def _log_of(run: records.Run) -> Path:
+def _log_of(run: records.RunSpec) -> Path:
     return run.record.with_suffix(".log")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..installed import installed_version
-from .arms import Arm, as_dict, config_file
+from .arms import ArmSpec, as_dict, config_file
 
 
 RECORD_FORMAT = 1
@@ -19,8 +19,8 @@ _COMPARED_VERSIONS = ("torch", "transformers", "hf-trainopt")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of the comparison.
+class RunSpec:
+    """One run that a comparison needs.
 
     Args:
         arm: What is run.
@@ -28,7 +28,7 @@ class Run:
         folder: Where the records and output folders of the comparison are.
     """
 
-    arm: Arm
+    arm: ArmSpec
     seed: int
     folder: Path
 
@@ -94,7 +94,7 @@ def save(path: Path, values: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def complete(run: Run, measured: Mapping[str, Any], command: str, identity: str) -> dict[str, Any]:
+def complete(run: RunSpec, measured: Mapping[str, Any], command: str, identity: str) -> dict[str, Any]:
     """Return the record of a run that has ended well."""
     return {
         "format": RECORD_FORMAT,
@@ -108,7 +108,7 @@ def complete(run: Run, measured: Mapping[str, Any], command: str, identity: str)
     }
 
 
-def failed(run: Run, command: str, identity: str, exit_code: int, errors: str) -> dict[str, Any]:
+def failed(run: RunSpec, command: str, identity: str, exit_code: int, errors: str) -> dict[str, Any]:
     """Return the record of a run that has not."""
     return {
         "format": RECORD_FORMAT,

@@ -44,40 +44,31 @@ class Estimate:
         return self.value
 
 
-def student_t_cdf(t: float, degrees: int) -> float:
-    """Return P(T ≤ t) of Student's t distribution (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4).
+def check_scipy() -> None:
+    """Check that intervals can be computed.
 
-    Args:
-        t: Any number.
-        degrees: Degrees of freedom, a whole number from 1.
+    Raises:
+        ValueError: SciPy is not installed.
     """
-    theta = math.atan2(t, math.sqrt(degrees))
-    cosine, sine = math.cos(theta), math.sin(theta)
-    total, term = 0.0, cosine if degrees % 2 else 1.0
-    for power in range(1 + degrees % 2, degrees, 2):
-        total += term
-        term *= cosine * cosine * power / (power + 1)
-    inside = 2 / math.pi * (theta + sine * total) if degrees % 2 else sine * total
-    return 0.5 + 0.5 * inside
-
-
-def student_t_quantile(probability: float, degrees: int) -> float:
-    """Return t with P(T ≤ t) = `probability`, between 0.5 and 1, to 1e-10."""
-    low, high = 0.0, 1.0
-    while student_t_cdf(high, degrees) < probability:
-        high *= 2
-    while high - low > 1e-10 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t_cdf(middle, degrees) < probability else (low, middle)
-    return high
+    try:
+        import scipy.stats  # noqa: F401
+    except ImportError as error:
+        raise ValueError("Intervals over seeds need SciPy: pip install 'hf-trainopt[compare]'.") from error
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Return the mean of independent values and the ends of its 95 % t interval (`None` for one value)."""
+    """Return the mean of independent values and the ends of its 95 % t interval (`None` for one value).
+
+    Raises:
+        ValueError: SciPy is not installed, and there are several values.
+    """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None, None
-    half = student_t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    check_scipy()
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .runs import RunRecord
+from .runs import Run
 
 
 # `ours-seed0`, `ours_s1`, `seed3`: the arm, and the number of the seed.
@@ -22,7 +22,7 @@ class Arm:
     """
 
     name: str
-    runs: tuple[RunRecord, ...]
+    runs: tuple[Run, ...]
 
     @property
     def label(self) -> str:
@@ -34,7 +34,7 @@ class Arm:
         return all(run.has_axis(axis) for run in self.runs)
 
 
-def group(runs: Sequence[RunRecord], labels: Sequence[tuple[str, str] | None]) -> tuple[Arm, ...]:
+def group(runs: Sequence[Run], labels: Sequence[tuple[str, str] | None]) -> tuple[Arm, ...]:
     """Return the arms, in the order of their first runs.
 
     Args:
@@ -43,7 +43,7 @@ def group(runs: Sequence[RunRecord], labels: Sequence[tuple[str, str] | None]) -
             folder's name says without a seed at its end (or the name of the folder above, if it is nothing but a
             seed). Runs in different places are different arms.
     """
-    members: dict[tuple[str, str], list[RunRecord]] = {}
+    members: dict[tuple[str, str], list[Run]] = {}
     for run, label in zip(runs, labels, strict=True):
         members.setdefault(_key(run, label), []).append(run)
     keys = list(members)
@@ -55,7 +55,7 @@ def group(runs: Sequence[RunRecord], labels: Sequence[tuple[str, str] | None]) -
     return tuple(arms)
 
 
-def _key(run: RunRecord, label: tuple[str, str] | None) -> tuple[str, str]:
+def _key(run: Run, label: tuple[str, str] | None) -> tuple[str, str]:
     """Return place and name of a run's arm."""
     if label is not None:
         return label
@@ -83,7 +83,7 @@ def _unique_names(keys: Sequence[tuple[str, str]]) -> list[str]:
     return [name if name not in names[:index] else f"{name} [{index + 1}]" for index, name in enumerate(names)]
 
 
-def _with_unique_names(runs: Iterable[RunRecord]) -> list[RunRecord]:
+def _with_unique_names(runs: Iterable[Run]) -> list[Run]:
     seen: dict[str, int] = {}
     named = []
     for run in runs:

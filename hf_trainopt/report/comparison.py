@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_trainopt.compare.arms import STOCK
-from hf_trainopt.compare.comparison import RATIOS, SCHEMA_VERSION, ArmResult
-from hf_trainopt.compare.comparison import Comparison as Result
+from hf_trainopt.compare.comparison import RATIOS, SCHEMA_VERSION, ArmResult, Comparison
 from hf_trainopt.compare.records import RECORD_FORMAT
 from hf_trainopt.compare.render import machine_words, ratio_rows, ratio_words, target_words, value_rows
 from hf_trainopt.compare.statistics import Estimate
 from hf_trainopt.evidence.targets import Target
 
 from .contents import IntervalPanel, Table
-from .runs import RunRecord, number, read_beside
+from .reading import model_name, read_beside, with_derived
+from .runs import Run, number
 from .summary import figure
 
 
@@ -29,8 +29,8 @@ _RISING = ("throughput",)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A folder of `hf-trainopt compare`.
+class ComparisonFolder:
+    """What is in a folder of `hf-trainopt compare`.
 
     Args:
         folder: The folder.
@@ -42,9 +42,9 @@ class Comparison:
     """
 
     folder: Path
-    result: Result | None
-    runs: tuple[tuple[str, RunRecord], ...] = ()
-    others: tuple[tuple[str, RunRecord], ...] = ()
+    result: Comparison | None
+    runs: tuple[tuple[str, Run], ...] = ()
+    others: tuple[tuple[str, Run], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -99,7 +99,7 @@ class Comparison:
                 estimate = arm.ratios.get(quantity)
                 if estimate is None or estimate.value is None:
                     continue
-                text = self._label(quantity, label) + (f": {arm.name}" if len(compared) > 1 else "")
+                text = (f"{arm.name}: " if len(compared) > 1 else "") + self._label(quantity, label)
                 points.append((text, arms.get(arm.name), estimate.value, *_ends(estimate)))
         if not points:
             return None
@@ -123,7 +123,7 @@ def _said(cell: str) -> str:
     return "not known" if cell == "–" else cell
 
 
-def _metric(run: RunRecord, metric: str) -> str:
+def _metric(run: Run, metric: str) -> str:
     value = run.last(metric)
     return "not recorded" if value is None else f"{value:.4f}" if math.isfinite(value) else figure(value)
 
@@ -147,7 +147,7 @@ def is_comparison(folder: Path) -> bool:
     return (folder / RESULT_NAME).is_file() or any((folder / RECORDS_NAME).glob("*.json"))
 
 
-def read_comparison(folder: Path) -> Comparison:
+def read_comparison(folder: Path) -> ComparisonFolder:
     """Read a folder of `hf-trainopt compare`.
 
     Raises:
@@ -164,7 +164,7 @@ def read_comparison(folder: Path) -> Comparison:
         notes.append(f"{failed} {'run has' if failed == 1 else 'runs have'} failed; see {RECORDS_NAME}/.")
     runs = [(record["arm"]["name"], _run_of(folder, record)) for record in finished]
     if result is None:
-        return Comparison(folder, None, tuple(runs), notes=tuple(notes))
+        return ComparisonFolder(folder, None, tuple(runs), notes=tuple(notes))
     names = [arm.name for arm in result.arms]
     compared = {(arm.name, seed) for arm in result.arms for seed in arm.seeds}
     pairs = list(zip(runs, (record["seed"] for record in finished), strict=True))
@@ -173,17 +173,17 @@ def read_comparison(folder: Path) -> Comparison:
     others = [pair for pair, seed in pairs if (pair[0], seed) not in compared]
     if len(of_arms) < sum(len(arm.seeds) for arm in result.arms):
         notes.append(f"Not all runs have a record in {RECORDS_NAME}/; curves are of those that have one.")
-    return Comparison(folder, result, tuple(of_arms), tuple(others), tuple(notes))
+    return ComparisonFolder(folder, result, tuple(of_arms), tuple(others), tuple(notes))
 
 
-def _read_result(path: Path) -> Result:
+def _read_result(path: Path) -> Comparison:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is {values.get('schema_version')}, not {SCHEMA_VERSION}")
         target = Target(**values["target"]) if values["target"] is not None else None
         arms = [_arm_of(arm) for arm in values["arms"]]
-        result = Result(
+        result = Comparison(
             str(values["script"]), str(values["baseline"]), target, arms, values["machine"], values["versions"]
         )
         # Whatever is missing deeper inside shows here and not half way through a page.
@@ -223,18 +223,20 @@ def _read_records(folder: Path, notes: list[str]) -> Iterable[dict[str, Any]]:
     return sorted(found, key=lambda record: record["seed"])
 
 
-def _run_of(folder: Path, record: Mapping[str, Any]) -> RunRecord:
+def _run_of(folder: Path, record: Mapping[str, Any]) -> Run:
     history = record["log_history"] if isinstance(record["log_history"], list) else []
     steps = number(record.get("optimizer_steps"))
     output = folder / record["stem"]  # where the script was told to write; plan and config are there if it did
     notes: list[str] = []
-    plan, model = read_beside(output, notes)
-    return RunRecord(
+    plan, config, settings = read_beside(output, notes)
+    run = Run(
         name=record["stem"],
         folder=output,
         history=tuple(line for line in history if isinstance(line, dict)),
         state={} if steps is None else {"global_step": int(steps)},
         plan=plan,
-        model=model,
+        model=model_name(config),
+        settings=settings,
         notes=tuple(notes),
     )
+    return with_derived(run, config)

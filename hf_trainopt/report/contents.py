@@ -131,6 +131,17 @@ class IntervalPanel:
 Panel = LinePanel | BarPanel | IntervalPanel
 
 
+def arms_shown(panels: Sequence[Panel]) -> list[int]:
+    """Return the arms that have a colour in some of the charts, in order."""
+    found: set[int] = set()
+    for panel in panels:
+        if isinstance(panel, LinePanel):
+            found |= {line.arm for line in panel.lines} | {band.arm for band in panel.bands}
+        elif isinstance(panel, BarPanel):
+            found |= {arm for _, arm, _ in panel.bars if arm is not None}
+    return sorted(found)
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of a report under one heading.

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from .contents import Contents, Section, Table
+from .pictures import missing
 
 
 def escape(text: str) -> str:
@@ -22,6 +23,7 @@ def markdown(contents: Contents, pictures: Mapping[str, str] | None = None, only
         only: Names of the sections to show (a second comparison is `comparison_2`); all unless given.
     """
     parts = [f"# {escape(contents.title)}"]
+    parts += [note] if only is None and (note := missing(contents)) else []
     for section in contents.sections:
         if only is None or section.name.rstrip("_0123456789") in only:
             parts += _section(section, (pictures or {}).get(section.name), brief=only is not None)

@@ -10,10 +10,10 @@ from hf_trainopt.log_lines import is_last_line
 
 from .arms import Arm
 from .contents import BarPanel, Line, LinePanel
-from .runs import RunRecord
+from .runs import Run
 from .seeds import with_medians
-from .series import batch_curve, curve, noise_curves, points_per_curve
-from .summary import PHASES, figure, measured_peak, size_unit, time_unit
+from .series import batch_curve, curve, derived_rate, k_curve, noise_curves
+from .summary import PHASES, figure, largest, measured_peak, size_unit, time_unit
 
 
 AXIS_TITLES = {"time": "training time", "samples": "samples", "steps": "optimizer steps"}
@@ -28,7 +28,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-def every_run(arms: Sequence[Arm]) -> list[tuple[int, RunRecord]]:
+def every_run(arms: Sequence[Arm]) -> list[tuple[int, Run]]:
     """Return all runs with the index of their arm."""
     return [(index, run) for index, arm in enumerate(arms) for run in arm.runs]
 
@@ -67,7 +67,7 @@ def line_panel(
     ylabel: str,
     style: str = "line",
     scale: str = "linear",
-    make: Callable[[RunRecord, int, str, int], Line | None] | None = None,
+    make: Callable[[Run, int, str], Line | None] | None = None,
 ) -> LinePanel | None:
     """Return a chart of one column of the log; `None` where no run has it.
 
@@ -80,12 +80,11 @@ def line_panel(
         ylabel: Values with their unit.
         style: Of the curves.
         scale: Of the values.
-        make: Makes the curve from run, arm, axis and the most points it may have, in place of the column's.
+        make: Makes the curve from run, arm and axis, in place of the column's.
     """
     runs = every_run(arms)
-    limit = points_per_curve(len(runs))
-    make = make or (lambda run, arm, axis, limit: curve(run, arm, axis, key, limit, style))
-    found = [make(run, arm, axis, limit) for arm, run in runs if run.has_axis(axis)]
+    make = make or (lambda run, arm, axis: curve(run, arm, axis, key, style))
+    found = [make(run, arm, axis) for arm, run in runs if run.has_axis(axis)]
     divisor, xlabel = axis_scale(arms, axis)
     lines = tuple(_rescaled(line, divisor) for line in found if line is not None)
     if not lines:
@@ -94,12 +93,19 @@ def line_panel(
     return LinePanel(name, title, xlabel, ylabel, tuple(with_medians(lines)), scale=scale, summary=summary)
 
 
-def rate_curve(key: str) -> Callable[[RunRecord, int, str, int], Line | None]:
-    """Return what makes the curve of a rate, without the lines at ends of `train`: these have the whole run's mean."""
+def rate_curve(key: str) -> Callable[[Run, int, str], Line | None]:
+    """Return what makes the curve of a rate, without the lines at ends of `train`: these have the whole run's mean.
 
-    def make(run: RunRecord, arm: int, axis: str, limit: int) -> Line | None:
+    For a run that logs no rate but whose times are known otherwise it is the count between two lines over the time.
+    """
+
+    def make(run: Run, arm: int, axis: str) -> Line | None:
+        if key not in run.keys and run.time_is_derived and not run.clock.is_uniform:
+            counts = {"samples_per_second": run.positions("samples"),
+                      "tokens_per_second": run.column("num_input_tokens_seen")}  # fmt: skip
+            return derived_rate(run, arm, axis, counts[key]) if key in counts else None
         lines = tuple(line for line in run.history if not is_last_line(line))
-        return curve(replace(run, history=lines), arm, axis, key, limit)
+        return curve(replace(run, history=lines), arm, axis, key)
 
     return make
 
@@ -107,9 +113,8 @@ def rate_curve(key: str) -> Callable[[RunRecord, int, str, int], Line | None]:
 def loss_panel(arms: Sequence[Arm], axis: str, metric: str | None, target: Target | None) -> LinePanel | None:
     """Return training loss and evaluations over one axis."""
     runs = [(arm, run) for arm, run in every_run(arms) if run.has_axis(axis)]
-    limit = points_per_curve(2 * len(runs))
-    train = [curve(run, arm, axis, "loss", limit, "faint") for arm, run in runs]
-    evaluated = [curve(run, arm, axis, metric, limit, "marked") for arm, run in runs] if metric else []
+    train = [curve(run, arm, axis, "loss", "faint") for arm, run in runs]
+    evaluated = [curve(run, arm, axis, metric, "marked") for arm, run in runs] if metric else []
     divisor, xlabel = axis_scale(arms, axis)
     lines = [_rescaled(line, divisor) for line in (*train, *evaluated) if line is not None]
     if not lines:
@@ -129,15 +134,25 @@ def loss_panel(arms: Sequence[Arm], axis: str, metric: str | None, target: Targe
     )
 
 
+def doubtful_loss_panel(arms: Sequence[Arm], index: int) -> LinePanel | None:
+    """Return the training loss of an arm of which nobody knows what it is k times of; `None` for any other arm."""
+    runs = [run.as_logged for run in arms[index].runs if run.loss_scale.in_doubt]
+    lines = [line for run in runs if (line := curve(run, index, "steps", "loss")) is not None]
+    if not lines:
+        return None
+    title = f"Training loss of {arms[index].name}, as logged"
+    summary = ends_in_words(arms, lines, title, AXIS_TITLES["steps"])
+    return LinePanel(f"loss_{index}", title, AXIS_TITLES["steps"], "loss", tuple(with_medians(lines)), summary=summary)
+
+
 def noise_panel(arms: Sequence[Arm], axis: str) -> LinePanel | None:
     """Return the noise scale with its interval."""
     runs = every_run(arms)
-    limit = points_per_curve(3 * len(runs))
     divisor, xlabel = axis_scale(arms, axis)
     lines, bands = [], []
     for arm, run in runs:
         if "noise_scale_low" in run.keys or "noise_scale" in run.keys:
-            found, band = noise_curves(run, arm, axis, limit)
+            found, band = noise_curves(run, arm, axis)
             lines += [_rescaled(line, divisor) for line in found]
             bands += [band] if band is not None else []
     if not lines and not bands:
@@ -155,7 +170,7 @@ def accumulation_panels(arms: Sequence[Arm], axis: str) -> list[LinePanel]:
     panels = [
         line_panel(
             arms, axis, "accumulation_steps", name="accumulation_steps", title="k, micro-batches of a step",
-            ylabel="micro-batches", style="step", scale="log2",
+            ylabel="micro-batches", style="step", scale="log2", make=k_curve,
         ),
         line_panel(
             arms, axis, "", name="effective_batch", title="Effective batch", ylabel="samples", scale="log2",
@@ -187,11 +202,6 @@ def _sizes_panel(name: str, title: str, bars: Sequence[Bar], parts: tuple[str, .
     scaled = tuple((label, arm, tuple(scale * value for value in values)) for label, arm, values in bars)
     words = "; ".join(f"{label} {figure(sum(values), 3)} {unit}" for label, _, values in scaled)
     return BarPanel(name, title, unit, scaled, parts, summary=f"{words}.")
-
-
-def largest(run: RunRecord, key: str) -> float | None:
-    """Return the largest finite number under a key of the log."""
-    return max((value for value in run.column(key) if value is not None and np.isfinite(value)), default=None)
 
 
 def step_memory_panel(arms: Sequence[Arm]) -> BarPanel | None:

@@ -8,12 +8,13 @@ from typing import Any
 
 from hf_trainopt.evidence.targets import Target
 
-from . import html, markdown, plot
+from . import html, markdown, pictures
 from .arms import Arm, find_arm, group
-from .comparison import Comparison, is_comparison, read_comparison
+from .comparison import ComparisonFolder, is_comparison, read_comparison
 from .contents import Contents
 from .metrics import choose_target, evaluation_metrics
-from .runs import RunRecord, is_run, read_run
+from .reading import is_run, read_run
+from .runs import Run
 from .sections import contents
 from .summary import NOT_RECORDED
 
@@ -37,7 +38,7 @@ class Report:
     contents: Contents
 
     def _repr_html_(self) -> str:
-        return html.fragment(self.contents)
+        return html.render(self.contents, whole=False)
 
     def __str__(self) -> str:
         return self.to_markdown()
@@ -47,7 +48,7 @@ class Report:
 
     def to_html(self) -> str:
         """Return one self-contained HTML page."""
-        return html.page(self.contents)
+        return html.render(self.contents, whole=True)
 
     def to_markdown(self, brief: bool = False) -> str:
         """Return texts and tables as Markdown.
@@ -63,7 +64,7 @@ class Report:
         Args:
             folder: Made if it is not there.
             formats: Out of `html` (report.html), `md` (report.md) and `png` (a picture for each section); all of them
-                unless given, but for pictures where matplotlib is missing.
+                unless given, without pictures where matplotlib is missing (the page then has no charts either).
 
         Returns:
             The files, the page first.
@@ -82,10 +83,10 @@ class Report:
         saved = []
         if "html" in formats:
             saved.append(_write(folder / "report.html", self.to_html()))
-        pictures = plot.save_pictures(self.contents, folder) if "png" in formats else {}
+        drawn = pictures.save_pictures(self.contents, folder) if "png" in formats else {}
         if "md" in formats:
-            saved.append(_write(folder / "report.md", markdown.markdown(self.contents, pictures)))
-        return [*saved, *(folder / name for name in pictures.values())]
+            saved.append(_write(folder / "report.md", markdown.markdown(self.contents, drawn)))
+        return [*saved, *(folder / name for name in drawn.values())]
 
 
 def _write(path: Path, text: str) -> Path:
@@ -97,9 +98,9 @@ def _write(path: Path, text: str) -> Path:
 def _formats_here() -> tuple[str, ...]:
     """Return all formats; without pictures, and with a warning, where matplotlib is missing."""
     try:
-        plot.check_matplotlib()
+        pictures.check_matplotlib()
     except ValueError:
-        logger.warning("matplotlib is not installed: the report has no PNG pictures; pip install matplotlib for them.")
+        logger.warning("matplotlib is not installed: the report has no charts; %s for them.", pictures.REMEDY)
         return tuple(name for name in FORMATS if name != "png")
     return FORMATS
 
@@ -114,7 +115,7 @@ def check_formats(formats: Sequence[str]) -> None:
     if unknown or not formats:
         raise ValueError(f"formats has '{', '.join(unknown)}'; choose from {', '.join(FORMATS)}.")
     if "png" in formats:
-        plot.check_matplotlib()
+        pictures.check_matplotlib()
 
 
 def make_report(
@@ -129,7 +130,7 @@ def make_report(
 
     Args:
         *sources: Output folders of `EfficientTrainer` or of stock `Trainer`, folders of `hf-trainopt compare`, folders
-            of such folders, or `RunRecord`s. `NAME=FOLDER` names the arm of a run.
+            of such folders, or `Run`s. `NAME=FOLDER` names the arm of a run.
         baseline: Run or arm that others are divided by; of a comparison its own, else the first, unless given.
         target_metric: Metric that time to target is measured on, as `eval_loss` or `loss`.
         target_value: The value to be reached. Without: the target of the comparison or of the runs, else the last
@@ -142,12 +143,12 @@ def make_report(
     """
     if not sources:
         raise ValueError("there is nothing to report on; name an output folder.")
-    runs: list[RunRecord] = []
+    runs: list[Run] = []
     labels: list[tuple[str, str] | None] = []
-    comparisons: list[Comparison] = []
+    comparisons: list[ComparisonFolder] = []
     for source in sources:
         for found, label in _read(source):
-            if isinstance(found, Comparison):
+            if isinstance(found, ComparisonFolder):
                 comparisons.append(found)
                 runs += [run for _, run in found.runs]
                 labels += [(str(found.folder.resolve()), name) for name, _ in found.runs]
@@ -165,9 +166,9 @@ def make_report(
     )
 
 
-def _read(source: Any) -> list[tuple[RunRecord | Comparison, tuple[str, str] | None]]:
+def _read(source: Any) -> list[tuple[Run | ComparisonFolder, tuple[str, str] | None]]:
     """Return what a source has in it, each run with the arm that the user has named."""
-    if isinstance(source, RunRecord):
+    if isinstance(source, Run):
         return [(source, None)]
     folder, label = Path(source), None
     name, separator, place = str(source).partition("=")
@@ -184,13 +185,13 @@ def _read(source: Any) -> list[tuple[RunRecord | Comparison, tuple[str, str] | N
     return [(read_run(folder), label)]
 
 
-def _read_one(path: Path, label: tuple[str, str] | None) -> list[tuple[RunRecord | Comparison, Any]]:
+def _read_one(path: Path, label: tuple[str, str] | None) -> list[tuple[Run | ComparisonFolder, Any]]:
     return [(read_comparison(path), None) if is_comparison(path) else (read_run(path), label)]
 
 
 def _without_repeats(
-    runs: Sequence[RunRecord], labels: Sequence[tuple[str, str] | None]
-) -> tuple[list[RunRecord], list[tuple[str, str] | None]]:
+    runs: Sequence[Run], labels: Sequence[tuple[str, str] | None]
+) -> tuple[list[Run], list[tuple[str, str] | None]]:
     """Return the runs less those whose folder came before: named twice, or in a comparison too."""
     seen: set[Path] = set()
     kept = []
@@ -202,7 +203,7 @@ def _without_repeats(
     return [run for run, _ in kept], [label for _, label in kept]
 
 
-def _baseline(arms: Sequence[Arm], name: str | None, comparisons: Sequence[Comparison]) -> Arm | None:
+def _baseline(arms: Sequence[Arm], name: str | None, comparisons: Sequence[ComparisonFolder]) -> Arm | None:
     if name is not None:
         return find_arm(arms, name)
     if len(arms) < 2:
@@ -219,7 +220,7 @@ def _given_target(
     metric: str | None,
     value: float | None,
     greater_is_better: bool | None,
-    comparisons: Sequence[Comparison],
+    comparisons: Sequence[ComparisonFolder],
 ) -> Target | None:
     """Return the target that the user has given, else that of the first comparison."""
     if (metric is None) != (value is None):
@@ -232,7 +233,7 @@ def _given_target(
     return own if own is not None and own.metric in evaluation_metrics(arms) else None
 
 
-def _title(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> str:
+def _title(arms: Sequence[Arm], comparisons: Sequence[ComparisonFolder]) -> str:
     folders = {run.folder.parent if run.folder is not None else None for arm in arms for run in arm.runs}
     if len(comparisons) == 1 and folders <= {comparisons[0].folder}:
         result = comparisons[0].result

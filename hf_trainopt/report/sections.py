@@ -9,14 +9,14 @@ from hf_trainopt.placement.plan import PlacementPlan, StageChoice, describe
 from hf_trainopt.placement.render import percent, words
 
 from .arms import Arm
-from .comparison import Comparison
+from .comparison import ComparisonFolder
 from .contents import Contents, Section, Table
 from .metrics import common_axis, evaluation_metrics, main_metric, without_axis
 from .panels import (
     accumulation_panels,
+    doubtful_loss_panel,
     every_run,
     has_values,
-    largest,
     line_panel,
     loss_panel,
     noise_panel,
@@ -25,10 +25,13 @@ from .panels import (
     step_memory_panel,
 )
 from .seeds import seed_legend
-from .summary import NOT_RECORDED, PHASES, figure, headings, spread, summary_table, target_table
+from .settings import settings_rows
+from .summary import NOT_RECORDED, PHASES, figure, headings, largest, spread, summary_table, target_table
 
 
-TIME_ABSENT = "Add ThroughputCallback (hf_trainopt.evidence) to a stock Trainer to have it."
+TIME_ABSENT = (
+    "Add ThroughputCallback (hf_trainopt.evidence) to a stock Trainer, or report_to='tensorboard', to have it."
+)
 
 # More metrics than these are in the table only.
 _MOST_METRIC_PANELS = 4
@@ -41,7 +44,7 @@ def contents(
     baseline: Arm | None = None,
     target: Target | None = None,
     no_target: str | None = None,
-    comparisons: Sequence[Comparison] = (),
+    comparisons: Sequence[ComparisonFolder] = (),
 ) -> Contents:
     """Return a report of arms.
 
@@ -97,10 +100,43 @@ def _summary(arms: Sequence[Arm], baseline: Arm | None) -> Section:
         text.append(f"No training time was logged; there is no time axis. {TIME_ABSENT}")
     derived = [arm.name for arm in arms if any(run.samples_are_derived for run in arm.runs)]
     if derived:
-        text.append(f"Samples of {_names(derived)} were not logged but follow from the rate of the whole run.")
+        text.append(
+            f"Samples of {_names(derived)} weren't logged: they follow from those of the whole run, or from the batch "
+            "that was set."
+        )
+    text += _clocks(arms)
+    text += _loss_scales(arms)
     if unknown := without_axis(arms, "samples"):
         text.append(f"Samples of {_names(unknown)} are not known, so that charts are over steps.")
-    return Section("summary", "Summary", tuple(text), (summary_table(arms, baseline),))
+    rows = settings_rows([[run.settings for run in arm.runs] for arm in arms])
+    tables = [summary_table(arms, baseline)]
+    tables += [Table(headings(arms, baseline), tuple(rows), "Settings", folded=True)] if rows else []
+    return Section("summary", "Summary", tuple(text), tuple(tables))
+
+
+def _clocks(arms: Sequence[Arm]) -> list[str]:
+    """Return where the times of stock runs are from."""
+    names: dict[str, list[str]] = {}
+    for arm in arms:
+        for source in dict.fromkeys(run.clock.source for run in arm.runs if run.time_is_derived):
+            names.setdefault(source, []).append(arm.name)
+    return [
+        f"Training time of {_names(of)} wasn't logged. It is from {source}: no evaluations, but saves and warm-up."
+        for source, of in names.items()
+    ]
+
+
+def _loss_scales(arms: Sequence[Arm]) -> list[str]:
+    """Return which training losses are not shown as they were logged, or apart, and why."""
+    text = []
+    for arm in arms:
+        for scale in dict.fromkeys(run.loss_scale for run in arm.runs if run.loss_scale.reason):
+            done = (
+                "The training loss is drawn apart, as it was logged; the gradient norm isn't drawn" if scale.in_doubt
+                else "Shown are means, of gradient norms too"
+            )  # fmt: skip
+            text.append(f"Loss of {arm.name}: {scale.reason}. {done}.")
+    return text
 
 
 def _target(
@@ -119,6 +155,7 @@ def _loss(arms: Sequence[Arm], target: Target | None) -> Section | tuple[str, st
     metric = main_metric(arms)
     axes = ("time", "samples", "steps")
     panels = [loss_panel(arms, axis, metric, target) for axis in axes]
+    panels += [doubtful_loss_panel(arms, index) for index in range(len(arms))]
     panels = [panel for panel in panels if panel is not None]
     if not panels:
         return "Loss", "the logs have no loss on any line; set logging_steps."
@@ -131,9 +168,15 @@ def _loss(arms: Sequence[Arm], target: Target | None) -> Section | tuple[str, st
     bad = sum(value is not None and not math.isfinite(value) for _, run in every_run(arms) for value in _losses(run))
     if bad:
         text.append(f"{bad} logged {'loss is' if bad == 1 else 'losses are'} not finite: gaps in the curves.")
+    text += _loss_scales(arms)
     styles = {line.style for panel in panels for line in panel.lines}
     of_seeds = seed_legend(panels)
-    logged = "training loss, as logged" + ("; of seeds that all go to the end their median" if of_seeds else "")
+    divided = any(run.loss_scale.divisor != 1 for _, run in every_run(arms))
+    logged = (
+        "training loss"
+        + ("" if divided else ", as logged")
+        + ("; of seeds that all go to the end their median" if of_seeds else "")
+    )
     legend = [("faint", logged)] if "faint" in styles else []
     legend += [("marked", metric)] if "marked" in styles else []
     legend += of_seeds
@@ -164,8 +207,8 @@ def _accumulation(arms: Sequence[Arm], axis: str) -> Section | tuple[str, str]:
     without = [arm.name for arm in arms if not has_values([arm], ["accumulation_steps"])]
     if without:
         text.append(
-            f"k is logged where it may vary, and not by {_names(without)}; effective batches are then samples per "
-            "step between log lines."
+            f"{_names(without)} logged no k: it is drawn as it was set, where that is known. The effective batch is "
+            "the samples per step between log lines."
         )
     return Section("accumulation", "Accumulation", tuple(text), panels=tuple(panels), legend=seed_legend(panels))
 
@@ -206,8 +249,10 @@ def _throughput(arms: Sequence[Arm], axis: str) -> Section | tuple[str, str]:
     panels = [panel for panel in panels if panel is not None]
     if not panels:
         return "Throughput", f"measurements='throughput' logs it. {TIME_ABSENT}"
-    text = ("Evaluations, saves and warm-up left out.",)
-    return Section("throughput", "Throughput", text, panels=tuple(panels), legend=seed_legend(panels))
+    text = ["Evaluations, saves and warm-up left out."]
+    derived = [arm.name for arm in arms if any(run.time_is_derived for run in arm.runs)]
+    text += [f"{_names(derived)}: from samples and times of log lines, saves included."] if derived else []
+    return Section("throughput", "Throughput", tuple(text), panels=tuple(panels), legend=seed_legend(panels))
 
 
 def _memory(arms: Sequence[Arm]) -> Section | tuple[str, str]:
@@ -283,14 +328,14 @@ def _choice(choice: StageChoice, count: int) -> str:
     ]
 
 
-def _comparison(comparison: Comparison, index: int, arms: Sequence[Arm]) -> Section:
+def _comparison(comparison: ComparisonFolder, index: int, arms: Sequence[Arm]) -> Section:
     name = "comparison" if index == 0 else f"comparison_{index + 1}"
     title = "Comparison" if index == 0 else f"Comparison in {comparison.folder}"
     panel = comparison.panel(name, _colours(comparison, arms))
     return Section(name, title, comparison.text(), comparison.tables(), (panel,) if panel is not None else ())
 
 
-def _colours(comparison: Comparison, arms: Sequence[Arm]) -> dict[str, int]:
+def _colours(comparison: ComparisonFolder, arms: Sequence[Arm]) -> dict[str, int]:
     """Return the index of each of a comparison's arms among all arms."""
     places = {run.folder: index for index, arm in enumerate(arms) for run in arm.runs}
     return {name: places[run.folder] for name, run in comparison.runs if run.folder in places}

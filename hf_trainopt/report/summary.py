@@ -11,7 +11,8 @@ from hf_trainopt.log_lines import is_last_line
 from .arms import Arm
 from .contents import Table
 from .metrics import evaluation_metrics
-from .runs import RunRecord
+from .runs import Run, number
+from .settings import reference_steps
 
 
 NOT_RECORDED = "not recorded"
@@ -96,45 +97,51 @@ class Measure:
     """
 
     label: str
-    value: Callable[[RunRecord], float | None]
+    value: Callable[[Run], float | None]
     unit: str = ""
     compared: bool = True
 
 
-def _last(key: str) -> Callable[[RunRecord], float | None]:
+def _last(key: str) -> Callable[[Run], float | None]:
     return lambda run: run.last(key)
 
 
-def _largest(key: str) -> Callable[[RunRecord], float | None]:
-    def value(run: RunRecord) -> float | None:
-        found = [value for value in run.column(key) if value is not None and math.isfinite(value)]
-        return max(found, default=None)
-
-    return value
+def largest(run: Run, key: str) -> float | None:
+    """Return the largest finite number under a key of the log."""
+    return max((value for value in run.column(key) if value is not None and math.isfinite(value)), default=None)
 
 
-def _best(metric: str) -> Callable[[RunRecord], float | None]:
+def _best(metric: str) -> Callable[[Run], float | None]:
     pick = min if falls_when_better(metric) else max
 
-    def value(run: RunRecord) -> float | None:
+    def value(run: Run) -> float | None:
         found = [value for value in run.column(metric) if value is not None and math.isfinite(value)]
         return pick(found, default=None)
 
     return value
 
 
-def _samples_per_step(run: RunRecord) -> float | None:
+def _samples_per_step(run: Run) -> float | None:
     samples, steps = run.end("samples"), run.end("steps")
     return samples / steps if samples and steps else None
 
 
-def _of_whole_run(key: str) -> Callable[[RunRecord], float | None]:
+def _of_whole_run(key: str) -> Callable[[Run], float | None]:
     """Upstream's figures of a run that was resumed are of the last part of its time only."""
     return lambda run: None if run.is_resumed else run.last(key)
 
 
-def last_rate(run: RunRecord, key: str) -> float | None:
-    """Return a rate of the whole run, warm-up left out; of one that has not ended, the median of its lines."""
+def last_rate(run: Run, key: str, count: float | None = None) -> float | None:
+    """Return a rate of the whole run, warm-up left out; of one that has not ended, the median of its lines.
+
+    Args:
+        run: The run.
+        key: Of the rate.
+        count: What the rate is of. A stock run logs no rate: it is this over its training time, warm-up included.
+    """
+    if key not in run.keys and run.time_is_derived:
+        seconds = run.end("time")
+        return count / seconds if count and seconds else None
     ends = [index for index, line in enumerate(run.history) if is_last_line(line)]
     values = run.column(key)
     if ends and values[ends[-1]] is not None:
@@ -156,10 +163,12 @@ def measures(arms: Sequence[Arm]) -> list[Measure]:
     rows = [
         Measure("optimizer steps", lambda run: run.steps, compared=False),
         Measure("samples", lambda run: run.end("samples"), compared=False),
+        Measure("tokens", tokens, compared=False),
         Measure("epochs", _last("epoch"), compared=False),
         Measure("training time", lambda run: run.end("time"), "s"),
         Measure("whole run, evaluations and saves included", _of_whole_run("train_runtime"), "s"),
         Measure("train loss, last logged", _last("loss")),
+        Measure("the same, mean or sum over k", _doubtful_loss, compared=False),
     ]
     for metric in evaluation_metrics(arms):
         rows.append(Measure(f"{metric}, last", _last(metric)))
@@ -167,15 +176,15 @@ def measures(arms: Sequence[Arm]) -> list[Measure]:
             rows.append(Measure(f"{metric}, best", _best(metric)))
     rows += [
         Measure("perplexity, last", _last("perplexity")),
-        Measure("samples/s", lambda run: last_rate(run, "samples_per_second")),
-        Measure("tokens/s", lambda run: last_rate(run, "tokens_per_second")),
+        Measure("samples/s", lambda run: last_rate(run, "samples_per_second", run.end("samples"))),
+        Measure("tokens/s", lambda run: last_rate(run, "tokens_per_second", tokens(run))),
         Measure("samples/s of the whole run, evaluations included", _of_whole_run("train_samples_per_second")),
         Measure("TFLOP/s", lambda run: _scaled(last_rate(run, "flops_per_second"), 1e-12)),
         Measure("MFU", lambda run: last_rate(run, "mfu"), "%"),
         Measure("samples per optimizer step, mean", _samples_per_step, compared=False),
-        Measure("k, last", _last("accumulation_steps"), compared=False),
+        Measure("k, last", _last_k, compared=False),
         Measure("noise scale in samples, last", _resolved_noise, compared=False),
-        Measure("peak memory", _largest("peak_memory_gib"), "GiB"),
+        Measure("peak memory", lambda run: largest(run, "peak_memory_gib"), "GiB"),
         Measure("peak of a step, measured", measured_peak, "GiB"),
         Measure("peak of a step, predicted", predicted_peak, "GiB", compared=False),
         Measure("skipped steps", _last("skipped_steps"), compared=False),
@@ -183,24 +192,39 @@ def measures(arms: Sequence[Arm]) -> list[Measure]:
     return rows
 
 
+def tokens(run: Run) -> float | None:
+    """Return the tokens that a run was counting (`include_num_input_tokens_seen`)."""
+    counted = run.last("num_input_tokens_seen")
+    return counted if counted is not None else number(run.state.get("num_input_tokens_seen")) or None
+
+
+def _doubtful_loss(run: Run) -> float | None:
+    return run.as_logged.last("loss") if run.loss_scale.in_doubt else None
+
+
+def _last_k(run: Run) -> float | None:
+    logged = run.last("accumulation_steps")
+    return logged if logged is not None else reference_steps(run.settings)
+
+
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
-def _resolved_noise(run: RunRecord) -> float | None:
+def _resolved_noise(run: Run) -> float | None:
     columns = (run.column("noise_scale"), run.column("noise_scale_high"))
     found = [value for value, high in zip(*columns, strict=True) if value is not None and high is not None]
     return found[-1] if found else None
 
 
-def measured_peak(run: RunRecord) -> float | None:
+def measured_peak(run: Run) -> float | None:
     """Return the measured peak of an optimizer step in GiB: from the log, else from the plan."""
     logged = run.last("measured_peak_gib")
     kept = run.plan.measured_peak_bytes if run.plan is not None else None
     return logged if logged is not None or kept is None else kept / 2**30
 
 
-def predicted_peak(run: RunRecord) -> float | None:
+def predicted_peak(run: Run) -> float | None:
     """Return the predicted peak of an optimizer step in GiB: from the log, else from the plan."""
     logged = run.last("predicted_peak_gib")
     kept = run.plan.predicted_peak_bytes if run.plan is not None else None

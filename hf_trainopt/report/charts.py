@@ -1,0 +1,202 @@
+"""Draws charts into axes of matplotlib."""
+
+import itertools
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .axes import limits, ratio_limits, set_ticks
+from .contents import BarPanel, IntervalPanel, Line, LinePanel, Panel
+from .summary import figure as shown
+from .summary import ratio_text
+from .theme import arm_dashes, arm_name, light, part_name
+
+
+# Of a chart in points, the units of the SVG. A phone shows it at about this size, so that texts stay legible.
+WIDTH, HEIGHT = 400, 250
+_ROW = 36
+# Width of a character of the size 12, on average.
+_CHARACTER = 6.4
+
+# What the `gid` of an artist begins with: the class of its element on a page and, behind |, a text for the mouse.
+CLASS = "class:"
+
+# Points of all curves of a chart together; beyond what a screen can show they only make the page large.
+_POINTS = 3000
+
+_BASE = {"log": 10, "log2": 2}
+
+
+def height(panel: Panel) -> float:
+    """Return the height of a chart in points."""
+    if isinstance(panel, LinePanel):
+        return HEIGHT
+    return 44 + _ROW * len(panel.bars if isinstance(panel, BarPanel) else panel.points)
+
+
+def thinned(ys: np.ndarray, limit: int) -> np.ndarray:
+    """Return the indices of at most `limit` points (4 at least) that keep the shape of a curve.
+
+    The first and the last point stay, and of each of equally long stretches between them the lowest and the highest,
+    so that no peak is lost; of a stretch without a number its first point, so that the gap is kept.
+    """
+    count = len(ys)
+    limit = max(4, limit)
+    if count <= limit:
+        return np.arange(count)
+    edges = np.linspace(1, count - 1, (limit - 2) // 2 + 1).astype(int)
+    kept = {0, count - 1}
+    for start, end in itertools.pairwise(edges):
+        part = ys[start:end]
+        if len(part) and not np.isnan(part).all():
+            kept |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
+        elif len(part):
+            kept.add(int(start))
+    return np.array(sorted(kept))
+
+
+def draw(axes: Any, panel: Panel) -> None:
+    """Draw a chart, without its title."""
+    {LinePanel: _lines, BarPanel: _bars, IntervalPanel: _intervals}[type(panel)](axes, panel)
+    axes.set_xlabel(printable(panel.xlabel))
+
+
+def dashes(arm: int) -> Any:
+    """Return the dashes of an arm as matplotlib has them."""
+    return (0, arm_dashes(arm)) if arm_dashes(arm) else "-"
+
+
+def printable(text: str) -> str:
+    """Return a text without what XML has no place for: control characters, halves of surrogate pairs."""
+    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
+
+
+def _shortened(text: str, taken: float = 0.0) -> str:
+    """Return a text cut to what a row has room for, some of which is taken."""
+    count = max(4, int((WIDTH - 16 - taken) / _CHARACTER))
+    return printable(text if len(text) <= count else text[: count - 1] + "…")
+
+
+def depth(line: Line) -> int:
+    """Return the order of drawing: raw values and single seeds lie below the others."""
+    return 1 if line.of_seed else {"faint": 0, "guess": 2}.get(line.style, 3)
+
+
+def _lines(axes: Any, panel: LinePanel) -> None:
+    scale, (left, right), (low, high) = limits(panel)
+    axes.set_yscale("linear" if scale == "linear" else "log", **({} if scale == "linear" else {"base": _BASE[scale]}))
+    room = max(60, _POINTS // max(1, len(panel.lines) + len(panel.bands)))
+    for band in panel.bands:
+        # By the upper end: neither the widest nor the open intervals may be thinned away.
+        band = _at(band, thinned(band.high, room))
+        is_open = np.isinf(band.high)
+        bottom = np.where(band.low > 0, band.low, low)
+        top = np.where(is_open, high, np.minimum(band.high, 2 * high))
+        around = is_open | np.append(is_open[1:], False) | np.append(False, is_open[:-1])
+        for where, alpha, kind in ((~is_open, 0.22, "band"), (around, 0.09, "band open")):
+            axes.fill_between(band.xs, bottom, top, where=where & ~np.isnan(bottom) & ~np.isnan(top), alpha=alpha,
+                              color=light(arm_name(band.arm)), linewidth=0, gid=CLASS + kind)  # fmt: skip
+    for line in sorted(panel.lines, key=depth):
+        _curve(axes, _at(line, thinned(line.ys, room)))
+    if panel.level is not None and low <= panel.level[0] <= high:
+        value, text = panel.level
+        axes.axhline(value, color=light("ink"), linestyle=(0, (5, 4)), linewidth=1)
+        below = value > low + 0.85 * (high - low) if scale == "linear" else value > low * (high / low) ** 0.85
+        axes.annotate(f"{printable(text)} {shown(value)}", (1, value), xycoords=axes.get_yaxis_transform(), ha="right",
+                      va="top" if below else "bottom", xytext=(-2, -3 if below else 3), textcoords="offset points",
+                      gid=CLASS + "halo")  # fmt: skip
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, high)
+    set_ticks(axes.xaxis, "linear", (left, right))
+    set_ticks(axes.yaxis, scale, (low, high))
+    axes.grid(True, axis="y")
+
+
+def _at(curve: Any, indices: np.ndarray) -> Any:
+    """Return some points of a curve or a band."""
+    arrays = {name: value[indices] for name, value in vars(curve).items() if isinstance(value, np.ndarray)}
+    return replace(curve, **arrays)
+
+
+def _curve(axes: Any, line: Line) -> None:
+    colour, faint = light(arm_name(line.arm)), line.of_seed or line.style in ("faint", "guess")
+    look = {"color": colour, "alpha": {"faint": 0.45, "guess": 0.7}.get(line.style, 0.5 if line.of_seed else 1.0)}
+    pattern = {"faint": "-", "guess": (0, (1.5, 3))}.get(line.style, dashes(line.arm))
+    marked = line.style == "marked" and not line.of_seed
+    axes.plot(
+        line.xs, line.ys, linestyle=pattern, linewidth=0.9 if line.of_seed else 1.0 if faint else 1.9,
+        drawstyle="steps-post" if line.style == "step" else "default", marker="o" if marked else None,
+        markersize=5 if np.count_nonzero(~np.isnan(line.ys)) <= 60 else 3, markeredgewidth=0,
+        gid=f"{CLASS}curve {line.style}{' seed' if line.of_seed else ''}", **look,
+    )  # fmt: skip
+    known = ~np.isnan(line.ys)
+    # A single value between gaps would not be seen.
+    alone = known & ~np.append(known[1:], False) & ~np.append(False, known[:-1])
+    if alone.any() and not marked:
+        axes.plot(line.xs[alone], line.ys[alone], "o", markersize=3.2, markeredgewidth=0, gid=CLASS + "alone", **look)
+
+
+def _rows(axes: Any, count: int) -> None:
+    """Set up axes with a row for each bar or interval, whose texts stand above it."""
+    axes.set_ylim(count - 0.5, -0.5)
+    axes.set_yticks([])
+
+
+def _row_text(axes: Any, row: int, text: str, side: str) -> None:
+    axes.annotate(text, (0 if side == "left" else 1, row - 0.12), xycoords=axes.get_yaxis_transform(), ha=side,
+                  va="bottom", gid=CLASS + "halo", annotation_clip=False)  # fmt: skip
+
+
+def _bars(axes: Any, panel: BarPanel) -> None:
+    totals = [sum(values) for _, _, values in panel.bars]
+    longest = max((total for total in totals if math.isfinite(total) and total > 0), default=1.0)
+    _rows(axes, len(panel.bars))
+    for row, (label, arm, values) in enumerate(panel.bars):
+        _row_text(axes, row, _shortened(label), "left")
+        start = 0.0
+        for part, value in enumerate(values):
+            name = f"{panel.parts[part]}: " if len(values) > 1 and part < len(panel.parts) else ""
+            axes.barh(row + 0.2, value, left=start, height=0.34, linewidth=0,
+                      color=light(part_name(part) if arm is None else arm_name(arm)),
+                      gid=f"{CLASS}bar|{name}{shown(value, 3)} {panel.xlabel}")  # fmt: skip
+            start += value
+        axes.annotate(shown(start, 3), (start, row + 0.2), xytext=(5, 0), textcoords="offset points", va="center",
+                      color=light("soft"), annotation_clip=False)  # fmt: skip
+    axes.set_xlim(0, 1.16 * longest)
+    set_ticks(axes.xaxis, "linear", (0, longest))
+    axes.grid(True, axis="x")
+
+
+def _intervals(axes: Any, panel: IntervalPanel) -> None:
+    low, high = ratio_limits(panel)
+    axes.set_xscale("log")
+    _rows(axes, len(panel.points))
+    axes.axvline(1, color=light("ink"), linewidth=1.3, zorder=1)
+    for row, (label, arm, ratio, lower, upper) in enumerate(panel.points):
+        text = interval_text(ratio, lower, upper)
+        _row_text(axes, row, _shortened(label, _CHARACTER * (len(text) + 1)), "left")
+        _row_text(axes, row, text, "right")
+        colour = light(arm_name(arm or 0))
+        if not (math.isnan(lower) or math.isnan(upper)):
+            ends = (max(lower, low), min(upper, high))
+            axes.plot(ends, [row + 0.25] * 2, color=colour, linewidth=2.2, gid=CLASS + "interval")
+            for end, mark in ((ends[0], "<" if lower <= 0 else ""), (ends[1], ">" if math.isinf(upper) else "")):
+                axes.plot([end], [row + 0.25], marker=mark, color=colour, markersize=7, clip_on=False)
+        axes.plot([ratio], [row + 0.25], "o", color=colour, markersize=8, markeredgewidth=0, zorder=3)
+    axes.set_xlim(low, high)
+    set_ticks(axes.xaxis, "log", (low, high))
+    axes.grid(True, axis="x")
+
+
+def interval_text(ratio: float, low: float, high: float) -> str:
+    """Return a ratio with its interval: `0.63 (0.58 to 0.69)`, `≥ 1.20`, `≤ 0.80`, or alone without one."""
+    if math.isinf(high):
+        return f"≥ {ratio_text(ratio)}"
+    if low <= 0:
+        return f"≤ {ratio_text(ratio)}"
+    if math.isnan(low) or math.isnan(high):
+        return ratio_text(ratio)
+    return f"{ratio_text(ratio)} ({ratio_text(low)} to {ratio_text(high)})"
