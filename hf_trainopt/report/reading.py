@@ -1,5 +1,6 @@
 """Reads a run from its output folder, without running anything that the files contain."""
 
+import contextlib
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_trainopt.core.state import STATE_NAME as OWN_STATE_NAME
 from hf_trainopt.log_lines import is_last_line
 from hf_trainopt.placement.plan import PlacementPlan
 
@@ -184,6 +186,9 @@ def _read_state(folder: Path, notes: list[str]) -> tuple[Path | None, dict[str, 
     for place in (folder, *_checkpoints(folder)):
         state = _read_json(place / STATE_NAME, notes)
         if state is not None:
+            ours = _read_json(place / OWN_STATE_NAME, notes) or {}
+            with contextlib.suppress(KeyError, TypeError):  # stock `Trainer`, or nothing measured
+                state["measurements"] = ours["parts"]["measurements"]["callbacks"]
             return place / STATE_NAME, state
     return None, None
 

@@ -17,7 +17,7 @@ def run_in_memory(trainer: Any) -> Run:
     callbacks = [cb for cb in measuring if isinstance(cb, TargetCallback)]
     state = {"global_step": trainer.state.global_step, "max_steps": trainer.state.max_steps}
     if callbacks:
-        state["stateful_callbacks"] = {"TargetCallback": {"args": callbacks[-1].arguments()}}
+        state["measurements"] = [{"name": "TargetCallback", "arguments": callbacks[-1].arguments()}]
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     config = getattr(model, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else {}

@@ -144,16 +144,25 @@ class Run:
     @functools.cached_property
     def target(self) -> Target | None:
         """The target that `TargetCallback` was given, as far as the run has kept it."""
-        stored = self.state.get("stateful_callbacks")
-        stored = stored.get("TargetCallback") if isinstance(stored, Mapping) else None
-        stored = stored[-1] if isinstance(stored, list) and stored else stored
-        given = stored.get("args") if isinstance(stored, Mapping) else None
+        given = self._arguments_of_target()
         if not isinstance(given, Mapping) or number(given.get("value")) is None:
             return None
         metric = str(given.get("metric"))
         greater = given.get("greater_is_better")
         greater = greater if isinstance(greater, bool) else not falls_when_better(metric)
         return Target(metric, number(given["value"]), greater, "set in the runs")
+
+    def _arguments_of_target(self) -> Any:
+        """Arguments of the last `TargetCallback`: among our measurements, or the user's callbacks (stock `Trainer`)."""
+        measured = self.state.get("measurements")
+        entries = measured if isinstance(measured, list) else []
+        named = [entry for entry in entries if isinstance(entry, Mapping) and entry.get("name") == "TargetCallback"]
+        if named:
+            return named[-1].get("arguments")
+        stored = self.state.get("stateful_callbacks")
+        stored = stored.get("TargetCallback") if isinstance(stored, Mapping) else None
+        stored = stored[-1] if isinstance(stored, list) and stored else stored
+        return stored.get("args") if isinstance(stored, Mapping) else None
 
     def crossing(self, target: Target) -> Crossing | None:
         """Return where the run meets a target, interpolated between evaluations; `None` without evaluations."""
