@@ -27,11 +27,13 @@ from .errors import PlacementError, ReplayError
 from .example_batch import batch_elements, largest_batch
 from .global_state import forked_random_state
 from .measure import PeakMeasurement
+from .own_loss import has_own_loss, overridden, own_loss_planner
 from .plan import NO_REWRITES, PlacementPlan, Rewrites
 from .planner import PlacementPlanner, allowed_rewrites, check_rewrites
 from .policies import named_choices
 from .render import time_words
 from .replay import StepSetup, model_loss
+from .residents import ResidentModules
 from .rewrites import available_rewrites
 from .shadow import shadow_of
 from .stages import find_stages
@@ -40,9 +42,6 @@ from .stages import find_stages
 logger = logging.getLogger(__name__)
 
 _NEGLIGIBLE_BYTES = 4096
-
-# Whose overrides of a hook do what the hook does in `Trainer`.
-_LIBRARIES = ("hf_trainopt", "transformers")
 
 # The plan in the output folder.
 PLAN_NAME = "placement.json"
@@ -308,10 +307,11 @@ class PlacementTrainerMixin:
 
     def _planner(self, batch: Any, available: Rewrites) -> PlacementPlanner:
         shadow: list[Any] = [None]
+        residents = ResidentModules(self)
 
         def compute_loss(model, batch):
             # Held until the next one: what `compute_loss` keeps on the trainer is there in the backward pass as well.
-            shadow[0] = shadow_of(self, model)
+            shadow[0] = shadow_of(self, model, residents.fakes(next(model.parameters()).fake_mode))
             with shadow[0].compute_loss_context_manager():
                 return shadow[0].compute_loss(model, dict(batch), num_items_in_batch=1)
 
@@ -323,13 +323,14 @@ class PlacementTrainerMixin:
             accumulation_steps=self._most_accumulation_steps,
             max_grad_norm=self.args.max_grad_norm or 0.0,
             world_size=self.args.world_size,
+            residents=residents.tensors,
         )
         args = self.args
         options = {"stages": args.placement_stages, "memory_rewrites": args.memory_rewrites, "available": available}
         try:
-            return PlacementPlanner(self.model, batch, setup, **options)
+            return own_loss_planner(self, batch, setup, options)
         except ReplayError as error:
-            own = "compute_loss" in _overridden(self) or self.compute_loss_func is not None
+            own = has_own_loss(self)
             if not isinstance(batch, Mapping) or not own:
                 raise
             if "chunked_loss" not in check_rewrites(args.memory_rewrites):
@@ -368,7 +369,7 @@ class PlacementTrainerMixin:
             taken = _parameters_of(type(inner))
             defaults = {n: v for n, v in inner.defaults.items() if n in taken}
             return type(inner)(_same_groups(inner, self.model, model), **defaults)
-        if "create_optimizer" in _overridden(self):
+        if "create_optimizer" in overridden(self):
             shadow = shadow_of(self, model)
             shadow.model = shadow.model_wrapped = model
             made = shadow.create_optimizer()
@@ -561,9 +562,3 @@ def _same_groups(
             )
         groups.append({**group, "params": [others[names[id(parameter)]] for parameter in group["params"]]})
     return groups
-
-
-def _overridden(trainer: Any) -> set[str]:
-    """Names of public hooks that a class of the user's has made its own."""
-    owners = [owner for owner in type(trainer).__mro__ if owner.__module__.partition(".")[0] not in _LIBRARIES]
-    return {name for name in ("compute_loss", "create_optimizer") if any(name in vars(owner) for owner in owners)}

@@ -1,0 +1,53 @@
+"""Plans for a `compute_loss` of the user's own, or of another library: TRL's DPO, distillation, contrastive losses."""
+
+import dataclasses
+import logging
+from typing import Any
+
+from .errors import ReplayError
+from .planner import PlacementPlanner
+from .replay import StepSetup
+
+
+logger = logging.getLogger(__name__)
+
+# Whose overrides of a hook do what the hook does in `Trainer`.
+_LIBRARIES = ("hf_trainopt", "transformers")
+
+
+def own_loss_planner(trainer: Any, batch: Any, setup: StepSetup, options: dict[str, Any]) -> PlacementPlanner:
+    """Return a planner for the loss of a trainer.
+
+    A loss that looks at values is replayed with those of the batch. Numbers that the model computes are unknown: they
+    may be recorded, and the log says so.
+
+    Raises:
+        ReplayError: The loss cannot be replayed. The reason is that of the second try, which knows more.
+        PlacementError: No placement can be had for another reason.
+    """
+    try:
+        return PlacementPlanner(trainer.model, batch, setup, **options)
+    except ReplayError:
+        if not has_own_loss(trainer):
+            raise
+    planner = PlacementPlanner(trainer.model, batch, dataclasses.replace(setup, follows_values=True), **options)
+    logger.info(
+        "%s.compute_loss looks at values. It is replayed with those of the example batch%s. The peak that is measured "
+        "in the run is compared with the prediction.",
+        type(trainer).__name__,
+        f", and {count} numbers that the model computes are recorded there as 1"
+        if (count := planner.replayer.assumed_numbers)
+        else "",
+    )
+    return planner
+
+
+def has_own_loss(trainer: Any) -> bool:
+    """Whether a trainer's loss is not that of `Trainer`."""
+    return "compute_loss" in overridden(trainer) or trainer.compute_loss_func is not None
+
+
+def overridden(trainer: Any) -> set[str]:
+    """Names of public hooks that a class of the user's has made its own."""
+    owners = [owner for owner in type(trainer).__mro__ if owner.__module__.partition(".")[0] not in _LIBRARIES]
+    return {name for name in ("compute_loss", "create_optimizer") if any(name in vars(owner) for owner in owners)}
