@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from .errors import ReplayError
+from .errors import PlacementError, ReplayError
 from .planner import PlacementPlanner
 from .replay import StepSetup
 
@@ -30,14 +30,26 @@ def own_loss_planner(trainer: Any, batch: Any, setup: StepSetup, options: dict[s
     except ReplayError:
         if not has_own_loss(trainer):
             raise
-    planner = PlacementPlanner(trainer.model, batch, dataclasses.replace(setup, follows_values=True), **options)
+    try:
+        planner = PlacementPlanner(trainer.model, batch, dataclasses.replace(setup, follows_values=True), **options)
+    except ReplayError as error:
+        if "_prepare_inputs" not in overridden(trainer):
+            raise
+        name = type(trainer).__name__
+        raise PlacementError(
+            f"{name} makes its batches within the step, in `_prepare_inputs` (GRPO and RLOO generate them), so that "
+            "there is no batch to plan for, and what making it needs isn't known; choose checkpoint_placement='all', "
+            f"'every_n' or 'sqrt', which need no prediction. ({name}.compute_loss can't take what the data loader "
+            f"gives: {error})"
+        ) from error
+    recorded = (
+        ", and numbers that the model computes are recorded there as 1" if planner.replayer.assumed_numbers else ""
+    )
     logger.info(
-        "%s.compute_loss looks at values. It is replayed with those of the example batch%s. The peak that is measured "
-        "in the run is compared with the prediction.",
+        "%s.compute_loss looks at values: it is planned with those of the example batch%s. The measured peak tells "
+        "whether the prediction is right.",
         type(trainer).__name__,
-        f", and {count} numbers that the model computes are recorded there as 1"
-        if (count := planner.replayer.assumed_numbers)
-        else "",
+        recorded,
     )
     return planner
 
@@ -48,6 +60,7 @@ def has_own_loss(trainer: Any) -> bool:
 
 
 def overridden(trainer: Any) -> set[str]:
-    """Names of public hooks that a class of the user's has made its own."""
+    """Names of hooks that a class of the user's has made its own."""
     owners = [owner for owner in type(trainer).__mro__ if owner.__module__.partition(".")[0] not in _LIBRARIES]
-    return {name for name in ("compute_loss", "create_optimizer") if any(name in vars(owner) for owner in owners)}
+    names = ("compute_loss", "create_optimizer", "_prepare_inputs")
+    return {name for name in names if any(name in vars(owner) for owner in owners)}

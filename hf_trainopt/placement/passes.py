@@ -1,7 +1,7 @@
 """Which stages a step calls, in what order, and in how many forward passes of the model.
 
 A loss may take a model through several batches (a contrastive loss), or once more without gradients (DPO, whose
-reference is the model without its adapter). What runs without gradients keeps nothing, and nothing of it is recomputed.
+reference is the model without its adapter). A pass without gradients keeps nothing, so nothing of it is recomputed.
 """
 
 from collections.abc import Callable, Iterable
