@@ -1,6 +1,5 @@
 """A memory budget for losses that the model alone does not have: preferences, rewards, two batches in one loss."""
 
-import copy
 import logging
 from dataclasses import dataclass
 
@@ -9,9 +8,7 @@ import torch
 from helpers import Rows, arguments, quiet, weights_equal
 from placement_models import gpt2
 from test_placement_trainer import losses, measured
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, set_seed
 
 from hf_trainopt import EfficientTrainer, EfficientTrainerMixin, EfficientTrainingArgumentsMixin
@@ -66,9 +63,10 @@ def preferences(num_rows=24):
 
 def config(**kwargs):
     # So wide that layers count beside the head of TRL, which takes 128 KiB a token whatever the vocabulary is.
+    sizes = {"hidden_size": 128, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
     return LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=4, bos_token_id=1, eos_token_id=1, pad_token_id=0, use_cache=False, **kwargs,
+        vocab_size=64, num_key_value_heads=4, bos_token_id=1, eos_token_id=1, pad_token_id=0, use_cache=False,
+        **sizes | kwargs,
     )  # fmt: skip
 
 
@@ -119,11 +117,7 @@ def dpo_trained_lora(trl, folder, **kwargs):
 
 
 def dpo_precomputed(trl, folder, **kwargs):
-    settings = {"precompute_ref_log_probs": True, **kwargs.pop("settings", {})}
-    ref_model = None
-    return trained(
-        trl, folder, "DPO", model=llama(), settings=settings, trainer_kwargs={"ref_model": ref_model}, **kwargs
-    )
+    return trained(trl, folder, "DPO", model=llama(), settings={"precompute_ref_log_probs": True}, **kwargs)
 
 
 def reward(trl, folder, **kwargs):
@@ -145,21 +139,19 @@ def test_trl_trains_within_a_budget(trl, tmp_path, run):
     planned = run(trl, tmp_path / "planned", **BUDGET)
     plain = run(trl, tmp_path / "plain")
     plan = planned.placement_plan
-    print(run.__name__, plan.baseline_peak_bytes, plan.predicted_peak_bytes, plan.measured_peak_bytes, plan.summary())
     assert not plan.is_stock
     assert plan.predicted_peak_bytes <= 0.75 * plan.baseline_peak_bytes
     assert measured(planned) == pytest.approx(1, abs=0.03)
     assert losses(planned) == losses(plain)
     assert weights_equal(planned.model, plain.model)
-    # What compute_loss keeps is what the steps of the run have put there.
-    metrics = [{**line} for line in planned.state.log_history if "num_tokens" in line]
-    expected = [{**line} for line in plain.state.log_history if "num_tokens" in line]
-    assert len(metrics) == len(expected)
-    for line, other in zip(metrics, expected, strict=True):
-        assert {key: line[key] for key in other if key in METRICS} == {
-            key: other[key] for key in other if key in METRICS
-        }
-    assert planned._total_train_tokens == plain._total_train_tokens
+    # What compute_loss keeps is what the steps of the run have put there, and nothing of the replays.
+    kept, expected = (
+        [{key: line[key] for key in METRICS & line.keys()} for line in trainer.state.log_history]
+        for trainer in (planned, plain)
+    )
+    assert kept == expected
+    assert any(kept)
+    assert planned._total_train_tokens == plain._total_train_tokens > 0
 
 
 METRICS = {
@@ -186,23 +178,39 @@ class Pairs(Rows):
         }  # fmt: skip
 
 
-class Contrastive(EfficientTrainer):
-    """As the losses of sentence-transformers: pooled, normalised, each anchor against all positives of the batch."""
+class InBatch(torch.nn.Module):
+    """Pooled, normalised, each anchor against all positives of the batch. It holds the model, as theirs do."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        pooled = [self.pooled(model, inputs[f"{n}_input_ids"], inputs[f"{n}_attention_mask"]) for n in self.names]
-        scores = 20 * pooled[0] @ pooled[1].T
-        loss = F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
-        self.similarities = [*getattr(self, "similarities", []), scores.diagonal().mean().item()]
-        return (loss, None) if return_outputs else loss
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
 
-    names = ("anchor", "positive")
-
-    @staticmethod
-    def pooled(model, ids, mask):
-        hidden = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+    def pooled(self, ids, mask):
+        hidden = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
         weights = mask[..., None].to(hidden.dtype)
         return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
+
+    def forward(self, inputs):
+        anchors, positives = (
+            self.pooled(inputs[f"{name}_input_ids"], inputs[f"{name}_attention_mask"])
+            for name in ("anchor", "positive")
+        )
+        return 20 * anchors @ positives.T
+
+
+class Contrastive(EfficientTrainer):
+    """As sentence-transformers' Trainer: the loss is a module that takes the model through two batches."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss = InBatch(self.model)
+        self.similarities = []
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert self.loss.model is model
+        scores = self.loss(inputs)
+        self.similarities.append(scores.diagonal().mean().item())
+        return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
 def contrastive(folder, model=llama, cls=Contrastive, **kwargs):
@@ -213,20 +221,14 @@ def contrastive(folder, model=llama, cls=Contrastive, **kwargs):
     return trainer
 
 
-@pytest.mark.parametrize(
-    "model", [llama, lambda: gpt2(num_layers=6, attn_implementation="eager")], ids=["llama", "gpt2"]
-)
+MODELS = {"llama": lambda: llama(num_hidden_layers=4, intermediate_size=256), "gpt2": lambda: gpt2(num_layers=5)}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_a_loss_over_two_batches(tmp_path, caplog, model):
     with caplog.at_level(logging.INFO, logger="hf_trainopt"):
         planned = contrastive(tmp_path / "planned", model, **BUDGET)
     plan = planned.placement_plan
-    print(
-        plan.baseline_peak_bytes,
-        plan.predicted_peak_bytes,
-        plan.measured_peak_bytes,
-        plan.summary(),
-        plan.optimality_gap,
-    )
     assert not plan.is_stock
     assert plan.predicted_peak_bytes <= 0.75 * plan.baseline_peak_bytes
     assert "Contrastive.compute_loss looks at values" in caplog.text
@@ -237,3 +239,66 @@ def test_a_loss_over_two_batches(tmp_path, caplog, model):
     assert weights_equal(planned.model, plain.model)
     assert planned.similarities == plain.similarities
     assert len(plain.similarities) == 3
+
+
+# ---- Other modules of the trainer ----------------------------------------------------------------------------------
+
+
+class Distilled(EfficientTrainer):
+    """A student that learns from a teacher that the trainer holds, in a list."""
+
+    teachers: list
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(input_ids=inputs["input_ids"]).logits
+        with torch.no_grad():
+            target = self.teachers[0](input_ids=inputs["input_ids"]).logits.softmax(-1)
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
+
+
+def distilled(folder, teacher, **kwargs):
+    set_seed(7)
+    args = arguments(folder, **{**SHORT, "per_device_train_batch_size": 8, **kwargs})
+    trainer = quiet(Distilled(model=gpt2(num_layers=6), args=args, train_dataset=Rows(32, length=48)))
+    trainer.teachers = [teacher.eval()]
+    trainer.train()
+    return trainer
+
+
+def test_a_teacher_is_in_memory(tmp_path):
+    small, large = gpt2(), gpt2(width=64)
+    before = {name: value.clone() for name, value in large.state_dict().items()}
+    first = distilled(tmp_path / "small", small, **BUDGET)
+    second = distilled(tmp_path / "large", large, **BUDGET)
+    for trainer in (first, second):
+        assert not trainer.placement_plan.is_stock
+        assert measured(trainer) == pytest.approx(1, abs=0.01)
+    more = sum(p.nbytes for p in large.parameters()) - sum(p.nbytes for p in small.parameters())
+    difference = second.placement_plan.baseline_peak_bytes - first.placement_plan.baseline_peak_bytes
+    assert difference >= more > 0.05 * second.placement_plan.measured_peak_bytes
+    assert losses(second) == losses(distilled(tmp_path / "plain", large))
+    assert all(torch.equal(before[name], value) for name, value in large.state_dict().items())
+    assert all(parameter.grad is None for parameter in large.parameters())
+
+
+def test_a_batch_that_is_made_within_the_step_is_refused_with_the_remedy(tmp_path):
+    class Generates(EfficientTrainer):
+        """As GRPO: the loader gives prompts, and the loss takes what was generated from them."""
+
+        def _prepare_inputs(self, inputs):
+            ids = super()._prepare_inputs(inputs)["input_ids"]
+            return {"prompts": ids[:, :4], "completions": ids[:, 4:]}
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            ids = torch.cat([inputs["prompts"], inputs["completions"]], 1)
+            return model(input_ids=ids, labels=ids).loss
+
+    def trained(**kwargs):
+        args = arguments(tmp_path, **SHORT, **kwargs)
+        trainer = quiet(Generates(model=gpt2(), args=args, train_dataset=Rows(32)))
+        trainer.train()
+        return trainer
+
+    with pytest.raises(ValueError, match=r"makes its batches within the step.*choose checkpoint_placement='all'"):
+        trained(**BUDGET)
+    assert trained(checkpoint_placement="all").placement_plan.counts() == {"full": 4}

@@ -35,12 +35,10 @@ def own_loss_planner(trainer: Any, batch: Any, setup: StepSetup, options: dict[s
     except ReplayError as error:
         if "_prepare_inputs" not in overridden(trainer):
             raise
-        name = type(trainer).__name__
         raise PlacementError(
-            f"{name} makes its batches within the step, in `_prepare_inputs` (GRPO and RLOO generate them), so that "
-            "there is no batch to plan for, and what making it needs isn't known; choose checkpoint_placement='all', "
-            f"'every_n' or 'sqrt', which need no prediction. ({name}.compute_loss can't take what the data loader "
-            f"gives: {error})"
+            f"{type(trainer).__name__} makes its batches within the step, in `_prepare_inputs` (GRPO and RLOO "
+            "generate them), so that no batch is known before the run and no peak can be predicted; choose "
+            "checkpoint_placement='all', 'every_n' or 'sqrt', which need no prediction, and no memory_budget."
         ) from error
     recorded = (
         ", and numbers that the model computes are recorded there as 1" if planner.replayer.assumed_numbers else ""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerControl, TrainerState
@@ -15,6 +17,9 @@ from transformers import TrainerControl, TrainerState
 # Containers of more entries are copied, their contents shared: they are data.
 _MOST_ENTRIES = 1000
 
+# Tensors of more elements are shared: they are data as well.
+_MOST_ELEMENTS = 2**20
+
 # Objects of these packages are shared, modules apart: no `compute_loss` keeps something of its own in them.
 _LIBRARIES = {"accelerate", "builtins", "datasets", "hf_trainopt", "logging", "numpy", "peft", "torch", "transformers"}
 
@@ -22,8 +27,9 @@ _LIBRARIES = {"accelerate", "builtins", "datasets", "hf_trainopt", "logging", "n
 def shadow_of(trainer: Any, model: torch.nn.Module, others: Mapping[int, torch.Tensor] | None = None) -> Any:
     """Return a copy of a trainer that has another model, logs nothing, and shares nothing that `compute_loss` changes.
 
-    Attributes that are containers or objects of the user's own classes are copied with what they hold, tensors, data
-    and what belongs to libraries shared. Gathering over ranks gives as much memory as it would, and no communication.
+    Attributes that are containers or objects of the user's own classes are copied with what they hold, large tensors,
+    data and what belongs to libraries shared. Gathering over ranks makes tensors as large as it would in a run, and
+    communicates nothing.
 
     Args:
         trainer: The trainer.
@@ -114,6 +120,11 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return made
     if isinstance(value, types.MethodType):
         return types.MethodType(value.__func__, _copied(value.__self__, memo))
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter | FakeTensor):
+        if value.numel() <= _MOST_ELEMENTS:  # a count that is added to in place: fake tensors don't stop that
+            with _disable_current_modes():
+                memo[id(value)] = value = value.detach().clone().requires_grad_(value.requires_grad)
+        return value
     if not _has_own_state(value):
         return value
     try:
