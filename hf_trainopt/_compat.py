@@ -45,6 +45,10 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
             ("position_ids",),
             "Looks at values, which fake tensors lack; replaced during a replay by what it finds in most batches.",
         ),
+        "is_tracing": (
+            ("tensor",),
+            "Says that fake tensors have no values; replaced where a replay knows those of an attention mask.",
+        ),
     },
     "transformers.initialization": {
         "no_init_weights": ((), "Builds models of any size at once for `hf-trainopt plan`."),
@@ -55,7 +59,10 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
     },
     "torch._subclasses.fake_tensor": {
         "FakeTensorMode": (("allow_non_fake_inputs",), "Runs a step without memory."),
-        "FakeTensor": (("fake_mode", "elem", "device"), "Recognised, and asked for `fake_device`."),
+        "FakeTensor": (
+            ("fake_mode", "elem", "device"),
+            "Recognised, and asked for `fake_device` and `fake_mode`.",
+        ),
         "DataDependentOutputException": (None, "Raised where an operator looks at values: errors say so."),
         "DynamicOutputShapeException": (None, "Raised where the shape of an output depends on values."),
     },

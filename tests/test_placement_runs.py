@@ -133,11 +133,14 @@ class Keeps(EfficientTrainer):
         self.recent = collections.deque(maxlen=100)
         self.meter, self.metric = Meter(), Metric()
         self.keep = self.meter.update
+        self.steps, self.sums = torch.zeros(()), [torch.zeros(2)]
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         kept = loss.detach()
         self.calls += 1
+        self.steps += 1  # in place, as in the list
+        self.sums[0][1].add_(1)
         self.last = kept
         for place in (self.list, self.nested["train"]["loss"], self.recent, self.seen):
             place.append(kept)
@@ -154,7 +157,8 @@ def test_planning_leaves_no_counts_and_no_fake_tensors_in_the_trainer(tmp_path, 
     Keeps.seen.clear()
     trainer = run(tmp_path, cls=Keeps, **SHORT, **EXACT)
     assert "cannot be replayed" not in caplog.text
-    assert trainer.calls == trainer.meter.count == 2
+    assert trainer.calls == trainer.meter.count == trainer.steps == 2
+    assert trainer.sums[0].tolist() == [0, 2]
     places = [trainer.list, trainer.nested["train"]["loss"], trainer.recent, trainer.seen, trainer.meter.values]
     assert [len(place) for place in places] == [2] * 5
     kept = [trainer.last, trainer.metric.total, *itertools.chain(*places)]

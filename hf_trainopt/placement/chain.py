@@ -118,11 +118,15 @@ def chain_profile(baseline: Replay, options: Mapping[str, Mapping[StageChoice, O
     """Return the profile of a step from the replay without recomputation and the options of each stage."""
     names = baseline.order
     sections = baseline.sections
-    starts = {section.stage: index for index, section in enumerate(sections) if section.phase == "forward"}
+    starts: dict[str, list[int]] = {}  # one for each forward pass
+    for index, section in enumerate(sections):
+        if section.phase == "forward":
+            starts.setdefault(section.stage, []).append(index)
     stages = []
     for name in names:
-        forward, after = sections[starts[name]], sections[starts[name] + 1]
-        delta = after.end_bytes - after.start_bytes if after.phase == "between" else 0
+        forward = baseline.section("forward", name)
+        afters = [sections[index + 1] for index in starts[name]]
+        delta = sum(after.end_bytes - after.start_bytes for after in afters if after.phase == "between")
         stages.append(
             StageProfile(
                 name,
@@ -135,14 +139,14 @@ def chain_profile(baseline: Replay, options: Mapping[str, Mapping[StageChoice, O
             )
         )
     head = baseline.section("head")
-    first = sections[starts[names[0]]]
+    before = starts[names[0]][0]
     outside = [section for section in sections if section.phase in ("tail", "step")]
     return ChainProfile(
         stages,
-        first.start_bytes,
+        sections[before].start_bytes,
         head.peak_bytes - head.start_bytes,
         head.end_bytes - head.start_bytes,
-        max(section.peak_bytes for section in outside + sections[: starts[names[0]]]),
+        max(section.peak_bytes for section in outside + sections[:before]),
         sum(section.cost.seconds for section in sections),
         sum(section.cost.flops for section in sections),
     )

@@ -55,13 +55,14 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         ) from error
 
 
-def fake_batch(batch: Any, mode: FakeTensorMode) -> Any:
+def fake_batch(batch: Any, mode: FakeTensorMode, keeps_mask: bool = False) -> Any:
     """Return a batch of the same shapes without data.
 
-    An attention mask of ones only is left out, as transformers skips it in a real run: it looks at the values.
+    An attention mask of ones only is left out, unless it is to be kept: transformers looks at its values and skips it
+    in a real run.
     """
     if isinstance(batch, Mapping):
-        mask = batch.get("attention_mask")
+        mask = None if keeps_mask else batch.get("attention_mask")
         if isinstance(mask, torch.Tensor) and not isinstance(mask, FakeTensor) and mask.all():
             batch = {name: value for name, value in batch.items() if name != "attention_mask"}
         else:

@@ -2,14 +2,18 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
@@ -17,14 +21,16 @@ from .apply import apply_placement, check_model
 from .costs import DEVICES, Cost, DeviceSpec
 from .errors import FilledCacheError, PlacementError, ReplayError
 from .fake import as_on, fake_batch, fake_copy, fake_mode
+from .passes import calls_of_checkpoint, passes_of
 from .plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice, describe
 from .scratch import cpu_scratch
-from .tracker import Key, Section, StorageTracker
+from .tracker import Key, Section, StorageTracker, merged_section
+from .values import UnknownNumberError, following_values, known_pairs
 
 
 logger = logging.getLogger(__name__)
 
-_LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+_LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnknownNumberError)
 
 
 def model_loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -53,6 +59,10 @@ class StepSetup:
             and all their inputs are held.
         max_grad_norm: Clipping, 0 for none.
         world_size: Devices over which gradients are averaged (DDP holds a copy of them in buckets).
+        follows_values: Whether `compute_loss` may look at values: those that follow from the batch are known, and
+            numbers that the model computes may be recorded (see `values.py`).
+        residents: Returns, for a fake mode, what is in memory all the time besides the model: fake tensors of a
+            reference model.
     """
 
     device: DeviceSpec = DEVICES["a100"]
@@ -62,6 +72,8 @@ class StepSetup:
     accumulation_steps: int = 1
     max_grad_norm: float = 1.0
     world_size: int = 1
+    follows_values: bool = False
+    residents: Callable[[FakeTensorMode], Sequence[torch.Tensor]] = lambda mode: ()
 
 
 DEFAULT_SETUP = StepSetup()
@@ -90,13 +102,16 @@ class Replay:
     cost: Cost
 
     def section(self, phase: str, stage: str = "") -> Section:
-        """Return the only section of this name; an empty one for the backward pass of a stage that has none."""
+        """Return the section of this name; an empty one for the backward pass of a stage that has none.
+
+        Several, of a step with more than one forward pass, are put together to one.
+        """
         found = [section for section in self.sections if section.phase == phase and section.stage == stage]
         if not found and phase == "backward":
             return Section(phase, stage, 0, 0)
-        if len(found) != 1:
-            raise KeyError(f"{len(found)} sections {phase} {stage}")
-        return found[0]
+        if not found:
+            raise KeyError(f"no section {phase} {stage}")
+        return found[0] if len(found) == 1 else merged_section(found)
 
     def has_backward(self, stage: str) -> bool:
         """Whether gradients flow through a stage (not, if all up to it is frozen)."""
@@ -104,8 +119,8 @@ class Replay:
 
     @property
     def order(self) -> list[str]:
-        """Stages in the order in which they ran."""
-        return [section.stage for section in self.sections if section.phase == "forward"]
+        """Stages in the order in which they ran first."""
+        return list(dict.fromkeys(section.stage for section in self.sections if section.phase == "forward"))
 
     def peak_by_kind(self) -> dict[str, int]:
         """Return kind -> live bytes at the peak."""
@@ -137,9 +152,12 @@ class StepReplayer:
             # A `forward` that someone has put on the instance (TRL does) may call the real model.
             self.model.__dict__.pop("forward", None)
         self.model.train()
-        self.batch = fake_batch(batch, self.mode)
+        self.batch = fake_batch(batch, self.mode, keeps_mask=setup.follows_values)
+        self._known = known_pairs(self.batch, batch) if setup.follows_values else None
         self._packed = isinstance(batch, Mapping) and "position_ids" in batch
         self._replays: dict[Any, Replay] = {}
+        # So many numbers of the model does the loss look at, at most.
+        self.assumed_numbers = 0
         with self._on_device():
             self.optimizer = self._optimizer_with_state()
             self.stages = self._stages_called_once(stages)
@@ -151,6 +169,9 @@ class StepReplayer:
             stack.enter_context(_no_checks_of_values())
             if not self._packed:
                 stack.enter_context(_no_packed_sequences())
+            if self._known is not None:
+                reads = stack.enter_context(following_values(self._known))
+                stack.callback(self._count_assumed, reads)
             yield
 
     def _optimizer_with_state(self) -> torch.optim.Optimizer | None:
@@ -183,36 +204,28 @@ class StepReplayer:
         return optimizer
 
     def _stages_called_once(self, stages: list[str]) -> list[str]:
-        """Return the stages that one forward pass calls exactly once, in the order of these calls."""
-        calls: list[str] = []
-        handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-            for name in stages
-        ]
+        """Return the stages that each forward pass calls exactly once, in the order of these calls."""
         check_model(self.model)
-        try:
-            with _calls_of_checkpoint() as checkpoints:
-                self._followed(lambda: self.setup.compute_loss(self.model, self.batch))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with calls_of_checkpoint() as checkpoints:
+            passes = self._followed(
+                lambda: passes_of(self.model, stages, lambda: self.setup.compute_loss(self.model, self.batch))
+            )
         if checkpoints:
             raise PlacementError(
                 f"{type(self.model).__name__} calls torch.utils.checkpoint in its forward pass, so that a placement "
                 "would recompute what is recomputed already; turn its own checkpointing off or leave out the plan."
             )
-        once = [name for name in calls if calls.count(name) == 1]
-        if len(once) < len(stages):
+        if passes.others:
             logger.warning(
-                "Not planned: %s, called more than once or never in a forward pass.",
-                describe(name for name in stages if name not in once),
+                "Not planned: %s, called more than once or never in a forward pass.", describe(passes.others)
             )
-        if not once:
+        if not passes.once:
             raise ReplayError(
                 f"none of the stages of {type(self.model).__name__} is called exactly once in a forward pass, so that "
                 "placement cannot be planned; name other stages with placement_stages='a regular expression'."
             )
-        return once
+        self._num_calls = passes.count * len(passes.once)
+        return passes.once
 
     def _followed(self, run: Callable[[], Any], is_placed: bool = False) -> Any:
         """Run something on fake tensors; say what to do where that is impossible.
@@ -239,6 +252,9 @@ class StepReplayer:
                 f"{why}choose checkpoint_placement='all', 'every_n' or 'sqrt', which need no replay, if the model "
                 "trains without a placement."
             ) from error
+
+    def _count_assumed(self, reads: Any) -> None:
+        self.assumed_numbers = max(self.assumed_numbers, reads.assumed)
 
     def replay(self, plan: PlacementPlan) -> Replay:
         """Return what one step takes under a plan.
@@ -291,6 +307,7 @@ class StepReplayer:
             tracker.count([parameter], "parameters", owner(name))
         for name, buffer in self.model.named_buffers():
             tracker.count([buffer], "buffers", owner(name))
+        tracker.count(self.setup.residents(self.mode), "parameters")
         inputs = [leaf for leaf in tree_leaves(self.batch) if isinstance(leaf, torch.Tensor)]
         tracker.count(inputs, "inputs")
         # `Trainer` fetches all micro-batches of a step at once.
@@ -320,6 +337,8 @@ class StepReplayer:
 
         def before(name):
             def hook(module, args, kwargs):
+                if not torch.is_grad_enabled():
+                    return
                 inputs = {id(leaf) for leaf in _tensors([args, kwargs])}
                 if any((output := reference()) is not None and id(output) in inputs for reference in outputs_before):
                     joined.add(name)
@@ -335,12 +354,15 @@ class StepReplayer:
 
         def after(name):
             def hook(module, args, outputs):
+                if not torch.is_grad_enabled():
+                    return
                 passed.append(name)
+                is_last = len(passed) == self._num_calls
                 tensors = [leaf for leaf in _tensors(outputs) if leaf.requires_grad]
                 outputs_before[:] = [weakref.ref(leaf) for leaf in tensors]
                 boundary[name] = boundary.get(name, 0) + sum(tracker.mark_boundary(leaf, name) for leaf in tensors)
-                tracker.begin("head" if len(set(passed)) == len(self.stages) else "between", "")
-                tracker.kind, tracker.scope = "loss" if len(set(passed)) == len(self.stages) else "activations", ""
+                tracker.begin("head" if is_last else "between", "")
+                tracker.kind, tracker.scope = "loss" if is_last else "activations", ""
                 if tensors:
                     tensors[0].register_hook(begin_backward(name))
 
@@ -415,31 +437,6 @@ def _owners(model: nn.Module, stages: list[str]) -> Callable[[str], str]:
         return next((stage for stage in stages if name.startswith(f"{stage}.")), "")
 
     return owner
-
-
-@contextmanager
-def _calls_of_checkpoint():
-    """Context that yields a list, to which each call of `torch.utils.checkpoint.checkpoint` adds something."""
-    found: list[str] = []
-    stock = {name: getattr(torch.utils.checkpoint, name) for name in ("_CheckpointFrame", "CheckpointFunction")}
-
-    def frame(*args, **kwargs):
-        found.append("non-reentrant")
-        return stock["_CheckpointFrame"](*args, **kwargs)
-
-    class Function:
-        @staticmethod
-        def apply(*args):
-            found.append("re-entrant")
-            return stock["CheckpointFunction"].apply(*args)
-
-    # Who has imported the function itself meets these in it.
-    torch.utils.checkpoint._CheckpointFrame, torch.utils.checkpoint.CheckpointFunction = frame, Function
-    try:
-        yield found
-    finally:
-        for name, value in stock.items():
-            setattr(torch.utils.checkpoint, name, value)
 
 
 @contextmanager

@@ -20,19 +20,18 @@ from .chunked_loss_check import check_chunked_loss
 from .costs import DeviceSpec, device_spec
 from .errors import PlacementError, ReplayError
 from .example_batch import largest_batch
+from .own_loss import has_own_loss, overridden, own_loss_planner
 from .plan import NO_REWRITES, PlacementPlan, Rewrites
 from .planner import PlacementPlanner, allowed_rewrites, check_rewrites
 from .policies import named_choices
 from .replay import StepSetup, model_loss
+from .residents import ResidentModules
 from .rewrites import available_rewrites
 from .shadow import shadow_of
 from .stages import find_stages
 
 
 logger = logging.getLogger(__name__)
-
-# Whose overrides of a hook do what the hook does in `Trainer`.
-_LIBRARIES = ("hf_trainopt", "transformers")
 
 
 class RunPlanner:
@@ -193,10 +192,11 @@ class RunPlanner:
 
     def _make_planner(self, batch: Any, available: Rewrites) -> PlacementPlanner:
         shadow: list[Any] = [None]
+        residents = ResidentModules(self.trainer)
 
         def compute_loss(model, batch):
             # Held until the next one: what `compute_loss` keeps on the trainer is there in the backward pass as well.
-            shadow[0] = shadow_of(self.trainer, model)
+            shadow[0] = shadow_of(self.trainer, model, residents.fakes(next(model.parameters()).fake_mode))
             with shadow[0].compute_loss_context_manager():
                 return shadow[0].compute_loss(model, dict(batch), num_items_in_batch=1)
 
@@ -210,13 +210,14 @@ class RunPlanner:
             accumulation_steps=self._accumulation.most_steps,
             max_grad_norm=self.trainer.args.max_grad_norm or 0.0,
             world_size=self.trainer.args.world_size,
+            residents=residents.tensors,
         )
         args = self.trainer.args
         options = {"stages": args.placement_stages, "memory_rewrites": args.memory_rewrites, "available": available}
         try:
-            return PlacementPlanner(self.trainer.model, batch, setup, **options)
+            return own_loss_planner(self.trainer, batch, setup, options)
         except ReplayError as error:
-            own = "compute_loss" in _overridden(self.trainer) or self.trainer.compute_loss_func is not None
+            own = has_own_loss(self.trainer)
             if not isinstance(batch, Mapping) or not own:
                 raise
             if "chunked_loss" not in check_rewrites(args.memory_rewrites):
@@ -250,7 +251,7 @@ class RunPlanner:
             taken = _parameters_of(type(inner))
             defaults = {n: v for n, v in inner.defaults.items() if n in taken}
             return type(inner)(_same_groups(inner, self.trainer.model, model), **defaults)
-        if "create_optimizer" in _overridden(self.trainer):
+        if "create_optimizer" in overridden(self.trainer):
             shadow = shadow_of(self.trainer, model)
             shadow.model = shadow.model_wrapped = model
             made = shadow.create_optimizer()
@@ -333,9 +334,3 @@ def _same_groups(
             )
         groups.append({**group, "params": [others[names[id(parameter)]] for parameter in group["params"]]})
     return groups
-
-
-def _overridden(trainer: Any) -> set[str]:
-    """Names of public hooks that a class of the user's has made its own."""
-    owners = [owner for owner in type(trainer).__mro__ if owner.__module__.partition(".")[0] not in _LIBRARIES]
-    return {name for name in ("compute_loss", "create_optimizer") if any(name in vars(owner) for owner in owners)}

@@ -1,7 +1,7 @@
 """Counts the bytes of live storages, operator by operator: peak, by kind and by section of a training step."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -209,6 +209,20 @@ class StorageTracker(TorchDispatchMode):
             if scratch:
                 key = ("temporary", self.scope)
                 self.peak_by_key[key] = self.peak_by_key.get(key, 0) + scratch
+
+
+def merged_section(sections: Sequence[Section]) -> Section:
+    """Return the sections of several calls of one stage as one: changes are added up, the largest peak is taken."""
+    start = sections[0].start_bytes
+    return Section(
+        sections[0].phase,
+        sections[0].stage,
+        start,
+        start + max(section.peak_bytes - section.start_bytes for section in sections),
+        start + sum(section.end_bytes - section.start_bytes for section in sections),
+        sum((section.cost for section in sections), Cost()),
+        sections[0].compute_ops,
+    )
 
 
 def storage_id(tensor: torch.Tensor) -> int:

@@ -153,7 +153,7 @@ class Run:
         return Target(metric, number(given["value"]), greater, "set in the runs")
 
     def _arguments_of_target(self) -> Any:
-        """Arguments of the last `TargetCallback`: among our measurements, or the user's callbacks (stock `Trainer`)."""
+        """Arguments of the last `TargetCallback`: among our measurements, or the user's callbacks (stock)."""
         measured = self.state.get("measurements")
         entries = measured if isinstance(measured, list) else []
         named = [entry for entry in entries if isinstance(entry, Mapping) and entry.get("name") == "TargetCallback"]
