@@ -10,13 +10,15 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from hf_trainopt.placement.allowed_rewrites import allowed_rewrites
 from hf_trainopt.placement.apply import apply_placement
 from hf_trainopt.placement.budget import gib, parse_budget
+from hf_trainopt.placement.candidate import rank_of
 from hf_trainopt.placement.chain import build_chain, choices_of
 from hf_trainopt.placement.costs import DEVICES, FORMULAS
 from hf_trainopt.placement.fake import as_on, fake_copy, fake_mode
 from hf_trainopt.placement.plan import FULL, PlacementPlan, Rewrites, StageChoice
-from hf_trainopt.placement.planner import PlacementPlanner, _rank, allowed_rewrites, plan_placement
+from hf_trainopt.placement.planner import PlacementPlanner, plan_placement
 from hf_trainopt.placement.policies import named_choices
 from hf_trainopt.placement.replay import StepReplayer, StepSetup, adamw, model_loss
 from hf_trainopt.placement.solver import solve
@@ -389,9 +391,9 @@ def test_what_rewrites_save_is_taken_into_account_but_is_no_reason_for_them():
 
 def test_ranks_of_plans():
     ordered = [
-        _rank(0.0, Rewrites()), _rank(-0.2, Rewrites(True, True)), _rank(-0.1, Rewrites(True)),
-        _rank(-0.1, Rewrites(True, True)), _rank(0.1, Rewrites()), _rank(0.1, Rewrites(True)),
-        _rank(0.1, Rewrites(True, True)), _rank(0.2, Rewrites()),
+        rank_of(0.0, Rewrites()), rank_of(-0.2, Rewrites(True, True)), rank_of(-0.1, Rewrites(True)),
+        rank_of(-0.1, Rewrites(True, True)), rank_of(0.1, Rewrites()), rank_of(0.1, Rewrites(True)),
+        rank_of(0.1, Rewrites(True, True)), rank_of(0.2, Rewrites()),
     ]  # fmt: skip
     assert ordered == sorted(ordered)
 

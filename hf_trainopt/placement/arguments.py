@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass, field
 
 from .._versions import ACTIVATION_CHECKPOINTING, activation_checkpointing
+from .allowed_rewrites import check_rewrites
 from .budget import parse_budget
 from .plan import PlacementPlan
-from .planner import check_rewrites
 from .policies import named_choices
 
 

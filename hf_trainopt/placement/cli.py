@@ -19,11 +19,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from . import models, plot, render
+from .allowed_rewrites import check_rewrites
 from .arguments import is_plan_file
 from .budget import parse_budget
 from .costs import DEVICES, DeviceSpec, device_spec, measured_cpu
 from .plan import STORE, PlacementPlan
-from .planner import PlacementPlanner, check_rewrites
+from .planner import PlacementPlanner
 from .policies import POLICIES, named_choices
 from .replay import StepSetup
 

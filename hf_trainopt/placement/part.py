@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from .._versions import ACTIVATION_CHECKPOINTING, activation_checkpointing_kwargs
 from ..core.facts import is_sharded
 from ..core.part import Part
+from .allowed_rewrites import check_rewrites
 from .apply import AppliedPlacement, apply_placement
 from .arguments import is_plan_file
 from .budget import gib, parse_budget
@@ -23,7 +24,6 @@ from .example_batch import batch_elements
 from .global_state import forked_random_state
 from .measure import PeakMeasurement
 from .plan import PlacementPlan
-from .planner import check_rewrites
 from .render import time_words
 from .run_planner import RunPlanner
 

@@ -1,7 +1,6 @@
 """From a model, a batch and a budget to a plan that a replay has shown to fit."""
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -12,7 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..installed import installed_versions
+from .allowed_rewrites import allowed_rewrites
 from .budget import enough_share, gib, parse_budget, stated_budget
+from .candidate import Candidate, rank_of
 from .chain import ChainProfile, build_chain, chain_profile, choices_of
 from .costs import device_spec
 from .errors import PlacementError
@@ -29,57 +30,6 @@ logger = logging.getLogger(__name__)
 
 # Solutions whose replay does not fit are corrected by the difference and solved again, this many times at most.
 _CORRECTIONS = 6
-
-
-Rank = tuple[float, bool, float, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """Choices that were replayed.
-
-    Args:
-        stages: Choice of each stage.
-        rewrites: The rewrites that are on.
-        peak_bytes: Replayed peak.
-        extra_seconds: Time to recompute.
-        rewritten_seconds: What the rewrites together add to the time of a step; negative where they save it.
-    """
-
-    stages: Mapping[str, StageChoice]
-    rewrites: Rewrites
-    peak_bytes: int
-    extra_seconds: float
-    rewritten_seconds: float = 0.0
-
-    @property
-    def cost_seconds(self) -> float:
-        """What a step takes longer than without recomputation and rewrites; 0 if it is faster."""
-        return max(0.0, self._added_seconds)
-
-    @property
-    def _added_seconds(self) -> float:
-        return self.extra_seconds + self.rewritten_seconds
-
-    @property
-    def rank(self) -> Rank:
-        """What makes a candidate that fits better than another, apart from its bytes."""
-        return _rank(self._added_seconds, self.rewrites)
-
-    @property
-    def order(self) -> tuple[Rank, int]:
-        """The rank, then fewer bytes."""
-        return self.rank, self.peak_bytes
-
-
-def _rank(added_seconds: float, rewrites: Rewrites) -> Rank:
-    """Return what a step takes longer, then whether there are rewrites, then what it gains, then how many they are.
-
-    Rewrites change results by rounding, so that to be faster than the step of the user is no reason for them; with
-    some of them that something is to be gained is welcome.
-    """
-    added = round(added_seconds, 9)
-    return max(0.0, added), bool(rewrites.names()), added, len(rewrites.names())
 
 
 class PlacementPlanner:
@@ -283,7 +233,7 @@ class PlacementPlanner:
             # Where the chain counts too many bytes, its least peak may be above a budget that can be met.
             limit = max(budget, least_peak(chain).peak_bytes)
             if limit <= 1.15 * budget:
-                found.append((_rank(self._bound(rewrites, limit), rewrites), limit, rewrites))
+                found.append((rank_of(self._bound(rewrites, limit), rewrites), limit, rewrites))
         found.sort(key=lambda item: item[0])
         for rank, limit, rewrites in found:
             fitting = [candidate.rank for candidate in self._candidates.values() if candidate.peak_bytes <= budget]
@@ -373,44 +323,6 @@ class PlacementPlanner:
             f"optimizer state alone are {gib(resident)}). Raise memory_budget to {floor.replace(' ', '')} or {share}, "
             f"or lower the floor with {'; '.join(remedies)}."
         )
-
-
-def check_rewrites(memory_rewrites: str) -> list[str]:
-    """Return the rewrites that `memory_rewrites` names; none for `"auto"` and `"none"`.
-
-    Raises:
-        ValueError: An unknown name.
-    """
-    if memory_rewrites in ("auto", "none"):
-        return []
-    fields = [field.name for field in dataclasses.fields(Rewrites)]
-    asked = [name.strip() for name in str(memory_rewrites).split(",")]
-    if any(name not in fields for name in asked):
-        raise ValueError(
-            f"memory_rewrites is '{memory_rewrites}'; give 'auto', 'none', or names out of {', '.join(fields)}."
-        )
-    return asked
-
-
-def allowed_rewrites(memory_rewrites: str, available: Rewrites) -> list[Rewrites]:
-    """Return the combinations of rewrites that plans may have, fewest first.
-
-    Raises:
-        ValueError: An unknown name, or one that the model does not allow.
-    """
-    asked, names = check_rewrites(memory_rewrites), available.names()
-    if memory_rewrites == "none":
-        return [Rewrites()]
-    if memory_rewrites == "auto":
-        chosen = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1))
-        return [Rewrites(**dict.fromkeys(subset, True)) for subset in chosen]
-    for name in asked:
-        if name not in names:
-            raise PlacementError(
-                f"memory_rewrites asks for {name}, which this model does not allow"
-                f"{' (it allows ' + ', '.join(names) + ')' if names else ''}; leave it out."
-            )
-    return [Rewrites(**dict.fromkeys(asked, True))]
 
 
 def _shapes(batch: Any) -> Any:

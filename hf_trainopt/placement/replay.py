@@ -15,12 +15,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._pytree import tree_leaves
-from transformers import masking_utils
 
 from .apply import apply_placement, check_model
 from .costs import DEVICES, Cost, DeviceSpec
 from .errors import FilledCacheError, PlacementError, ReplayError
 from .fake import as_on, fake_batch, fake_copy, fake_mode
+from .fake_contexts import no_checks_of_values, no_logged_traceback, no_packed_sequences
 from .passes import calls_of_checkpoint, passes_of
 from .plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice, describe
 from .scratch import cpu_scratch
@@ -166,9 +166,9 @@ class StepReplayer:
     def _on_device(self):
         with ExitStack() as stack:
             stack.enter_context(as_on(self.setup.device.kind, self.mode))
-            stack.enter_context(_no_checks_of_values())
+            stack.enter_context(no_checks_of_values())
             if not self._packed:
-                stack.enter_context(_no_packed_sequences())
+                stack.enter_context(no_packed_sequences())
             if self._known is not None:
                 reads = stack.enter_context(following_values(self._known))
                 stack.callback(self._count_assumed, reads)
@@ -235,7 +235,7 @@ class StepReplayer:
             is_placed: Whether stages are recomputed in it, and a step in which none is has run.
         """
         try:
-            with _no_logged_traceback():
+            with no_logged_traceback():
                 return run()
         except FilledCacheError as error:
             raise PlacementError(f"{type(self.model).__name__}: {error}") from error
@@ -437,39 +437,3 @@ def _owners(model: nn.Module, stages: list[str]) -> Callable[[str], str]:
         return next((stage for stage in stages if name.startswith(f"{stage}.")), "")
 
     return owner
-
-
-@contextmanager
-def _no_logged_traceback():
-    """Context in which PyTorch does not log what it raises anyway: an error of an operator on fake tensors."""
-    noisy = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, noisy.disabled = noisy.disabled, True
-    try:
-        yield
-    finally:
-        noisy.disabled = was_disabled
-
-
-@contextmanager
-def _no_checks_of_values():
-    """Context in which assertions on the values of tensors pass: LLaVA and others count the tokens of images so."""
-    stock = torch._check_tensor_all_with
-    torch._check_tensor_all_with = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        torch._check_tensor_all_with = stock
-
-
-@contextmanager
-def _no_packed_sequences():
-    """Context in which transformers does not look for packed sequences in positions that the model made itself.
-
-    On fake tensors it cannot see that there are none, and would build a mask that a real run does without.
-    """
-    stock = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = stock

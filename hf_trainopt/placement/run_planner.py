@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .._versions import activation_checkpointing_kwargs
 from ..core.facts import is_sharded, rank_batch_size
+from .allowed_rewrites import allowed_rewrites, check_rewrites
 from .arguments import is_plan_file
 from .chunked_loss_check import check_chunked_loss
 from .costs import DeviceSpec, device_spec
@@ -22,7 +23,7 @@ from .errors import PlacementError, ReplayError
 from .example_batch import largest_batch
 from .own_loss import has_own_loss, overridden, own_loss_planner
 from .plan import NO_REWRITES, PlacementPlan, Rewrites
-from .planner import PlacementPlanner, allowed_rewrites, check_rewrites
+from .planner import PlacementPlanner
 from .policies import named_choices
 from .replay import StepSetup, model_loss
 from .residents import ResidentModules
