@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     from cpu_clock import CpuClock
     from tasks import TASKS, build, common_arguments
 
-    from hf_trainopt.evidence import ThroughputCallback
+    from hf_trainopt.metrics import ThroughputCallback
     from hf_trainopt.scripting.session import close_process_group
 
     torch.set_num_threads(1)

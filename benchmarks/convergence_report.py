@@ -8,9 +8,9 @@ from pathlib import Path
 from convergence_suite import DEFAULT_RULE, SEEDS, best, load
 from page_tables import mean_spread, table
 
-from hf_trainopt.compare.render import estimate_text
-from hf_trainopt.compare.statistics import Measured, paired_ratio
-from hf_trainopt.evidence.targets import Crossing, Evaluation, first_crossing
+from hf_trainopt.lab.compare.render import estimate_text
+from hf_trainopt.lab.compare.statistics import Measured, paired_ratio
+from hf_trainopt.metrics.targets import Crossing, Evaluation, first_crossing
 
 
 HERE = Path(__file__).resolve().parent

@@ -10,8 +10,8 @@ from placement_measure import profiler_peak
 from placement_time import spread
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_trainopt.placement.plan import PlacementPlan
-from hf_trainopt.placement.planner import PlacementPlanner
+from hf_trainopt.placement.plan.plan import PlacementPlan
+from hf_trainopt.placement.plan.planner import PlacementPlanner
 
 
 # Cuts in % of the step's peak at extra FLOPs in %, from replays of placements made by hand (issue 3 and its notes).

@@ -16,11 +16,11 @@ import torch
 from placement_cases import BUDGETS, CASES, NAMED, Case, TrainingStep, provenance
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_trainopt.placement.costs import DeviceSpec
-from hf_trainopt.placement.plan import PlacementPlan, StageChoice
-from hf_trainopt.placement.planner import PlacementPlanner
-from hf_trainopt.placement.scratch import cpu_scratch
-from hf_trainopt.placement.tracker import StorageTracker
+from hf_trainopt.machine.costs import DeviceSpec
+from hf_trainopt.placement.plan.plan import PlacementPlan, StageChoice
+from hf_trainopt.placement.plan.planner import PlacementPlanner
+from hf_trainopt.placement.simulate.scratch import cpu_scratch
+from hf_trainopt.placement.simulate.tracker import StorageTracker
 
 
 # With these glibc gives memory back as soon as it is freed, so that the resident set follows the tensors.

@@ -9,8 +9,8 @@ import torch
 from placement_cases import Case, TrainingStep, provenance
 from placement_measure import all_plans
 
-from hf_trainopt.placement.costs import measured_cpu
-from hf_trainopt.placement.plan import PlacementPlan
+from hf_trainopt.machine.costs import measured_cpu
+from hf_trainopt.placement.plan.plan import PlacementPlan
 
 
 def spread(values: list[float]) -> dict[str, float]:

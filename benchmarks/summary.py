@@ -24,7 +24,7 @@ from convergence_suite import best, load
 from page_tables import table
 from scaling_report import efficiencies, spread
 
-from hf_trainopt.evidence.targets import first_crossing
+from hf_trainopt.metrics.targets import first_crossing
 
 
 HERE = Path(__file__).resolve().parent

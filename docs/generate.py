@@ -8,7 +8,8 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from hf_trainopt import _compat, _versions
+from hf_trainopt.core import compat as _compat
+from hf_trainopt.core import versions as _versions
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ TITLES = {
     "PRIVATE_DDP": "What averaging gradients without DDP calls",
 }
 
-HEAD = """<!-- Written by docs/generate.py: change that, or hf_trainopt/_compat.py, and run it. -->
+HEAD = """<!-- Written by docs/generate.py: change that, or hf_trainopt/core/compat.py, and run it. -->
 # Compatibility
 
 hf_trainopt works with PyTorch {torch} and transformers {transformers}; with another version it warns once and goes on.
@@ -57,7 +58,7 @@ models that `from_pretrained` shards itself (FSDP2 at load time) | transformers 
 `activation_checkpointing` by this name (before: `gradient_checkpointing`) | transformers 5.23
 resuming a run of several CPU ranks (stock `Trainer` fails too) | transformers 5.18
 
-`hf_trainopt/_versions.py` holds every branch that depends on a version, with the version it can go with.
+`hf_trainopt/core/versions.py` holds every branch that depends on a version, with the version it can go with.
 """
 
 MIDDLE = """

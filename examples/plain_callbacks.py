@@ -9,7 +9,7 @@ Use it for a baseline: weights and losses are those of a run without the callbac
 
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
-from hf_trainopt.evidence import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
+from hf_trainopt.metrics import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
 from hf_trainopt.scripting import text_data
 from hf_trainopt.scripting.parser import parse_script_arguments
 from hf_trainopt.scripting.session import report_user_errors

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .args import EfficientTrainingArguments, EfficientTrainingArgumentsMixin
+    from .arguments import EfficientTrainingArguments, EfficientTrainingArgumentsMixin
     from .placement import PlacementPlan, apply_placement, plan_placement
     from .trainer import EfficientTrainer, EfficientTrainerMixin
 
@@ -22,8 +22,8 @@ __all__ = [
 _MODULES = {
     "EfficientTrainer": "trainer",
     "EfficientTrainerMixin": "trainer",
-    "EfficientTrainingArguments": "args",
-    "EfficientTrainingArgumentsMixin": "args",
+    "EfficientTrainingArguments": "arguments",
+    "EfficientTrainingArgumentsMixin": "arguments",
     "PlacementPlan": "placement",
     "apply_placement": "placement",
     "plan_placement": "placement",

@@ -23,10 +23,10 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "plan": Command("placement.cli", "choose the activations to store and to recompute, for a memory budget"),
-    "doctor": Command("doctor.cli", "say what each part will do in a run, before any training"),
-    "compare": Command("compare.cli", "run a training script with stock settings and with ours, and compare"),
-    "report": Command("report.cli", "show runs as a page, pictures and a table, from their output folders"),
+    "plan": Command("placement.show.cli", "choose the activations to store and to recompute, for a memory budget"),
+    "doctor": Command("lab.doctor.cli", "say what each part will do in a run, before any training"),
+    "compare": Command("lab.compare.cli", "run a training script with stock settings and with ours, and compare"),
+    "report": Command("lab.report.cli", "show runs as a page, pictures and a table, from their output folders"),
 }
 
 

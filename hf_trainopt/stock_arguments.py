@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ._versions import ACTIVATION_CHECKPOINTING
+from .core.versions import ACTIVATION_CHECKPOINTING
 from .removed_names import REMOVED_NAMES
 
 

@@ -13,17 +13,17 @@ from transformers.trainer_utils import has_length
 
 from .accumulation.policy import AccumulationPolicy
 from .accumulation.window import Window
-from .args import in_stock_names, make_efficient
+from .arguments import in_stock_names, make_efficient
+from .core.log_lines import give_back
 from .engine.callbacks import PartCallbackHandler
 from .engine.parts import Parts
 from .engine.step import take_step
-from .evidence.base import MeasurementCallback
-from .log_lines import give_back
-from .placement.plan import PlacementPlan
+from .metrics.base import MeasurementCallback
+from .placement.plan.plan import PlacementPlan
 
 
 if TYPE_CHECKING:
-    from .report import Report
+    from .lab.report import Report
 
 
 class EfficientTrainerMixin:
@@ -314,14 +314,14 @@ class EfficientTrainerMixin:
 
         Args:
             *others: Output folders of other runs to see beside it.
-            **options: As for `hf_trainopt.report.make_report`: `baseline` (unless given: this run), `target_metric`
-                and `target_value`, `greater_is_better`, `title`.
+            **options: As for `hf_trainopt.lab.report.make_report`: `baseline` (unless given: this run),
+                `target_metric` and `target_value`, `greater_is_better`, `title`.
 
         Raises:
             ValueError: Nothing has been logged yet, or another folder has no run in it.
         """
-        from .report import make_report
-        from .report.running import run_in_memory
+        from .lab.report import make_report
+        from .lab.report.running import run_in_memory
 
         if not self.state.log_history:
             raise ValueError("there is nothing to report yet: no line has been logged; call it after train().")

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
+from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt._versions import TORCH
 from hf_trainopt.accumulation import timing
-from hf_trainopt.evidence import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
+from hf_trainopt.core.versions import TORCH
+from hf_trainopt.metrics import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
 from hf_trainopt.reliability import TrainingTerminated
 from hf_trainopt.scripting.session import close_process_group
 

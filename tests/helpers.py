@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
-from hf_trainopt._versions import TORCH, TRANSFORMERS
+from hf_trainopt.core.versions import TORCH, TRANSFORMERS
 from hf_trainopt.scripting.requirements import PACKAGES
 
 

@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hf_trainopt.compare.arms import ArmSpec
-from hf_trainopt.compare.comparison import compare, freeze_target
-from hf_trainopt.compare.records import RECORD_FORMAT, RunSpec, save
+from hf_trainopt.lab.compare.arms import ArmSpec
+from hf_trainopt.lab.compare.comparison import compare, freeze_target
+from hf_trainopt.lab.compare.records import RECORD_FORMAT, RunSpec, save
 
 
 def stock_history(steps: int = 10, rate: float = 0.1) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from helpers import Rows, arguments, quiet, tiny_gpt2
 from transformers import Trainer, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.evidence import GradientStatisticsCallback
+from hf_trainopt.metrics import GradientStatisticsCallback
 from hf_trainopt.scripting.session import close_process_group
 
 

@@ -17,8 +17,8 @@ from hf_trainopt import (
     EfficientTrainingArguments,
     EfficientTrainingArgumentsMixin,
 )
-from hf_trainopt._versions import ACTIVATION_CHECKPOINTING, TRANSFORMERS
 from hf_trainopt.accumulation import FixedPolicy, GoodputPolicy, NoiseScalePolicy, RampPolicy
+from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING, TRANSFORMERS
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.engine.callbacks import DataFlowCallback, on_data_axis
-from hf_trainopt.evidence import MemoryCallback, ThroughputCallback
+from hf_trainopt.metrics import MemoryCallback, ThroughputCallback
 
 
 class Events(TrainerCallback):

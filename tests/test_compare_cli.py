@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from hf_trainopt.cli import main
-from hf_trainopt.compare import cli
-from hf_trainopt.compare.arms import OFF, ArmSpec, ablations, our_arm, stock_arm, sweep_arms, value_of, without
-from hf_trainopt.compare.comparison import compare, freeze_target, value_at_share
-from hf_trainopt.compare.render import machine_words, ratio_words
-from hf_trainopt.evidence.targets import Evaluation
+from hf_trainopt.lab.compare import cli
+from hf_trainopt.lab.compare.arms import OFF, ArmSpec, ablations, our_arm, stock_arm, sweep_arms, value_of, without
+from hf_trainopt.lab.compare.comparison import compare, freeze_target, value_at_share
+from hf_trainopt.lab.compare.render import machine_words, ratio_words
+from hf_trainopt.metrics.targets import Evaluation
 
 
 SCRIPT = """
@@ -359,7 +359,7 @@ def test_a_script_may_end_itself_and_change_its_folder(tmp_path, monkeypatch):
     command = [
         sys.executable,
         "-m",
-        "hf_trainopt.compare.runner",
+        "hf_trainopt.lab.compare.runner",
         str(record),
         str(path),
         *words,

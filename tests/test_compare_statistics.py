@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from hf_trainopt.compare.statistics import (
+from hf_trainopt.lab.compare.statistics import (
     Measured,
     mean_interval,
     paired_difference,

@@ -13,15 +13,15 @@ from packaging.version import Version
 from transformers import Trainer
 
 import hf_trainopt
-from hf_trainopt import _versions
-from hf_trainopt._compat import (
+from hf_trainopt.core import versions as _versions
+from hf_trainopt.core.compat import (
     PRIVATE_API,
     PRIVATE_DDP,
     PRIVATE_PRECISION,
     PRIVATE_TORCH,
     VERSIONS,
 )
-from hf_trainopt._versions import TORCH, TRANSFORMERS, check_versions, save_frame_inputs
+from hf_trainopt.core.versions import TORCH, TRANSFORMERS, check_versions, save_frame_inputs
 
 
 PACKAGE = Path(hf_trainopt.__file__).parent
@@ -133,8 +133,8 @@ def test_frames_of_checkpoint_are_what_we_fill():
 def test_no_other_private_names_of_torch_are_imported():
     listed = {(place, name) for place, names in PRIVATE_TORCH.items() for name in names}
     found = set()
-    parts = ("placement", "evidence", "precision")
-    for file in [PACKAGE / "_versions.py", *(path for part in parts for path in (PACKAGE / part).glob("*.py"))]:
+    parts = ("core", "machine", "metrics", "placement", "precision")
+    for file in (path for part in parts for path in (PACKAGE / part).rglob("*.py") if path.name != "compat.py"):
         source = file.read_text()
         imports = re.findall(r"^ *from (torch[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))$", source, re.MULTILINE)
         for place, several, names in imports:
@@ -253,6 +253,6 @@ def test_what_depends_on_a_version_stands_in_one_file():
     names += ["is_distributed_loading_by_transformers", "activation_checkpointing_kwargs"]
     words = re.compile(rf"\.({'|'.join(names)}|loss_is_scaled_for_ga)\b|\bTRANSFORMERS\b|\bTORCH\b|__version__ *[<>]")
     for path in PACKAGE.rglob("*.py"):
-        if path.name not in ("_versions.py", "_compat.py"):
+        if path.name not in ("versions.py", "compat.py"):
             for line in path.read_text().splitlines():
                 assert not words.search(line.partition("#")[0]), f"{path}: {line.strip()}"

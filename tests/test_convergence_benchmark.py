@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from processes import run_program
 
-from hf_trainopt.evidence.targets import Crossing
+from hf_trainopt.metrics.targets import Crossing
 
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -10,7 +10,7 @@ import pytest
 from helpers import Rows, arguments, free_port, quiet, skip_without_scripts, tiny_gpt2
 
 from hf_trainopt import EfficientTrainer, cli
-from hf_trainopt.doctor.probe import examine
+from hf_trainopt.lab.doctor.probe import examine
 
 
 TESTS = Path(__file__).resolve().parent
@@ -103,7 +103,7 @@ def test_evaluation_at_the_end_and_logging_never(tmp_path):
 
 
 def test_a_stream_a_policy_of_ones_own_and_warnings(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_trainopt.doctor.sections.device_memory", lambda device: (1000, "of a toy"))
+    monkeypatch.setattr("hf_trainopt.lab.doctor.sections.device_memory", lambda device: (1000, "of a toy"))
     settings = "max_steps=5, gradient_accumulation_steps=2, noise_scale_ratio=2.0"
     found = examined(tmp_path, settings, "Stream(50)", "accumulation_policy=lambda seen: 3.0")
     assert "noise_scale_ratio is ignored: accumulation_policy is 'goodput'." in found["warnings"]

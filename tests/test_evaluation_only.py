@@ -5,7 +5,7 @@ import torch
 from helpers import Rows, arguments, quiet, tiny_gpt2
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
+from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
 
 
 # What `train()` refuses, and the words that it does it with.

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
-from hf_trainopt.evidence import ThroughputCallback, throughput
-from hf_trainopt.evidence.flops import FORMULAS, FlopCounter, StepFlops, peak_flops
-from hf_trainopt.placement.costs import attention_backward_flops, attention_flops
+from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
+from hf_trainopt.machine.costs import attention_backward_flops, attention_flops
+from hf_trainopt.metrics import ThroughputCallback, throughput
+from hf_trainopt.metrics.flops import FORMULAS, FlopCounter, StepFlops, peak_flops
 
 
 # tiny_gpt2 by hand: 2 layers of width 16, 3 rows of 12 tokens, 64 words; 2 FLOPs a multiplication and addition.

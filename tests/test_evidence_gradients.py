@@ -9,8 +9,8 @@ from helpers import Pictures, Rows, Stream, arguments, quiet, tiny_gpt2, tiny_re
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
-from hf_trainopt.evidence import GradientStatisticsCallback
+from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
+from hf_trainopt.metrics import GradientStatisticsCallback
 
 
 NOISE = ("noise_scale", "noise_scale_low", "noise_scale_high")

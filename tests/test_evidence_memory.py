@@ -10,9 +10,10 @@ from helpers import Rows, arguments, quiet, tiny_gpt2
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.evidence import MemoryCallback, memory, peak_memory
-from hf_trainopt.evidence.memory import PHASES
-from hf_trainopt.evidence.peak_memory import PeakCounter, accelerator_counter, process_counter, process_peak
+from hf_trainopt.machine import peak_memory
+from hf_trainopt.machine.peak_memory import PeakCounter, accelerator_counter, process_counter, process_peak
+from hf_trainopt.metrics import MemoryCallback, memory
+from hf_trainopt.metrics.memory import PHASES
 from hf_trainopt.placement.measure import PeakMeasurement
 from hf_trainopt.scripting.summary import summary_rows
 

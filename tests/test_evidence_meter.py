@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArgum
 from transformers.trainer_utils import default_compute_objective
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.evidence import MemoryCallback, TargetCallback, ThroughputCallback
-from hf_trainopt.evidence.meter import TrainingMeter, count_inputs, is_compiled
+from hf_trainopt.metrics import MemoryCallback, TargetCallback, ThroughputCallback
+from hf_trainopt.metrics.meter import TrainingMeter, count_inputs, is_compiled
 
 
 def stock(tmp_path, callbacks=(), model=None, train_dataset=None, **kwargs):

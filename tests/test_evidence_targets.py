@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.evidence import Crossing, TargetCallback, ThroughputCallback, curve_from_log, first_crossing
-from hf_trainopt.evidence.targets import Evaluation
+from hf_trainopt.metrics import Crossing, TargetCallback, ThroughputCallback, curve_from_log, first_crossing
+from hf_trainopt.metrics.targets import Evaluation
 
 
 def curve(*values, every=10):

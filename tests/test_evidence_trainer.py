@@ -10,11 +10,11 @@ from helpers import AnyK, Rows, arguments, quiet, tiny_gpt2, weights_equal
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
-from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.accumulation.part import AccumulationPart
-from hf_trainopt.evidence import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
-from hf_trainopt.evidence.base import MeasurementCallback
-from hf_trainopt.evidence.keys import EVIDENCE_KEYS, is_evidence_key
+from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
+from hf_trainopt.metrics import GradientStatisticsCallback, MemoryCallback, TargetCallback, ThroughputCallback
+from hf_trainopt.metrics.base import MeasurementCallback
+from hf_trainopt.metrics.keys import EVIDENCE_KEYS, is_evidence_key
 
 
 DOCS = (Path(__file__).resolve().parent.parent / "docs" / "evidence.md").read_text(encoding="utf-8")
@@ -66,7 +66,7 @@ def test_with_and_without_are_the_same_run(tmp_path, policy):
 
 
 def test_every_key_stands_in_the_table_of_the_docs(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_trainopt.evidence.throughput.device_peak_flops", lambda device, flops: 1e12)
+    monkeypatch.setattr("hf_trainopt.metrics.throughput.device_peak_flops", lambda device, flops: 1e12)
     settings = {"num_train_epochs": 10, "measure_noise_scale": True, "noise_scale_interval": 1}
     ours = train(
         tmp_path / "a", accumulation_policy="noise_scale", memory_budget="95%", **{**settings, **EVERYTHING}

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from transformers import BatchEncoding
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.placement.example_batch import batch_elements, largest_batch
+from hf_trainopt.placement.simulate.example_batch import batch_elements, largest_batch
 
 
 datasets = pytest.importorskip("datasets")  # which brings the other two

@@ -18,8 +18,8 @@ PACKAGE = Path(hf_trainopt.__file__).parent
 EXTRAS = ("datasets", "evaluate", "timm", "torchvision", "sklearn", "scipy", "matplotlib", "peft", "trl")
 # Modules that only the scripts, `--timm_model`, charts and comparisons need.
 OUTSIDE_THE_CORE = (
-    "scripting/", "models/timm_model.py", "placement/plot.py", "report/axes.py", "report/pictures.py",
-    "compare/statistics.py",
+    "scripting/", "models/timm_model.py", "placement/show/plot.py", "lab/report/axes.py",
+    "lab/report/pictures.py", "lab/compare/statistics.py",
 )  # fmt: skip
 
 # As if the extras were not installed: neither found nor imported.
@@ -101,7 +101,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_the_trainer_imports_none_of_the_tools_around_it():
-    unwanted = ("hf_trainopt.report", "hf_trainopt.compare", "hf_trainopt.doctor", "hf_trainopt.scripting",
+    unwanted = ("hf_trainopt.lab.report", "hf_trainopt.lab.compare", "hf_trainopt.lab.doctor", "hf_trainopt.scripting",
                 "matplotlib", "scipy.stats")  # fmt: skip
     done = python(
         "import sys\nfrom hf_trainopt import EfficientTrainer, EfficientTrainingArguments\n"

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.loss_probe import divides_by_items, is_in_doubt
+from hf_trainopt.accumulation.loss_probe import divides_by_items, is_in_doubt
 
 
 def mean(logits, labels, vocab_size=None, **kwargs):

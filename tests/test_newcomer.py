@@ -11,9 +11,9 @@ from helpers import Rows, arguments, quiet, tiny_gpt2
 
 import hf_trainopt
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
-from hf_trainopt.installed import installed_version, installed_versions
+from hf_trainopt.core.installed import installed_version, installed_versions
+from hf_trainopt.lab.report import make_report
 from hf_trainopt.reliability import TrainingInterrupted
-from hf_trainopt.report import make_report
 
 
 OWN_SCRIPT = """

@@ -7,7 +7,7 @@ from helpers import arguments, quiet, tiny_gpt2
 from transformers import BatchEncoding, Trainer
 
 from hf_trainopt import EfficientTrainerMixin
-from hf_trainopt.out_of_memory.split import copy_batch
+from hf_trainopt.core.batch import copy_batch
 
 
 def pop(inputs):

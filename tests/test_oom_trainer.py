@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.evidence import GradientStatisticsCallback
+from hf_trainopt.metrics import GradientStatisticsCallback
 
 
 def train(trainer, **kwargs):

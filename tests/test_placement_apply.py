@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
-from hf_trainopt.placement.apply import apply_placement
-from hf_trainopt.placement.batchnorm import SMALL_BUFFER, BufferKeeper
-from hf_trainopt.placement.plan import FULL, STORE, PlacementPlan, Rewrites, StageChoice
-from hf_trainopt.placement.regions import ForwardOverride, activation_modules
-from hf_trainopt.placement.stages import find_stages
+from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
+from hf_trainopt.placement.plan.plan import FULL, STORE, PlacementPlan, Rewrites, StageChoice
+from hf_trainopt.placement.plan.stages import find_stages
+from hf_trainopt.placement.recompute.apply import apply_placement
+from hf_trainopt.placement.recompute.batchnorm import SMALL_BUFFER, BufferKeeper
+from hf_trainopt.placement.recompute.regions import ForwardOverride, activation_modules
 
 
 def gpt2(**options) -> nn.Module:
@@ -307,7 +307,7 @@ def test_evaluation_and_no_grad_are_untouched(monkeypatch):
         model = build(name)
         expected = loss_of(model.eval(), 0)
         with apply_placement(model, plan_of(model, "all")), monkeypatch.context() as patch:
-            patch.setattr("hf_trainopt.placement.regions.checkpoint", None)  # calling it would raise
+            patch.setattr("hf_trainopt.placement.recompute.regions.checkpoint", None)  # calling it would raise
             assert torch.equal(loss_of(model.eval(), 0), expected)
             model.train()
             with torch.no_grad():
@@ -874,9 +874,9 @@ def test_rewrites_are_applied_before_and_undone_after(monkeypatch):
         assert rewrites.names() == ["chunked_loss"]
         return Rewritten()
 
-    module = types.ModuleType("hf_trainopt.placement.rewrites")
+    module = types.ModuleType("hf_trainopt.placement.rewrite.rewrites")
     module.apply_rewrites = apply_rewrites
-    monkeypatch.setitem(sys.modules, "hf_trainopt.placement.rewrites", module)
+    monkeypatch.setitem(sys.modules, "hf_trainopt.placement.rewrite.rewrites", module)
     model = build("gpt2")
     plan = plan_of(model, "all")
     with apply_placement(model, PlacementPlan("x", plan.stages, Rewrites(chunked_loss=True))):

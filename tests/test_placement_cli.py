@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, BertConfig, GPT2Config, T5Config
 
 from hf_trainopt.cli import main
-from hf_trainopt.placement import cli, models
-from hf_trainopt.placement.budget import enough_share, parse_budget, stated_budget
-from hf_trainopt.placement.plan import PlacementPlan
+from hf_trainopt.placement.plan.budget import enough_share, parse_budget, stated_budget
+from hf_trainopt.placement.plan.plan import PlacementPlan
+from hf_trainopt.placement.show import cli, models
 
 
 TINY = "n_layer=2,n_embd=32,n_head=2,vocab_size=64,n_positions=64"

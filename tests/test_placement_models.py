@@ -15,12 +15,12 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, torch_compilable_check
 
-from hf_trainopt.placement.apply import apply_placement
-from hf_trainopt.placement.plan import PlacementPlan
-from hf_trainopt.placement.planner import PlacementPlanner, plan_placement
-from hf_trainopt.placement.policies import named_choices
-from hf_trainopt.placement.replay import StepReplayer
-from hf_trainopt.placement.stages import find_stages
+from hf_trainopt.placement.plan.plan import PlacementPlan
+from hf_trainopt.placement.plan.planner import PlacementPlanner, plan_placement
+from hf_trainopt.placement.plan.policies import named_choices
+from hf_trainopt.placement.plan.stages import find_stages
+from hf_trainopt.placement.recompute.apply import apply_placement
+from hf_trainopt.placement.simulate.replay import StepReplayer
 
 
 class Recurrent(nn.Module):

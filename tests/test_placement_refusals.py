@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.placement import PlacementError, apply_placement
-from hf_trainopt.placement.plan import PlacementPlan
+from hf_trainopt.placement.plan.plan import PlacementPlan
 
 
 def run(folder, model, data, cls=EfficientTrainer, **kwargs):

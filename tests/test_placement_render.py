@@ -2,8 +2,8 @@
 
 import pytest
 
-from hf_trainopt.placement import plot, render
-from hf_trainopt.placement.plan import FULL, STORE, PlacementPlan, Rewrites, StageChoice
+from hf_trainopt.placement.plan.plan import FULL, STORE, PlacementPlan, Rewrites, StageChoice
+from hf_trainopt.placement.show import plot, render
 
 
 MIB = 2**20

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN
 
-from hf_trainopt.placement import chunked_loss
-from hf_trainopt.placement.chunked_cross_entropy import chunked_cross_entropy, default_chunk_rows
-from hf_trainopt.placement.chunked_loss_check import check_chunked_loss
-from hf_trainopt.placement.deferred_logits import DeferredLogits, LogitsNotComputedError
-from hf_trainopt.placement.fused_activation import apply_fused_activations, fusable_activations
-from hf_trainopt.placement.plan import Rewrites
-from hf_trainopt.placement.rewrites import apply_rewrites, available_rewrites
+from hf_trainopt.placement.plan.plan import Rewrites
+from hf_trainopt.placement.rewrite import chunked_loss
+from hf_trainopt.placement.rewrite.chunked_cross_entropy import chunked_cross_entropy, default_chunk_rows
+from hf_trainopt.placement.rewrite.chunked_loss_check import check_chunked_loss
+from hf_trainopt.placement.rewrite.deferred_logits import DeferredLogits, LogitsNotComputedError
+from hf_trainopt.placement.rewrite.fused_activation import apply_fused_activations, fusable_activations
+from hf_trainopt.placement.rewrite.rewrites import apply_rewrites, available_rewrites
 
 
 VOCAB = 61

@@ -19,15 +19,15 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback, set_seed
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
-from hf_trainopt.placement.apply import apply_placement
-from hf_trainopt.placement.budget import gib, parse_budget
-from hf_trainopt.placement.costs import DEVICES
-from hf_trainopt.placement.example_batch import largest_batch
+from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
+from hf_trainopt.machine.costs import DEVICES
 from hf_trainopt.placement.part import PLAN_NAME
-from hf_trainopt.placement.plan import FULL, STORE, PlacementPlan, Rewrites, StageChoice
-from hf_trainopt.placement.planner import PlacementPlanner, plan_placement
-from hf_trainopt.placement.replay import StepSetup
+from hf_trainopt.placement.plan.budget import gib, parse_budget
+from hf_trainopt.placement.plan.plan import FULL, STORE, PlacementPlan, Rewrites, StageChoice
+from hf_trainopt.placement.plan.planner import PlacementPlanner, plan_placement
+from hf_trainopt.placement.recompute.apply import apply_placement
+from hf_trainopt.placement.simulate.example_batch import largest_batch
+from hf_trainopt.placement.simulate.replay import StepSetup
 
 
 CPU = StepSetup(device=DEVICES["cpu"])
@@ -38,7 +38,7 @@ SHORT = {**FIXED, "gradient_accumulation_steps": 1, "max_steps": 2}
 @pytest.fixture(autouse=True)
 def _no_timing(monkeypatch):
     """The CPU by its data sheet: the same times in every run, and none spent on measuring them."""
-    monkeypatch.setattr("hf_trainopt.placement.run_planner.device_spec", lambda device: DEVICES["cpu"])
+    monkeypatch.setattr("hf_trainopt.placement.plan.run_planner.device_spec", lambda device: DEVICES["cpu"])
 
 
 # ---- Second runs, optimizers ---------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from hf_trainopt.placement.apply import apply_placement
-from hf_trainopt.placement.plan import PlacementPlan, StageChoice
-from hf_trainopt.placement.selective import COMPUTE_OPS, is_compute_op, is_random_op, selective_contexts
-from hf_trainopt.placement.stages import find_stages
+from hf_trainopt.placement.plan.plan import PlacementPlan, StageChoice
+from hf_trainopt.placement.plan.stages import find_stages
+from hf_trainopt.placement.recompute.apply import apply_placement
+from hf_trainopt.placement.recompute.selective import COMPUTE_OPS, is_compute_op, is_random_op, selective_contexts
 
 
 aten = torch.ops.aten
@@ -323,7 +323,7 @@ def test_saved_outputs_are_freed():
                     caches.append(weakref.ref(contexts[0]._cache))
                     return contexts
 
-                patch.setattr("hf_trainopt.placement.regions.selective_contexts", spy)
+                patch.setattr("hf_trainopt.placement.recompute.regions.selective_contexts", spy)
                 loss = place(Stage(), saved_ops)(x).sum()
             assert sorted(caches[0]().outputs) == list(saved_ops)
             if ending == "backward":
@@ -353,7 +353,7 @@ def test_saved_outputs_are_freed_while_they_are_used():
             caches.append(contexts[0])
             return contexts
 
-        patch.setattr("hf_trainopt.placement.regions.selective_contexts", spy)
+        patch.setattr("hf_trainopt.placement.recompute.regions.selective_contexts", spy)
         loss = place(EndsInProduct(between), (0, 1))(torch.randn(2, 4)).sum()
     loss.backward(retain_graph=True)
     assert left == [[0], [1]]  # in the forward pass, 1 is still to come; in the recomputation, 0 is used up

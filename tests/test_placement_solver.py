@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import all_paths, best_path_twin
 
-from hf_trainopt.placement.plan import FULL, STORE, runs_of
-from hf_trainopt.placement.policies import named_choices, segments_of
-from hf_trainopt.placement.solver import Chain, Segment, least_peak, solve
+from hf_trainopt.placement.plan.plan import FULL, STORE, runs_of
+from hf_trainopt.placement.plan.policies import named_choices, segments_of
+from hf_trainopt.placement.plan.solver import Chain, Segment, least_peak, solve
 
 
 def random_chain(seed: int, num_stages: int, options: int = 3, runs: bool = True) -> Chain:

@@ -11,10 +11,10 @@ from placement_models import gpt2, llama, timm_model
 from transformers import set_seed
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
-from hf_trainopt.placement.example_batch import largest_batch
+from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.placement.part import PLAN_NAME
-from hf_trainopt.placement.plan import PlacementPlan
+from hf_trainopt.placement.plan.plan import PlacementPlan
+from hf_trainopt.placement.simulate.example_batch import largest_batch
 
 
 FIXED = {

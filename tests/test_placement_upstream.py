@@ -9,10 +9,10 @@ from placement_models import gpt2, llama
 from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt._versions import ACTIVATION_CHECKPOINTING
+from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.placement import apply_placement
-from hf_trainopt.placement.plan import PlacementPlan, StageChoice
-from hf_trainopt.placement.stages import find_stages
+from hf_trainopt.placement.plan.plan import PlacementPlan, StageChoice
+from hf_trainopt.placement.plan.stages import find_stages
 
 
 def t5():

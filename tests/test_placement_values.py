@@ -16,18 +16,18 @@ from torch._subclasses.fake_tensor import (
 from transformers import masking_utils
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.placement.chain import build_chain, chain_profile
-from hf_trainopt.placement.costs import DEVICES
-from hf_trainopt.placement.fake import fake_copy, fake_mode, fake_tensor
-from hf_trainopt.placement.options import OptionExplorer
-from hf_trainopt.placement.passes import passes_of
-from hf_trainopt.placement.plan import FULL, STORE
-from hf_trainopt.placement.replay import StepReplayer, StepSetup
-from hf_trainopt.placement.residents import ResidentModules
-from hf_trainopt.placement.shadow import shadow_of
-from hf_trainopt.placement.solver import solve
-from hf_trainopt.placement.stages import find_stages
-from hf_trainopt.placement.values import UnknownNumber, UnknownNumberError, following_values
+from hf_trainopt.core.shadow import shadow_of
+from hf_trainopt.machine.costs import DEVICES
+from hf_trainopt.placement.plan.chain import build_chain, chain_profile
+from hf_trainopt.placement.plan.options import OptionExplorer
+from hf_trainopt.placement.plan.plan import FULL, STORE
+from hf_trainopt.placement.plan.solver import solve
+from hf_trainopt.placement.plan.stages import find_stages
+from hf_trainopt.placement.simulate.fake import fake_copy, fake_mode, fake_tensor
+from hf_trainopt.placement.simulate.passes import passes_of
+from hf_trainopt.placement.simulate.replay import StepReplayer, StepSetup
+from hf_trainopt.placement.simulate.residents import ResidentModules
+from hf_trainopt.placement.simulate.values import UnknownNumber, UnknownNumberError, following_values
 
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]])

@@ -80,7 +80,7 @@ def test_the_evidence_examples_run(tmp_path, capsys):
 
 
 def test_the_commands_of_the_placement_page_parse():
-    from hf_trainopt.placement.cli import add_parser
+    from hf_trainopt.placement.show.cli import add_parser
 
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())

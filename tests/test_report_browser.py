@@ -10,7 +10,7 @@ import sys
 import pytest
 from report_helpers import our_history, stock_history, write_comparison, write_run
 
-from hf_trainopt.report import make_report
+from hf_trainopt.lab.report import make_report
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -9,10 +9,10 @@ from transformers import Trainer, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.cli import main
-from hf_trainopt.evidence.targets import Target, TargetCallback
-from hf_trainopt.report import make_report
-from hf_trainopt.report.reading import read_run
-from hf_trainopt.report.running import run_in_memory
+from hf_trainopt.lab.report import make_report
+from hf_trainopt.lab.report.reading import read_run
+from hf_trainopt.lab.report.running import run_in_memory
+from hf_trainopt.metrics.targets import Target, TargetCallback
 
 
 @pytest.fixture(scope="module")

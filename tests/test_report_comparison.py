@@ -6,11 +6,11 @@ import math
 import pytest
 from report_helpers import our_history, stock_history, write_comparison, write_run
 
-from hf_trainopt.compare.comparison import compare, freeze_target
-from hf_trainopt.compare.records import save
-from hf_trainopt.report import make_report
-from hf_trainopt.report.comparison import is_comparison, read_comparison
-from hf_trainopt.report.runs import Run
+from hf_trainopt.lab.compare.comparison import compare, freeze_target
+from hf_trainopt.lab.compare.records import save
+from hf_trainopt.lab.report import make_report
+from hf_trainopt.lab.report.comparison import is_comparison, read_comparison
+from hf_trainopt.lab.report.runs import Run
 
 
 def histories(shift: float = 0.0) -> list:

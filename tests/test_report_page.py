@@ -15,15 +15,15 @@ from matplotlib.figure import Figure
 from reference import median_at_positions
 from report_helpers import our_history, stock_history, write_comparison, write_run
 
+from hf_trainopt.lab.report import Report, make_report
+from hf_trainopt.lab.report.axes import limits, ratio_limits, set_ticks, tick_text
+from hf_trainopt.lab.report.contents import Band, IntervalPanel, Line, LinePanel, Panel
+from hf_trainopt.lab.report.pictures import svg
+from hf_trainopt.lab.report.seeds import median_curve, with_medians
+from hf_trainopt.lab.report.summary import figure, ratio_text, spread
+from hf_trainopt.lab.report.theme import PALETTE, arm_dashes, arm_name
 from hf_trainopt.placement import PlacementPlan
-from hf_trainopt.placement.plan import StageChoice
-from hf_trainopt.report import Report, make_report
-from hf_trainopt.report.axes import limits, ratio_limits, set_ticks, tick_text
-from hf_trainopt.report.contents import Band, IntervalPanel, Line, LinePanel, Panel
-from hf_trainopt.report.pictures import svg
-from hf_trainopt.report.seeds import median_curve, with_medians
-from hf_trainopt.report.summary import figure, ratio_text, spread
-from hf_trainopt.report.theme import PALETTE, arm_dashes, arm_name
+from hf_trainopt.placement.plan.plan import StageChoice
 
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>&amp;|`_*$x$"""

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from report_helpers import our_history, stock_history, write_run
 
-from hf_trainopt.evidence.targets import Target, curve_from_log, first_crossing
+from hf_trainopt.lab.report import make_report
+from hf_trainopt.lab.report.arms import find_arm, group
+from hf_trainopt.lab.report.charts import thinned
+from hf_trainopt.lab.report.metrics import choose_target
+from hf_trainopt.lab.report.reading import read_run
+from hf_trainopt.lab.report.runs import Run
+from hf_trainopt.lab.report.series import batch_curve, columns, curve, noise_curves
+from hf_trainopt.lab.report.summary import summary_table
+from hf_trainopt.metrics.targets import Target, curve_from_log, first_crossing
 from hf_trainopt.placement import PlacementPlan
-from hf_trainopt.placement.plan import StageChoice
-from hf_trainopt.report import make_report
-from hf_trainopt.report.arms import find_arm, group
-from hf_trainopt.report.charts import thinned
-from hf_trainopt.report.metrics import choose_target
-from hf_trainopt.report.reading import read_run
-from hf_trainopt.report.runs import Run
-from hf_trainopt.report.series import batch_curve, columns, curve, noise_curves
-from hf_trainopt.report.summary import summary_table
+from hf_trainopt.placement.plan.plan import StageChoice
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from report_helpers import our_history, stock_history, write_run
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
-from hf_trainopt.report import make_report
-from hf_trainopt.report.clock import clock_of_history
-from hf_trainopt.report.loss_scale import MEAN, loss_scale
-from hf_trainopt.report.reading import read_run
-from hf_trainopt.report.settings import read_settings
-from hf_trainopt.report.summary import figure
+from hf_trainopt.lab.report import make_report
+from hf_trainopt.lab.report.clock import clock_of_history
+from hf_trainopt.lab.report.loss_scale import MEAN, loss_scale
+from hf_trainopt.lab.report.reading import read_run
+from hf_trainopt.lab.report.settings import read_settings
+from hf_trainopt.lab.report.summary import figure
 
 
 pytest.importorskip("tensorboard")

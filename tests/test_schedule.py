@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import StepLR
 from transformers import get_scheduler
 from transformers.optimization import AdafactorSchedule
 
-from hf_trainopt.schedule import (
+from hf_trainopt.accumulation.schedule import (
     NOISE_SCALING_RULES,
     DataIndexedLR,
     batch_scaling_factor,

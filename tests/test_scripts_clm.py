@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import run_clm
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.placement import PlacementError, PlacementPlan, Rewrites
-from hf_trainopt.placement.plan import FULL
+from hf_trainopt.placement.plan.plan import FULL
 from hf_trainopt.scripting import session
 
 

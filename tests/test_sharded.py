@@ -13,9 +13,10 @@ from processes import run_program
 from sharded_worker import CASES, twin
 from test_distributed import assert_close_weights, assert_ranks_agree, launch_all
 
-from hf_trainopt import EfficientTrainer, _versions
+from hf_trainopt import EfficientTrainer
 from hf_trainopt.accumulation import WindowStatistics, estimate_noise
 from hf_trainopt.accumulation.sharded import local_piece
+from hf_trainopt.core import versions as _versions
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from helpers import skip_below
 from packaging.version import Version
 from test_distributed import launch, launch_all
 
-from hf_trainopt._versions import TRANSFORMERS
+from hf_trainopt.core.versions import TRANSFORMERS
 
 
 STREAMS = ["stream dispatched", "stream of each", "stream split"]

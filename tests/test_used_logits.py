@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.placement import apply_placement
-from hf_trainopt.placement.deferred_logits import DeferredLogits, LogitsNotComputedError
-from hf_trainopt.placement.plan import PlacementPlan, Rewrites
+from hf_trainopt.placement.plan.plan import PlacementPlan, Rewrites
+from hf_trainopt.placement.rewrite.deferred_logits import DeferredLogits, LogitsNotComputedError
 
 
 CHUNKED = PlacementPlan("mine", {}, Rewrites(chunked_loss=True))

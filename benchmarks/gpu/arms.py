@@ -14,9 +14,9 @@ from convergence_report import value_at
 from cpu_clock import CpuClock
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
-from hf_trainopt.evidence import ThroughputCallback
-from hf_trainopt.evidence.peak_memory import accelerator_counter
-from hf_trainopt.evidence.targets import Evaluation, first_crossing
+from hf_trainopt.machine.peak_memory import accelerator_counter
+from hf_trainopt.metrics import ThroughputCallback
+from hf_trainopt.metrics.targets import Evaluation, first_crossing
 
 
 # The loss that the stock run at k = 8 has at this share of its data is the target.

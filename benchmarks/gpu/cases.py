@@ -8,7 +8,7 @@ import torch
 from common import Context, with_device
 from placement_cases import FRONTIERS, Case, _gpt2, _llama, _timm
 
-from hf_trainopt.placement.models import ModelRequest
+from hf_trainopt.placement.show.models import ModelRequest
 
 
 BUDGETS = ("75%", "50%", "35%", "25%")

@@ -58,7 +58,7 @@ def with_defaults(cls: type, **defaults: Any) -> type:
 
 def arguments_class(stock: type, mode: str) -> type:
     """Return our arguments over `stock`; in the mode `fixed` that is the default policy."""
-    from hf_trainopt.args import efficient_class
+    from hf_trainopt.arguments import efficient_class
 
     ours = efficient_class(stock)
     if mode == "fixed":

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..checks import loss_ignores_num_items
-from ..loss_probe import divides_by_items, is_in_doubt
-from ..loss_scaling import own_loss_ignoring_num_items
+from .checks import loss_ignores_num_items
+from .loss_probe import divides_by_items, is_in_doubt
+from .loss_scaling import own_loss_ignoring_num_items
 
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from transformers.trainer_utils import has_length
 
-from ..checks import (
+from ..core.facts import rank_batch_size
+from ..core.part import Part
+from .checkpoint import check_state, place_after_stock_steps, restore, run_state
+from .checks import (
     check_adaptive_setup,
     check_amount_of_data,
     check_equal_lengths,
@@ -19,10 +22,6 @@ from ..checks import (
     warn_of_adaptive_setup,
     warn_of_ignored_settings,
 )
-from ..core.facts import rank_batch_size
-from ..core.part import Part
-from ..schedule import NOISE_SCALING_RULES, DataIndexedLR
-from .checkpoint import check_state, place_after_stock_steps, restore, run_state
 from .controller import AccumulationController
 from .cursor import DataCursor
 from .fetch import StockFetch, WindowFetcher
@@ -31,6 +30,7 @@ from .mean_loss import MeanLoss
 from .measurement import WindowMeasurement
 from .noise_scale import NoiseScaleTracker, WindowStatistics, noise_logs
 from .policy import AccumulationPolicy, FixedPolicy
+from .schedule import NOISE_SCALING_RULES, DataIndexedLR
 from .sums import POLICY_FAILED, with_counted_items
 from .timing import StepTimer
 from .window import Window

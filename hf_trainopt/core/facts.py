@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from .._versions import is_sharded_at_load, loss_is_scaled_for_ga
+from .versions import is_sharded_at_load, loss_is_scaled_for_ga
 
 
 def is_sharded(trainer: Trainer) -> bool:

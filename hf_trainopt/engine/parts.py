@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..accumulation.learning_rate import LearningRatePart
 from ..accumulation.part import AccumulationPart
 from ..accumulation.policy import AccumulationPolicy
 from ..core.old_state import forget_old_entries
 from ..core.part import Part
 from ..core.state import RunState, read_state, write_state
-from ..evidence.part import MeasurementsPart
-from ..learning_rate import LearningRatePart
+from ..metrics.part import MeasurementsPart
 from ..out_of_memory.part import OutOfMemoryPart
 from ..placement.part import PlacementPart
 from ..precision.part import PrecisionPart

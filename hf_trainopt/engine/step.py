@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers.distributed.fsdp import is_fsdp_managed_module
 
-from .._versions import deferred_fsdp_reduction, is_sharded_at_load
 from ..accumulation.noise_scale import WindowStatistics
 from ..accumulation.sums import POLICY_FAILED, SUMMED, LocalSums, pack_sums, unpack_sums
 from ..accumulation.window import Slice, Window, lacks_targets, window_loss
+from ..core.versions import deferred_fsdp_reduction, is_sharded_at_load
 from .parts import Parts
 
 

@@ -10,12 +10,12 @@ import torch
 from accelerate.utils import gather_object
 
 from ..accumulation.window import Slice, Window
+from ..core.batch import copy_batch, count_rows, split_batch
 from ..core.facts import loss_divides_itself, rank_batch_size
 from ..core.part import Part
 from .checks import check_auto_micro_batch, find_ddp
 from .detection import first_line, is_out_of_memory, release_memory
 from .ranks import Ranks
-from .split import copy_batch, count_rows, split_batch
 from .window_start import WindowStart
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..placement.global_state import RandomState, devices_of
-from ..reliability.losses import RunningStatistics
+from ..core.running_statistics import RunningStatistics
+from ..machine.random_state import RandomState, devices_of
 
 
 class WindowStart:

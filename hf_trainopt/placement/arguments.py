@@ -3,11 +3,11 @@
 import os
 from dataclasses import dataclass, field
 
-from .._versions import ACTIVATION_CHECKPOINTING, activation_checkpointing
-from .allowed_rewrites import check_rewrites
-from .budget import parse_budget
-from .plan import PlacementPlan
-from .policies import named_choices
+from ..core.versions import ACTIVATION_CHECKPOINTING, activation_checkpointing
+from .plan.budget import parse_budget
+from .plan.plan import PlacementPlan
+from .plan.policies import named_choices
+from .rewrite.allowed_rewrites import check_rewrites
 
 
 @dataclass

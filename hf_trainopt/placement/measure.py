@@ -6,9 +6,9 @@ from collections.abc import Callable
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
-from ..evidence.peak_memory import PeakReader, accelerator_counter
-from .scratch import cpu_scratch
-from .tracker import StorageTracker
+from ..machine.peak_memory import PeakReader, accelerator_counter
+from .simulate.scratch import cpu_scratch
+from .simulate.tracker import StorageTracker
 
 
 logger = logging.getLogger(__name__)

@@ -12,20 +12,20 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from .._versions import ACTIVATION_CHECKPOINTING, activation_checkpointing_kwargs
 from ..core.facts import is_sharded
 from ..core.part import Part
-from .allowed_rewrites import check_rewrites
-from .apply import AppliedPlacement, apply_placement
+from ..core.versions import ACTIVATION_CHECKPOINTING, activation_checkpointing_kwargs
+from ..machine.random_state import forked_random_state
 from .arguments import is_plan_file
-from .budget import gib, parse_budget
 from .errors import PlacementError
-from .example_batch import batch_elements
-from .global_state import forked_random_state
 from .measure import PeakMeasurement
-from .plan import PlacementPlan
-from .render import time_words
-from .run_planner import RunPlanner
+from .plan.budget import gib, parse_budget
+from .plan.plan import PlacementPlan
+from .plan.run_planner import RunPlanner
+from .recompute.apply import AppliedPlacement, apply_placement
+from .rewrite.allowed_rewrites import check_rewrites
+from .show.render import time_words
+from .simulate.example_batch import batch_elements
 
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..core.facts import is_sharded
+from ..core.installed import installed_version
 from ..core.part import Part
 from ..core.state import read_state, write_state
-from ..installed import installed_version
 from .manifest import complete, discard, is_leftover, refresh
 from .resume import (
     Checkpoint,

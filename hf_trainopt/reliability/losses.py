@@ -1,7 +1,6 @@
 """Windows whose loss or gradients are not finite: skipped and counted."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from ..accumulation.window import without_empty_mean
+from ..core.running_statistics import RunningStatistics
 
 
 logger = logging.getLogger(__name__)
@@ -48,43 +48,6 @@ def last_good_step(step: int, skipped_in_a_row: int) -> int:
         skipped_in_a_row: Windows, the one at hand included.
     """
     return step - skipped_in_a_row
-
-
-class RunningStatistics:
-    """What a forward pass changes in normalisation layers, to undo it: one window with NaN would stay in it for ever.
-
-    Args:
-        model: Model, whose layers with running statistics (BatchNorm and its kin) are found once.
-    """
-
-    def __init__(self, model: torch.nn.Module):
-        self._layers = [layer for layer in model.modules() if getattr(layer, "running_mean", None) is not None]
-        self._saved: list[torch.Tensor] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._layers)
-
-    def _buffers(self) -> Iterator[torch.Tensor]:
-        for layer in self._layers:
-            for name in ("running_mean", "running_var", "num_batches_tracked"):
-                buffer = getattr(layer, name, None)
-                if buffer is not None:
-                    yield buffer
-
-    @torch.no_grad()
-    def save(self) -> None:
-        """Keep the statistics as they are."""
-        buffers = list(self._buffers())
-        if len(self._saved) != len(buffers):
-            self._saved = [torch.empty_like(buffer) for buffer in buffers]
-        for saved, buffer in zip(self._saved, buffers, strict=True):
-            saved.copy_(buffer)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put them back."""
-        for saved, buffer in zip(self._saved, self._buffers(), strict=True):
-            buffer.copy_(saved)
 
 
 class FiniteWindows:

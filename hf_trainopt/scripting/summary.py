@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from hf_trainopt.placement.budget import gib
+from hf_trainopt.placement.plan.budget import gib
 
 
 def peak_memory_gib(device: torch.device) -> tuple[float, str]:

@@ -34,11 +34,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.accumulation.noise_scale import estimate_noise
-from hf_trainopt.placement.apply import apply_placement
-from hf_trainopt.placement.models import ModelRequest
-from hf_trainopt.placement.plan import PlacementPlan
-from hf_trainopt.placement.policies import named_choices
-from hf_trainopt.placement.stages import find_stages
+from hf_trainopt.placement.plan.plan import PlacementPlan
+from hf_trainopt.placement.plan.policies import named_choices
+from hf_trainopt.placement.plan.stages import find_stages
+from hf_trainopt.placement.recompute.apply import apply_placement
+from hf_trainopt.placement.show.models import ModelRequest
 
 
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}

@@ -7,7 +7,7 @@ import torch
 from cases import cases, wait_for_plans
 from common import Context, DeviceStep, Record, peak_of, release, synchronize
 
-from hf_trainopt.placement.plan import PlacementPlan
+from hf_trainopt.placement.plan.plan import PlacementPlan
 
 
 # A measured peak further above the prediction is what the Trainer warns of.

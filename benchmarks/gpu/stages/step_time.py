@@ -23,9 +23,9 @@ from tasks import TokenBlocks
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.accumulation import controller
-from hf_trainopt.placement.apply import apply_placement
-from hf_trainopt.placement.costs import DeviceSpec
-from hf_trainopt.placement.plan import PlacementPlan
+from hf_trainopt.machine.costs import DeviceSpec
+from hf_trainopt.placement.plan.plan import PlacementPlan
+from hf_trainopt.placement.recompute.apply import apply_placement
 
 
 STOCK_CHECKPOINTING = "stock checkpointing"

@@ -1,0 +1,1 @@
+"""What looks at runs from outside: compare, report, doctor. Nothing that trains imports it."""

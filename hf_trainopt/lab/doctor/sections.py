@@ -1,0 +1,296 @@
+"""What is said of each part. Every figure is read from the Trainer and the objects that it will train with."""
+
+import inspect
+import logging
+import os
+from typing import Any
+
+import torch
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.utils import DistributedType
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+from ...accumulation.controller import STARTUP_WINDOWS
+from ...accumulation.policy import FixedPolicy
+from ...accumulation.schedule import METRIC_DRIVEN, NOISE_SCALING_RULES, DataIndexedLR, chosen_rule
+from ...placement.plan.budget import gib
+from ...placement.show.render import time_words
+from ...reliability.losses import obstacle_to_skipping
+from .memory import MemoryForecast, device_memory
+
+
+logger = logging.getLogger(__name__)
+
+# Stock `Trainer` leaves what `do_eval` means without an `eval_strategy` to the script.
+_AFTERWARDS = "never while it trains; afterwards, where the script does (do_eval)"
+
+# Lines of a section: what, and its text.
+Lines = list[tuple[str, str]]
+
+
+def describe(trainer: Trainer, dataloader: Any, resumed_from: str | None, memory: MemoryForecast) -> dict[str, Lines]:
+    """Return title -> lines of a run whose `on_train_begin` is due.
+
+    Args:
+        trainer: An `EfficientTrainer`.
+        dataloader: The loader of the run.
+        resumed_from: Checkpoint that it goes on from.
+        memory: What was planned for it.
+    """
+    return {
+        "Data": data(trainer, dataloader),
+        "Gradient accumulation": accumulation(trainer),
+        "Learning rate": learning_rate(trainer),
+        "Precision": precision(trainer),
+        "Memory": memory_of_a_step(trainer, memory),
+        "Devices": devices(trainer),
+        "Checkpoints and reliability": reliability(trainer, resumed_from),
+        "Evidence": evidence(trainer),
+    }
+
+
+def _budget(trainer: Trainer) -> int:
+    """Reference windows of the whole run: steps, where k does not vary."""
+    return (
+        trainer.state.max_steps
+        if trainer.trainopt.accumulation.cursor is None
+        else trainer.trainopt.accumulation.cursor.budget
+    )
+
+
+def data(trainer: Trainer, dataloader: Any) -> Lines:
+    """Return the data budget, in samples and in steps."""
+    args, windows = trainer.args, _budget(trainer)
+    batch = trainer.get_total_train_batch_size(args)
+    unit = "optimizer steps" if trainer.trainopt.accumulation.cursor is None else "reference windows"
+    count = args.world_size * max(1, args.n_gpu)
+    on_each = f" on each of {count} devices" if count > 1 else ""
+    lines = [("micro-batch", f"{args.per_device_train_batch_size} samples{on_each}")]
+    if has_length(dataloader):
+        samples, micro_batches = trainer.num_examples(dataloader), len(dataloader)
+        lines.append(("training data", f"{samples:,} samples, {micro_batches:,} micro-batches on each rank"))
+        # As upstream counts them: `max_steps` wins over epochs.
+        total = windows * batch if args.max_steps > 0 else round(samples * args.num_train_epochs)
+        epochs = f"{windows * args.gradient_accumulation_steps / micro_batches:.3g}"
+        if args.max_steps <= 0:
+            epochs = f"{args.num_train_epochs:g}"
+        lines.append(("budget", f"{total:,} samples ({epochs} epochs), {windows:,} {unit} of {batch:,} samples"))
+    else:
+        lines.append(("training data", "a stream"))
+        lines.append(("budget", f"{windows * batch:,} samples, {windows:,} {unit} of {batch:,} samples"))
+    if trainer.trainopt.accumulation.cursor is not None:
+        lines.append(("intervals", "warm-up, logging, evaluation and saving are counted in reference windows"))
+    state = trainer.state
+    for name, strategy, every in (
+        ("evaluation", args.eval_strategy, state.eval_steps),
+        ("logging", args.logging_strategy, state.logging_steps),
+    ):
+        at_the_end = name == "evaluation" and args.do_eval and strategy == "no"
+        lines.append((name, _AFTERWARDS if at_the_end else _interval(strategy.value, every, unit)))
+    if args.logging_strategy == "steps" and state.logging_steps > windows and not args.logging_first_step:
+        logger.warning(
+            "logging_steps is %g and the whole run has %s %s: no loss will be logged before its end; lower it.",
+            state.logging_steps,
+            f"{windows:,}",
+            unit,
+        )
+    return lines
+
+
+def _interval(strategy: str, every: int | None, unit: str) -> str:
+    if strategy == "steps":
+        return f"every {every:g} {unit}"
+    return {"no": "never", "epoch": "at the end of each epoch", "best": "when the metric is the best so far"}[strategy]
+
+
+def accumulation(trainer: Trainer) -> Lines:
+    """Return how k is chosen."""
+    args, policy = trainer.args, trainer.accumulation_policy
+    if trainer.trainopt.accumulation.has_own_policy:
+        what = f"your own: {getattr(policy, '__name__', None) or type(policy).__name__}"
+    else:
+        what = f"{args.accumulation_policy}: {inspect.getdoc(type(policy)).splitlines()[0]}"
+    lines = [("policy", what)]
+    controller = trainer.trainopt.accumulation.controller
+    if controller is None:
+        return [*lines, ("k", f"{args.gradient_accumulation_steps}; the loop is that of stock Trainer, bit for bit")]
+    if isinstance(policy, FixedPolicy):
+        lines.append(("k", f"{controller.reference_steps}"))
+    else:
+        lines.append(
+            (
+                "k",
+                f"begins at {controller.accumulation_steps}, stays within {controller.minimum} and "
+                f"{controller.maximum}; the reference is {controller.reference_steps}",
+            )
+        )
+        batch = controller.micro_batch_samples
+        lines.append(("batch", f"{controller.minimum * batch:,} to {controller.maximum * batch:,} samples"))
+    if controller.tracker is None:
+        lines.append(("noise scale", "not measured: nothing needs it"))
+    else:
+        lines.append(
+            (
+                "noise scale",
+                f"measured in the first {STARTUP_WINDOWS} steps and then in every {controller.measure_interval}.; "
+                f"averages halve in {controller.tracker.half_life:,.0f} samples",
+            )
+        )
+    return lines
+
+
+def learning_rate(trainer: Trainer) -> Lines:
+    """Return the schedule at some places of the data, and how it follows k."""
+    args, windows, scheduler = trainer.args, _budget(trainer), trainer.lr_scheduler
+    inner = getattr(scheduler, "scheduler", scheduler)  # Accelerate's wrapper
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    lines = [("optimizer", f"{type(optimizer).__name__} ({getattr(args.optim, 'value', args.optim)})")]
+    if isinstance(inner, METRIC_DRIVEN):
+        return [*lines, ("schedule", f"{type(inner).__name__}: follows the evaluations, whatever k is")]
+    warmup = args.get_warmup_steps(windows)
+    lines.append(
+        ("schedule", f"{args.lr_scheduler_type.value}, warm-up over {warmup:,} of {windows:,} {_unit(trainer)}")
+    )
+    indexed = inner if isinstance(inner, DataIndexedLR) else DataIndexedLR(inner, optimizer)
+    if isinstance(indexed.inner, torch.optim.lr_scheduler.LambdaLR):
+        places = dict.fromkeys([0, warmup, windows // 2, windows])
+        rates = [f"{args.learning_rate * indexed.factor(place):.3g} at {place / windows:.0%}" for place in places]
+        lines.append(
+            ("rate", ", ".join(rates) + " of the data" + (", at the reference k" if _adapts(trainer) else ""))
+        )
+    if _adapts(trainer):
+        rule = chosen_rule(args.lr_batch_scaling, trainer.trainopt.accumulation.measures)
+        here = "" if rule == args.lr_batch_scaling else f", here '{rule}'"
+        unknown = " while the noise scale is not known" if rule in NOISE_SCALING_RULES else ""
+        lines.append(("with k", f"lr_batch_scaling='{args.lr_batch_scaling}'{here}: {_scaling(trainer)}{unknown}"))
+    return lines
+
+
+def _adapts(trainer: Trainer) -> bool:
+    return trainer.trainopt.accumulation.controller is not None
+
+
+def _unit(trainer: Trainer) -> str:
+    return "reference windows" if _adapts(trainer) else "steps"
+
+
+def _scaling(trainer: Trainer) -> str:
+    """Return the factors on the rate at the least, the reference and the largest k, as the Trainer would set them."""
+    controller, scheduler = trainer.trainopt.accumulation.controller, trainer.lr_scheduler
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    kept = controller.accumulation_steps, controller.tracker, scheduler.position, scheduler.scale
+    controller.tracker = None  # a probe is no window of the k that was decided
+    factors = []
+    for k in dict.fromkeys([controller.minimum, controller.reference_steps, controller.maximum]):
+        controller.accumulation_steps = k
+        trainer.trainopt.learning_rate.place()
+        factors.append(f"×{scheduler.scale:.3g} at a k of {k}")
+    controller.accumulation_steps, controller.tracker = kept[:2]
+    scheduler.set_position(*kept[2:])
+    return ", ".join(dict.fromkeys(factors))
+
+
+def precision(trainer: Trainer) -> Lines:
+    """Return the precision and why."""
+    choice, mixed = trainer.trainopt.precision.choice, str(trainer.accelerator.mixed_precision)
+    if choice is None:
+        named = {"no": "fp32 (or the type of the weights)"}.get(mixed, f"{mixed} autocast")
+        lines = [("computation", f"{named}, as fp16, bf16 and the launcher say (precision is unset)")]
+    else:
+        lines = [("computation", f"{choice.precision}: {choice.reason}")]
+        if choice.fallback is not None:
+            lines.append(("if fp16 overflows", f"left for {choice.fallback}"))
+    weights = sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters() if p.requires_grad})
+    return [*lines, ("trained weights", " and ".join(weights))]
+
+
+def memory_of_a_step(trainer: Trainer, memory: MemoryForecast) -> Lines:
+    """Return the plan, its peak, and what a step could do with at least."""
+    args, plan, planner = trainer.args, trainer.placement_plan, memory.planner
+    lines = [("placement", args.placement_policy if plan is None else plan.summary())]
+    peak = None
+    if planner is not None:
+        baseline, floor = planner.baseline.peak_bytes, planner.floor.peak_bytes
+        peak = baseline
+        lines.append(("peak of a step", f"{gib(baseline)} without recomputation"))
+        if plan is not None and plan.predicted_peak_bytes is not None:
+            peak = plan.predicted_peak_bytes
+            lines.append(("with the plan", f"{gib(peak)}, time {time_words(plan)}"))
+        if args.memory_budget is not None:
+            lines.append(("budget", args.memory_budget))
+        lines.append(
+            ("floor", f"{gib(floor)}, the least that any plan needs (memory_rewrites='{args.memory_rewrites}')")
+        )
+        lines.append(
+            ("for", f"the longest samples, up to {trainer.trainopt.accumulation.most_steps} micro-batches a step")
+        )
+    elif plan is not None and plan.predicted_peak_bytes is not None:
+        peak = plan.predicted_peak_bytes
+        lines.append(("peak of a step", f"{gib(peak)}, by the plan"))
+    else:
+        lines.append(("peak of a step", f"not known: {memory.obstacle or 'no plan was made'}"))
+    available = device_memory(args.device)
+    if available is not None:
+        lines.append(("there is", f"{gib(available[0])} {available[1]}"))
+        if peak is not None and peak > available[0]:
+            logger.warning(
+                "A step takes %s and there is %s: set memory_budget (not below the floor), or lower "
+                "per_device_train_batch_size.",
+                gib(peak),
+                gib(available[0]),
+            )
+    return lines
+
+
+def devices(trainer: Trainer) -> Lines:
+    """Return where it runs, and what the launcher's default settings would make of it."""
+    args = trainer.args
+    kind = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device)
+    lines = [("this process", f"{kind}, rank {args.process_index} of {args.world_size}")]
+    if args.n_gpu > 1:
+        lines.append(("in this process", f"{args.n_gpu} GPUs under nn.DataParallel"))
+    strategy = trainer.accelerator.distributed_type
+    lines.append(("strategy", "none" if strategy == DistributedType.NO else strategy.value))
+    if args.world_size == 1 and os.path.isfile(default_config_file):
+        config = load_config_from_file(None)
+        lines.append(
+            (
+                "accelerate launch",
+                f"{config.num_processes} processes by {default_config_file}, which is not in use here; see what "
+                "that does with hf-trainopt doctor --launcher 'accelerate launch'",
+            )
+        )
+    return lines
+
+
+def reliability(trainer: Trainer, resumed_from: str | None) -> Lines:
+    """Return what is saved, and what becomes of signals and of losses that are not finite."""
+    args = trainer.args
+    saves = _interval(args.save_strategy.value, trainer.state.save_steps, _unit(trainer))
+    if args.save_strategy.value != "no":
+        kept = "all are kept" if args.save_total_limit is None else f"the last {args.save_total_limit} are kept"
+        saves += f" into {args.output_dir}, {kept}"
+    lines = [("checkpoints", saves), ("resumes from", resumed_from or "nothing, it begins anew")]
+    signals = "save a checkpoint and end" if args.saves_on_interrupt else "end the run, nothing is saved"
+    lines.append(("SIGTERM, Ctrl-C", signals))
+    engine = trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.XLA)
+    obstacle = obstacle_to_skipping(trainer.optimizer, str(args.optim), engine)
+    limit = trainer.trainopt.skipped_steps.limit
+    if not limit:
+        text = "taken, as in stock Trainer"
+    elif obstacle is not None:
+        text = f"taken: max_skipped_windows has no effect, since {obstacle}"
+    else:
+        text = f"left out; the run stops after {limit} in a row"
+    return [*lines, ("steps with NaN or inf", text)]
+
+
+def evidence(trainer: Trainer) -> Lines:
+    """Return what is measured and where it goes."""
+    args = trainer.args
+    lines = [("measured", ", ".join(args.measured) or "nothing")]
+    if args.target_metric is not None:
+        ends = ", at which training ends" if args.stop_at_target else ""
+        lines.append(("target", f"{args.target_metric} of {args.target_value:g}{ends}"))
+    return [*lines, ("trackers", ", ".join(args.report_to or []) or "none")]

@@ -1,0 +1,1 @@
+"""From replays and a budget to a plan: options, chain, solver, planner; plans of named policies and of runs."""

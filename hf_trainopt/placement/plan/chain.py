@@ -1,0 +1,243 @@
+"""What replays say about single stages, put together to the chain that the solver works on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..simulate.replay import Replay
+from .plan import FULL, STORE, StageChoice
+from .solver import Chain, Segment
+
+
+# Choosing less is better where the time is the same: this share of a step is added for each stage that is touched.
+_TOUCH = 1e-9
+
+
+@dataclass(frozen=True)
+class OptionProfile:
+    """What one choice does to one stage.
+
+    Args:
+        choice: The choice.
+        forward_delta: Bytes that its forward pass leaves behind, its output not counted.
+        forward_peak: Most bytes in its forward pass beyond those at its beginning.
+        backward_delta: Change of bytes over its backward pass.
+        backward_peak: Most bytes in its backward pass beyond those at its beginning.
+        holds_output: Whether its output is kept for its own backward pass.
+        extra_seconds: Time beyond storing everything.
+        extra_flops: FLOPs beyond storing everything.
+    """
+
+    choice: StageChoice
+    forward_delta: int
+    forward_peak: int
+    backward_delta: int
+    backward_peak: int
+    holds_output: bool
+    extra_seconds: float
+    extra_flops: int
+
+    def dominates(self, other: "OptionProfile") -> bool:
+        """Whether this is nowhere worse than `other`."""
+        return (
+            self.forward_delta <= other.forward_delta
+            and self.forward_delta + self.backward_peak <= other.forward_delta + other.backward_peak
+            and self.forward_peak <= other.forward_peak
+            and self.holds_output <= other.holds_output
+            and self.extra_seconds <= other.extra_seconds
+        )
+
+
+@dataclass(frozen=True)
+class StageProfile:
+    """What can be done with one stage.
+
+    Args:
+        name: Module name.
+        boundary_bytes: Size of its output.
+        after_delta: Bytes that the code between it and the next stage leaves behind.
+        forward_seconds: Time of its forward pass.
+        forward_flops: FLOPs of its forward pass.
+        options: Choice -> profile; `STORE` is among them.
+        joined: Whether it takes an output of the stage before it as it is, so that both can be of one run.
+    """
+
+    name: str
+    boundary_bytes: int
+    after_delta: int
+    forward_seconds: float
+    forward_flops: int
+    options: Mapping[StageChoice, OptionProfile]
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class ChainProfile:
+    """A whole step as the sum of its parts.
+
+    Args:
+        stages: In the order of the forward pass.
+        before_bytes: Live bytes when the first stage begins.
+        head_peak: Most bytes between the end of the last stage and the beginning of its backward pass, beyond those
+            at its end.
+        head_delta: Change of bytes over that time.
+        fixed_peak: Peak of what no choice changes, in bytes: what comes before the first stage, its backward pass, the
+            optimizer's step.
+        seconds: Time of the step that recomputes nothing.
+        flops: FLOPs of that step.
+    """
+
+    stages: Sequence[StageProfile]
+    before_bytes: int
+    head_peak: int
+    head_delta: int
+    fixed_peak: int
+    seconds: float
+    flops: int
+
+
+def option_profile(replay: Replay, baseline: Replay, stage: str, choice: StageChoice) -> OptionProfile:
+    """Return what `choice` does to `stage`, from a replay in which the stage made it."""
+    forward, backward = replay.section("forward", stage), replay.section("backward", stage)
+    cost = forward.cost + backward.cost
+    stock = baseline.section("forward", stage).cost + baseline.section("backward", stage).cost
+    extra = cost - stock
+    return OptionProfile(
+        choice,
+        forward.end_bytes - forward.start_bytes,
+        forward.peak_bytes - forward.start_bytes,
+        backward.end_bytes - backward.start_bytes,
+        backward.peak_bytes - backward.start_bytes,
+        stage in replay.holds_output,
+        max(0.0, extra.seconds),
+        extra.flops,
+    )
+
+
+def chain_profile(baseline: Replay, options: Mapping[str, Mapping[StageChoice, OptionProfile]]) -> ChainProfile:
+    """Return the profile of a step from the replay without recomputation and the options of each stage."""
+    names = baseline.order
+    sections = baseline.sections
+    starts: dict[str, list[int]] = {}  # one for each forward pass
+    for index, section in enumerate(sections):
+        if section.phase == "forward":
+            starts.setdefault(section.stage, []).append(index)
+    stages = []
+    for name in names:
+        forward = baseline.section("forward", name)
+        afters = [sections[index + 1] for index in starts[name]]
+        delta = sum(after.end_bytes - after.start_bytes for after in afters if after.phase == "between")
+        stages.append(
+            StageProfile(
+                name,
+                baseline.boundary_bytes[name],
+                delta,
+                forward.cost.seconds,
+                forward.cost.flops,
+                options[name],
+                name in baseline.joined,
+            )
+        )
+    head = baseline.section("head")
+    before = starts[names[0]][0]
+    outside = [section for section in sections if section.phase in ("tail", "step")]
+    return ChainProfile(
+        stages,
+        sections[before].start_bytes,
+        head.peak_bytes - head.start_bytes,
+        head.end_bytes - head.start_bytes,
+        max(section.peak_bytes for section in outside + sections[:before]),
+        sum(section.cost.seconds for section in sections),
+        sum(section.cost.flops for section in sections),
+    )
+
+
+def build_chain(profile: ChainProfile, *, max_run: int | None = None) -> Chain:
+    """Return the solver's chain: every option of every stage, and every run of up to `max_run` stages.
+
+    Args:
+        profile: The step.
+        max_run: Longest run that is looked at; `None`: all if there are at most 48 stages, else 2√L.
+    """
+    stages = profile.stages
+    count = len(stages)
+    if max_run is None:
+        max_run = count if count <= 48 else 2 * math.ceil(math.sqrt(count))
+    # What the backward passes of all later stages and of the head leave behind (gradients), whatever is chosen there.
+    left = [0] * (count + 1)
+    left[count] = profile.head_delta
+    for index in reversed(range(count)):
+        left[index] = left[index + 1] + _net(stages, index)
+    touch = _TOUCH * profile.seconds
+    segments = []
+    for index, stage in enumerate(stages):
+        for option in stage.options.values():
+            held = stage.boundary_bytes if option.holds_output else 0
+            backward = option.forward_delta + held + left[index + 1] + option.backward_peak
+            segments.append(
+                Segment(
+                    index,
+                    index + 1,
+                    option.forward_delta + stage.after_delta + stage.boundary_bytes,
+                    max(option.forward_peak, backward),
+                    option.extra_seconds + touch * (option.choice != STORE),
+                    (option.choice,),
+                )
+            )
+    for start in range(count):
+        for stop in range(start + 2, min(count, start + max_run) + 1):
+            if not stages[stop - 1].joined or not all(FULL in stage.options for stage in stages[start:stop]):
+                break
+            segments.append(_run(stages, start, stop, left, touch))
+    return Chain(count, tuple(segments), profile.before_bytes, profile.head_peak, profile.fixed_peak)
+
+
+def _net(stages: Sequence[StageProfile], index: int) -> int:
+    """Bytes that are there after the backward pass of a stage and were not before its forward pass."""
+    option = stages[index].options[STORE]
+    before = stages[index - 1].after_delta if index else 0
+    return option.forward_delta + option.backward_delta + before
+
+
+def _run(stages: Sequence[StageProfile], start: int, stop: int, left: Sequence[int], touch: float) -> Segment:
+    """Return the segment in which stages `start` to `stop - 1` are recomputed together."""
+    members = stages[start:stop]
+    after = sum(stage.after_delta for stage in members)
+    keep = sum(stage.options[FULL].forward_delta for stage in members)
+    need = 0
+    for number, stage in enumerate(members):  # the forward pass: one boundary at a time
+        entering = members[number - 1].boundary_bytes if number else 0
+        need = max(need, entering + stage.options[FULL].forward_peak)
+    inside = 0
+    base = keep + after - members[-1].after_delta + left[stop]
+    for number, stage in enumerate(members):
+        option = stage.options[STORE]
+        need = max(need, base + inside + option.forward_peak)
+        later = left[start + number + 1] - left[stop]
+        # Recomputed outputs are no boundaries of the step: one that its own stage saves lives on in here.
+        held = stage.boundary_bytes if option.holds_output else 0
+        need = max(need, base + inside + option.forward_delta + held + later + option.backward_peak)
+        inside += option.forward_delta + stage.boundary_bytes
+    seconds = sum(stage.forward_seconds for stage in members[:-1]) + members[-1].options[FULL].extra_seconds
+    return Segment(
+        start,
+        stop,
+        keep + after + members[-1].boundary_bytes,
+        need,
+        seconds + touch * len(members),
+        (FULL,) * len(members),
+    )
+
+
+def choices_of(profile: ChainProfile, path: Sequence[Segment]) -> dict[str, StageChoice]:
+    """Return the choice of each stage on a path of the solver."""
+    choices: dict[str, StageChoice] = {}
+    run = 0
+    for segment in path:
+        names = [stage.name for stage in profile.stages[segment.start : segment.stop]]
+        if len(names) > 1:
+            choices |= dict.fromkeys(names, StageChoice("full", run=run))
+            run += 1
+        else:
+            choices[names[0]] = segment.choice[0]
+    return choices

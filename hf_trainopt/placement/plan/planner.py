@@ -1,0 +1,396 @@
+"""From a model, a batch and a budget to a plan that a replay has shown to fit."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ...core.installed import installed_versions
+from ...machine.costs import device_spec
+from ..errors import PlacementError
+from ..rewrite.allowed_rewrites import allowed_rewrites
+from ..rewrite.rewrites import available_rewrites
+from ..simulate.replay import DEFAULT_SETUP, Replay, StepReplayer, StepSetup
+from .budget import enough_share, gib, parse_budget, stated_budget
+from .candidate import Candidate, rank_of
+from .chain import ChainProfile, build_chain, chain_profile, choices_of
+from .options import OptionExplorer
+from .plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice
+from .policies import named_choices
+from .solver import Chain, Solution, least_peak, solve
+from .stages import find_stages
+
+
+logger = logging.getLogger(__name__)
+
+# Solutions whose replay does not fit are corrected by the difference and solved again, this many times at most.
+_CORRECTIONS = 6
+
+
+class PlacementPlanner:
+    """Profiles a model once and plans for as many budgets as wanted.
+
+    Args:
+        model: The model, real or made of fake tensors in `mode`.
+        batch: An example batch, real or fake, of the largest shapes that training will meet.
+        setup: How a training step is made.
+        stages: Names of the stages, or a regular expression for them; `None`: found by `find_stages`.
+        memory_rewrites: `"auto"`: any of those that the model allows, where they are cheaper than recomputing more;
+            `"none"`; or names of `Rewrites`, separated by commas, that are on in every plan.
+        available: The rewrites that the model allows; `None`: what its structure says.
+        mode: The mode of the model's fake tensors.
+        progress: Called with a line of text after each piece of work.
+
+    Raises:
+        ValueError: The model has no stages, cannot be replayed, or does not allow the rewrites.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        setup: StepSetup = DEFAULT_SETUP,
+        *,
+        stages: Sequence[str] | str | None = None,
+        memory_rewrites: str = "auto",
+        available: Rewrites | None = None,
+        mode: Any = None,
+        progress: Callable[[str], None] | None = None,
+    ):
+        names = find_stages(model, stages) if stages is None or isinstance(stages, str) else list(stages)
+        self.setup = setup
+        self.progress = progress or (lambda text: None)
+        self.available = available_rewrites(model) if available is None else available
+        self.allowed = allowed_rewrites(memory_rewrites, self.available)
+        self.replayer = StepReplayer(model, batch, setup, names, mode)
+        self.baseline = self.replayer.replay_choices(dict.fromkeys(self.replayer.stages, STORE))
+        self.progress("the step without recomputation")
+        self.stages = self.baseline.order
+        self._candidates: dict[Any, Candidate] = {}
+        self._overestimate = 0
+        self._add(dict.fromkeys(self.stages, STORE), self.allowed[0])
+
+    # ---- Profiles --------------------------------------------------------------------------------------------------
+
+    def _explored(self, fused: bool) -> OptionExplorer:
+        return OptionExplorer(self.replayer, Rewrites(fused_activations=fused), self.progress)
+
+    @cached_property
+    def _options(self) -> dict[bool, Any]:
+        return {
+            fused: self._explored(fused).explore() for fused in sorted({r.fused_activations for r in self.allowed})
+        }
+
+    @cached_property
+    def profiles(self) -> dict[Rewrites, ChainProfile]:
+        """Rewrites -> profile of the step with them."""
+        if len(self.allowed) > 1:
+            self.allowed = [rewrites for rewrites in self.allowed if self._runs_with(rewrites)]
+        found = {}
+        for rewrites in self.allowed:
+            baseline = self._stored(rewrites)
+            found[rewrites] = chain_profile(baseline, self._options[rewrites.fused_activations])
+        return found
+
+    def _runs_with(self, rewrites: Rewrites) -> bool:
+        """Whether a step with these rewrites runs: T5 looks at the logits that a chunked loss leaves out."""
+        try:
+            self._stored(rewrites)
+        except ValueError as error:
+            logger.info("Plans have no %s for this model: %s", " and ".join(rewrites.names()), error)
+            return False
+        return True
+
+    @cached_property
+    def chains(self) -> dict[Rewrites, Chain]:
+        """Rewrites -> what the solver works on."""
+        return {rewrites: build_chain(profile) for rewrites, profile in self.profiles.items()}
+
+    def replay(self, stages: Mapping[str, StageChoice], rewrites: Rewrites = NO_REWRITES) -> Replay:
+        """Return what one step takes under these choices."""
+        return self.replayer.replay_choices(stages, rewrites)
+
+    def _stored(self, rewrites: Rewrites) -> Replay:
+        """Return what one step takes in which rewrites are all that is done."""
+        return self.replay(dict.fromkeys(self.stages, STORE), rewrites)
+
+    def _rewritten_seconds(self, rewrites: Rewrites) -> float:
+        """Seconds that rewrites together add to a step; negative where they save some."""
+        return self._stored(rewrites).cost.seconds - self.baseline.cost.seconds
+
+    @property
+    def step_seconds(self) -> float:
+        """Time of a step without recomputation and rewrites."""
+        return self.baseline.cost.seconds
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of a step without recomputation and rewrites."""
+        return self.baseline.cost.flops
+
+    def _add(self, stages: Mapping[str, StageChoice], rewrites: Rewrites) -> Candidate:
+        """Replay choices and keep them as a candidate."""
+        key = (rewrites, tuple(stages.items()))
+        if key not in self._candidates:
+            replay = self.replay(stages, rewrites)
+            extra = max(0.0, replay.cost.seconds - self._stored(rewrites).cost.seconds)
+            rewritten = self._rewritten_seconds(rewrites)
+            self._candidates[key] = Candidate(dict(stages), rewrites, replay.peak_bytes, extra, rewritten)
+            self.progress(f"replayed a plan: {gib(replay.peak_bytes)}")
+        return self._candidates[key]
+
+    @cached_property
+    def _named(self) -> list[Candidate]:
+        """The named placements: a budget's plan is never slower than one of these that fits."""
+        policies = ["all", "sqrt", *(f"every_{n}" for n in (2, 3, 4) if n < len(self.stages))]
+        return [self._add(self._choices(policy), self.allowed[0]) for policy in policies]
+
+    def _choices(self, policy: str, every_n: int = 2) -> dict[str, StageChoice]:
+        """Return the choices of a named policy; runs end where a stage does not take the output of the one before."""
+        choices = named_choices(policy, self.stages, every_n)
+        if all(choice.run is None for choice in choices.values()):
+            return choices
+        split, number, before = {}, -1, None
+        for name, choice in choices.items():
+            if choice.run is None:
+                split[name] = choice
+            else:
+                number += choice.run != before or name not in self.baseline.joined
+                split[name] = dataclasses.replace(choice, run=number)
+            before = choice.run
+        return split
+
+    @cached_property
+    def floor(self) -> Candidate:
+        """The candidate with the least peak."""
+        least = {rewrites: least_peak(chain) for rewrites, chain in self.chains.items()}
+        lowest = min(solution.peak_bytes for solution in least.values())
+        for rewrites, solution in least.items():
+            if solution.peak_bytes < 1.02 * lowest:  # what the replays could turn round
+                self._add(choices_of(self.profiles[rewrites], solution.path), rewrites)
+                self._add(self._choices("all"), rewrites)
+        _ = self._named
+        return min(self._candidates.values(), key=lambda candidate: (candidate.peak_bytes, candidate.order))
+
+    # ---- Plans -----------------------------------------------------------------------------------------------------
+
+    def named(self, policy: str, every_n: int = 2) -> PlacementPlan:
+        """Return the plan of a named policy, with the rewrites that are on in every plan.
+
+        Raises:
+            ValueError: There is no such policy.
+        """
+        return self._plan(policy, self._add(self._choices(policy, every_n), self.allowed[0]))
+
+    def for_budget(self, memory_budget: str | int | float) -> PlacementPlan:
+        """Return the plan whose replayed peak is within the budget and that costs the least time.
+
+        What it costs is the time to recompute and what rewrites add to it or save of it (`extra_time_ratio` and
+        `details["rewritten_time_ratio"]`, whose sum, where it is positive, does not rise with the budget).
+
+        Args:
+            memory_budget: As `parse_budget` takes it; shares are of the peak without recomputation.
+
+        Raises:
+            PlacementError: No plan fits; the message names the floor and what would lower it.
+        """
+        budget = parse_budget(memory_budget, self.baseline.peak_bytes)
+        if self.floor.peak_bytes > budget:
+            raise PlacementError(self._over_budget(memory_budget, budget))
+        bound = self._search(budget)
+        fitting = [candidate for candidate in self._candidates.values() if candidate.peak_bytes <= budget]
+        best = min(fitting, key=lambda candidate: candidate.order)
+        gap = None if bound is None else max(0.0, best.cost_seconds - bound) / self.step_seconds
+        if gap is not None:
+            gap = round(gap, 6) if gap > 1e-6 else 0.0
+        return dataclasses.replace(self._plan("budget", best), budget_bytes=budget, optimality_gap=gap)
+
+    def frontier(self, points: int = 10) -> list[PlacementPlan]:
+        """Return plans from the baseline's peak down to the floor, each faster than all that need less memory."""
+        high, low = self.baseline.peak_bytes, self.floor.peak_bytes
+        for index in range(points):
+            self._search(round(low + (high - low) * index / points))
+        ordered = sorted(self._candidates.values(), key=lambda candidate: (candidate.peak_bytes, candidate.order))
+        front: list[Candidate] = []
+        for candidate in ordered:
+            if not front or candidate.rank < front[-1].rank:
+                front.append(candidate)
+        return [self._plan("budget", candidate) for candidate in reversed(front)]
+
+    def _search(self, budget: int) -> float | None:
+        """Add the candidates that the solver finds for a budget; return a bound on the cost from below, in seconds.
+
+        The bound is that of the solver for the budget and the most by which it was seen to count too many bytes;
+        `None` if it has no plan even so.
+        """
+        found = []
+        for rewrites, chain in self.chains.items():
+            # Where the chain counts too many bytes, its least peak may be above a budget that can be met.
+            limit = max(budget, least_peak(chain).peak_bytes)
+            if limit <= 1.15 * budget:
+                found.append((rank_of(self._bound(rewrites, limit), rewrites), limit, rewrites))
+        found.sort(key=lambda item: item[0])
+        for rank, limit, rewrites in found:
+            fitting = [candidate.rank for candidate in self._candidates.values() if candidate.peak_bytes <= budget]
+            if fitting and min(fitting) <= rank:
+                break  # replayed already, and no later one is better
+            self._correct(budget, limit, rewrites)
+        bounds = [self._bound(rewrites, max(limit, budget + self._overestimate)) for _, limit, rewrites in found]
+        return max(0.0, min(bounds)) if bounds else None
+
+    def _bound(self, rewrites: Rewrites, limit: int) -> float:
+        """Seconds that a step takes longer at least, with these rewrites and a peak within the limit."""
+        solution = solve(self.chains[rewrites], limit)
+        return solution.seconds - solution.gap_seconds + self._rewritten_seconds(rewrites)
+
+    def _correct(self, budget: int, limit: int, rewrites: Rewrites) -> None:
+        """Replay what the solver finds for a budget with some rewrites, until it fits in truth as well."""
+        chain, tried = self.chains[rewrites], set()
+        for _ in range(_CORRECTIONS):
+            solution = solve(chain, limit)
+            if solution is None:
+                return
+            candidate = self._add(choices_of(self.profiles[rewrites], solution.path), rewrites)
+            tried.add(limit)
+            self._overestimate = max(self._overestimate, solution.peak_bytes - candidate.peak_bytes)
+            # Where the replay needs less than the chain said, more may fit; where it needs more, less.
+            limit = budget + solution.peak_bytes - candidate.peak_bytes
+            if candidate.peak_bytes > budget:
+                limit = min(limit, min(tried) - (candidate.peak_bytes - budget))
+            elif limit in tried or not self._faster(chain, limit, solution):
+                return
+            if limit in tried:
+                return
+
+    @staticmethod
+    def _faster(chain: Chain, limit: int, than: Solution) -> bool:
+        found = solve(chain, limit)
+        return found is not None and found.seconds < than.seconds - 1e-9
+
+    def _plan(self, policy: str, candidate: Candidate) -> PlacementPlan:
+        replay = self.replay(candidate.stages, candidate.rewrites)
+        stock = self._stored(candidate.rewrites)
+        return PlacementPlan(
+            policy=policy,
+            stages=dict(candidate.stages),
+            rewrites=candidate.rewrites,
+            baseline_peak_bytes=self.baseline.peak_bytes,
+            predicted_peak_bytes=candidate.peak_bytes,
+            floor_peak_bytes=self.floor.peak_bytes if policy == "budget" else None,
+            extra_time_ratio=round(candidate.extra_seconds / self.step_seconds, 6),
+            details={
+                "extra_flops_ratio": round((replay.cost.flops - stock.cost.flops) / max(1, self.flops), 6),
+                "rewritten_time_ratio": round(candidate.rewritten_seconds / self.step_seconds, 6),
+                "baseline_by_kind": self.baseline.peak_by_kind(),
+                "predicted_by_kind": replay.peak_by_kind(),
+                "device": self.setup.device.name,
+                "precision": str(self.setup.autocast_dtype or torch.float32).removeprefix("torch."),
+                "accumulation_steps": self.setup.accumulation_steps,
+                "world_size": self.setup.world_size,
+                "optimizer": type(self.replayer.optimizer).__name__ if self.replayer.optimizer else None,
+                "model": type(self.replayer.model).__name__,
+                "num_parameters": sum(p.numel() for p in self.replayer.model.parameters()),
+                "batch": _shapes(self.replayer.batch),
+                "versions": installed_versions(("torch", "transformers", "timm", "hf-trainopt")),
+            },
+        )
+
+    def _over_budget(self, memory_budget: str | int | float, budget: int) -> str:
+        replay = self.replay(self.floor.stages, self.floor.rewrites)
+        static = {"parameters", "buffers", "optimizer", "gradients", "communication"}
+        resident = sum(n for kind, n in replay.peak_by_kind().items() if kind in static)
+        remedies = ["a smaller per_device_train_batch_size (with more gradient_accumulation_steps)"]
+        remedies.append("shorter sequences or smaller images")
+        missing = [
+            name for name in self.available.names() if not any(getattr(rewrites, name) for rewrites in self.allowed)
+        ]
+        if missing:
+            remedies.insert(0, f"memory_rewrites='auto' ({', '.join(missing)})")
+        if resident > 0.4 * replay.peak_bytes:
+            remedies.append("an optimizer with less state (optim='adafactor', 'adamw_8bit')")
+        if self.setup.autocast_dtype is None and self.setup.device.kind == "cuda":
+            remedies.append("bf16=True")
+        floor = gib(self.floor.peak_bytes, up=True)
+        share = enough_share(self.floor.peak_bytes, self.baseline.peak_bytes)
+        return (
+            f"memory_budget is {stated_budget(memory_budget, budget)}, but no placement needs less than {floor} (the "
+            f"floor, {share} of the {gib(self.baseline.peak_bytes)} without recomputation; parameters, gradients and "
+            f"optimizer state alone are {gib(resident)}). Raise memory_budget to {floor.replace(' ', '')} or {share}, "
+            f"or lower the floor with {'; '.join(remedies)}."
+        )
+
+
+def _shapes(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return {name: _shapes(value) for name, value in batch.items()}
+    return list(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
+
+
+def _setup_for(model: nn.Module) -> StepSetup:
+    parameter = next(model.parameters(), None)
+    if parameter is None or isinstance(parameter, FakeTensor) or parameter.is_meta:
+        return DEFAULT_SETUP
+    device = parameter.device
+    if device.type == "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda")
+    return dataclasses.replace(DEFAULT_SETUP, device=device_spec(device))
+
+
+def plan_placement(
+    model: nn.Module,
+    batch: Any,
+    *,
+    checkpoint_placement: str = "budget",
+    memory_budget: str | int | float | None = None,
+    memory_rewrites: str = "auto",
+    placement_stages: Iterable[str] | str | None = None,
+    setup: StepSetup | None = None,
+    mode: Any = None,
+    progress: Callable[[str], None] | None = None,
+) -> PlacementPlan:
+    """Plan which activations of a model are stored and which are recomputed.
+
+    Args:
+        model: A model of transformers or timm or any `nn.Module`; its parameters are not touched, and may be fake.
+        batch: An example batch (a mapping of keyword arguments, or one positional argument), of the largest shapes
+            that training will meet; its values do not matter.
+        checkpoint_placement: `"budget"`, or a named policy: `"none"`, `"all"`, `"every_n"` (`"every_3"`), `"sqrt"`.
+        memory_budget: For `"budget"`: `"12GiB"`, `"75%"` (of the peak without recomputation) or bytes. The peak is
+            that of all tensors in a training step: parameters, gradients, optimizer, activations, temporaries.
+        memory_rewrites: `"auto"`, `"none"`, or names of `Rewrites` separated by commas. `"auto"` uses them only for a
+            budget, where they are cheaper than recomputing more.
+        placement_stages: Names of the stages or a regular expression for them.
+        setup: Device, optimizer, precision and loss of a training step; `None`: AdamW in the type of the parameters,
+            on the GPU that is there, else on this processor (an A100 if the model is made of fake or meta tensors).
+        mode: Mode of the model's fake tensors, if it has such.
+        progress: Called with a line of text after each piece of work.
+
+    Returns:
+        The plan, with its replayed peak.
+
+    Raises:
+        ValueError: Something asked for is impossible; a budget below the floor names the floor.
+    """
+    if checkpoint_placement == "budget" and memory_budget is None:
+        raise ValueError("checkpoint_placement='budget' needs memory_budget, such as '12GiB' or '75%'.")
+    if checkpoint_placement != "budget" and memory_budget is not None:
+        raise ValueError(
+            f"memory_budget is set but checkpoint_placement is '{checkpoint_placement}'; set it to 'budget'."
+        )
+    if memory_budget is not None:
+        parse_budget(memory_budget)
+    if not isinstance(placement_stages, str) and placement_stages is not None:
+        placement_stages = list(placement_stages)
+    if setup is None:
+        setup = _setup_for(model)
+    planner = PlacementPlanner(
+        model, batch, setup, stages=placement_stages, memory_rewrites=memory_rewrites, mode=mode, progress=progress
+    )
+    if checkpoint_placement == "budget":
+        return planner.for_budget(memory_budget)
+    return planner.named(checkpoint_placement)

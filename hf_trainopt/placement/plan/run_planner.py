@@ -1,0 +1,337 @@
+"""Makes the plan of a training run: for its batches, its loss and its optimizer."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ...core.facts import is_sharded, rank_batch_size
+from ...core.shadow import shadow_of
+from ...core.versions import activation_checkpointing_kwargs
+from ...machine.costs import DeviceSpec, device_spec
+from ..arguments import is_plan_file
+from ..errors import PlacementError, ReplayError
+from ..rewrite.allowed_rewrites import allowed_rewrites, check_rewrites
+from ..rewrite.chunked_loss_check import check_chunked_loss
+from ..rewrite.rewrites import available_rewrites
+from ..simulate.example_batch import largest_batch
+from ..simulate.replay import StepSetup, model_loss
+from ..simulate.residents import ResidentModules
+from .own_loss import has_own_loss, overridden, own_loss_planner
+from .plan import NO_REWRITES, PlacementPlan, Rewrites
+from .planner import PlacementPlanner
+from .policies import named_choices
+from .stages import find_stages
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunPlanner:
+    """Plans the steps of a Trainer's run.
+
+    Args:
+        trainer: The Trainer.
+        accumulation: Tells how many micro-batches a step may have (`most_steps`).
+
+    Attributes:
+        last: The planner made last, on the first process: what a step takes, with and without recomputation.
+    """
+
+    def __init__(self, trainer: Any, accumulation: Any):
+        self.trainer = trainer
+        self.last: PlacementPlanner | None = None
+        self._accumulation = accumulation
+
+    def make_plan(self, dataloader: Any, resumed: PlacementPlan | None) -> PlacementPlan:
+        """Return the plan that the arguments ask for.
+
+        Args:
+            dataloader: For training.
+            resumed: Plan of the run that is resumed: it is kept if it was made for the same request.
+
+        Raises:
+            PlacementError: There is none, or the budget can't be met.
+            ValueError: An argument doesn't fit.
+        """
+        args = self.trainer.args
+        policy = args.placement_policy
+        if is_plan_file(policy):
+            return self._plan_of_file(policy, dataloader)
+        try:
+            batch = largest_batch(dataloader, self._rows_of(dataloader))
+        except ValueError as error:
+            if policy == "budget" or check_rewrites(args.memory_rewrites):
+                raise
+            logger.warning("No peak is predicted for checkpoint_placement='%s': %s", policy, error)
+            return self._unpredicted(policy)
+        request = self._request(batch)
+        if resumed is not None and resumed.details.get("request") == request:
+            logger.info("The placement is that of the run that is resumed.")
+            return resumed
+        available = available_rewrites(self.trainer.model)
+        asked = check_rewrites(args.memory_rewrites)
+        if "chunked_loss" in asked and available.chunked_loss:
+            self._check_chunked_loss(batch)
+        if policy == "budget":
+            logger.info(
+                "Planning checkpoint placement for a budget of %s, with memory_rewrites='%s'; this takes seconds to "
+                "minutes.",
+                args.memory_budget,
+                args.memory_rewrites,
+            )
+        plan = self._plan_for(policy, batch, available)
+        if plan.rewrites.chunked_loss and "chunked_loss" not in asked:
+            try:
+                self._check_chunked_loss(batch)
+            except ValueError as error:
+                logger.warning("The chunked loss is not used: %s", error)
+                plan = self._plan_for(policy, batch, dataclasses.replace(available, chunked_loss=False))
+        return dataclasses.replace(plan, details={**plan.details, "request": request})
+
+    def _rows_of(self, dataloader) -> int:
+        """Samples in a batch of this rank: a loader of the user's may make others than the arguments say."""
+        asked = rank_batch_size(self.trainer)
+        if self.trainer.accelerator.split_batches:
+            return asked
+        for owner in (dataloader, getattr(dataloader, "batch_sampler", None)):
+            rows = getattr(owner, "batch_size", None)
+            if isinstance(rows, int):
+                return rows
+        return asked
+
+    def _plan_of_file(self, path: str, dataloader) -> PlacementPlan:
+        plan = PlacementPlan.load(path)
+        asked = dict.fromkeys(check_rewrites(self.trainer.args.memory_rewrites), True)
+        plan = dataclasses.replace(plan, rewrites=dataclasses.replace(plan.rewrites, **asked))
+        try:
+            batch = largest_batch(dataloader, self._rows_of(dataloader))
+        except ValueError as error:
+            if plan.rewrites.chunked_loss:
+                raise PlacementError(
+                    f"{path}: its chunked loss is compared with the stock one before it is used, and there is no "
+                    f"batch for that ({error}); make a plan with --memory_rewrites none or fused_activations."
+                ) from error
+            logger.warning("Whether %s was made for batches like these is not known: %s", path, error)
+            return plan
+        self._warn_of_another_setup(plan, batch)
+        if plan.rewrites.chunked_loss:
+            self._check_chunked_loss(batch)
+        return plan
+
+    def _warn_of_another_setup(self, plan: PlacementPlan, batch: Any) -> None:
+        """Warn if the figures of a plan file are not those of this run."""
+        found = {
+            "batch": _largest_shape(batch),
+            "device": "cpu" if self.trainer.args.device.type == "cpu" else "an accelerator",
+            "precision": {"fp16": "float16", "bf16": "bfloat16"}.get(
+                self.trainer.accelerator.mixed_precision, "float32"
+            ),
+            "accumulation_steps": self._accumulation.most_steps,
+        }
+        made_for = {name: plan.details[name] for name in found if plan.details.get(name) is not None}
+        if "batch" in made_for:
+            made_for["batch"] = _largest_shape(made_for["batch"])
+        if made_for.get("device", "cpu") != "cpu":
+            made_for["device"] = "an accelerator"
+        if min(made_for.get("accumulation_steps", 1), found["accumulation_steps"]) > 1:
+            del made_for["accumulation_steps"]  # what counts is whether gradients of earlier micro-batches are there
+        differing = [f"{name} {made}, not {found[name]}" for name, made in made_for.items() if made != found[name]]
+        if differing:
+            logger.warning(
+                "The placement plan was made for %s: its peaks are not those of this run; make another one with "
+                "`hf-trainopt plan` or memory_budget.",
+                "; ".join(differing),
+            )
+
+    def _plan_for(self, policy: str, batch: Any, available: Rewrites) -> PlacementPlan:
+        args = self.trainer.args
+        if is_sharded(self.trainer):
+            return self._unpredicted(policy, allowed_rewrites(args.memory_rewrites, available)[0])
+        try:
+            planner = self.planner_for(batch, available)
+        except ValueError as error:
+            if policy == "budget" or check_rewrites(args.memory_rewrites):
+                raise
+            logger.warning("No peak is predicted for checkpoint_placement='%s': %s", policy, error)
+            return self._unpredicted(policy)
+        if policy == "budget":
+            return planner.for_budget(args.memory_budget)
+        return planner.named(policy, self._every_n)
+
+    @property
+    def _every_n(self) -> int:
+        """n of `checkpoint_placement="every_n"`, as transformers takes it."""
+        return activation_checkpointing_kwargs(self.trainer.args).get("every_n_layers", 2)
+
+    def _unpredicted(self, policy: str, rewrites: Rewrites = NO_REWRITES) -> PlacementPlan:
+        """Return the plan of a named policy without a replay."""
+        stages = find_stages(self.trainer.model, self.trainer.args.placement_stages)
+        return PlacementPlan(policy, named_choices(policy, stages, self._every_n), rewrites)
+
+    def planner_for(self, batch: Any, available: Rewrites) -> PlacementPlanner:
+        """Return a planner of steps on batches like this one.
+
+        Args:
+            batch: The largest micro-batch.
+            available: Rewrites that the model allows.
+
+        Raises:
+            ReplayError: The step can't be replayed.
+            PlacementError: Likewise, and the model's own loss can't be either.
+        """
+        self.last = self._make_planner(batch, available)
+        return self.last
+
+    def _make_planner(self, batch: Any, available: Rewrites) -> PlacementPlanner:
+        shadow: list[Any] = [None]
+        residents = ResidentModules(self.trainer)
+
+        def compute_loss(model, batch):
+            # Held until the next one: what `compute_loss` keeps on the trainer is there in the backward pass as well.
+            shadow[0] = shadow_of(self.trainer, model, residents.fakes(next(model.parameters()).fake_mode))
+            with shadow[0].compute_loss_context_manager():
+                return shadow[0].compute_loss(model, dict(batch), num_items_in_batch=1)
+
+        setup = StepSetup(
+            device=self._device_spec,
+            compute_loss=compute_loss,
+            make_optimizer=self._optimizer_of,
+            autocast_dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(
+                self.trainer.accelerator.mixed_precision
+            ),
+            accumulation_steps=self._accumulation.most_steps,
+            max_grad_norm=self.trainer.args.max_grad_norm or 0.0,
+            world_size=self.trainer.args.world_size,
+            residents=residents.tensors,
+        )
+        args = self.trainer.args
+        options = {"stages": args.placement_stages, "memory_rewrites": args.memory_rewrites, "available": available}
+        try:
+            return own_loss_planner(self.trainer, batch, setup, options)
+        except ReplayError as error:
+            own = has_own_loss(self.trainer)
+            if not isinstance(batch, Mapping) or not own:
+                raise
+            if "chunked_loss" not in check_rewrites(args.memory_rewrites):
+                # Who looks at values may well look at logits.
+                options["available"] = dataclasses.replace(available, chunked_loss=False)
+            models_own = dataclasses.replace(setup, compute_loss=model_loss)
+            try:
+                planner = PlacementPlanner(self.trainer.model, batch, models_own, **options)
+            except ValueError:
+                # The batch may be one that only `compute_loss` can take: the first reason is the one that counts.
+                raise PlacementError(
+                    f"{type(self.trainer).__name__}.compute_loss cannot be replayed, and the model alone has no loss "
+                    f"for this batch: {error}"
+                ) from error
+            logger.warning(
+                "%s.compute_loss cannot be replayed, so that only the model's own loss is planned for and the peak is "
+                "not proved: %s",
+                type(self.trainer).__name__,
+                error,
+            )
+            return planner
+
+    @functools.cached_property
+    def _device_spec(self) -> DeviceSpec:
+        return device_spec(self.trainer.args.device)
+
+    def _optimizer_of(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """Return an optimizer like that of the run, over the same parameters of another model."""
+        if self.trainer.optimizer is not None:
+            inner = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+            taken = _parameters_of(type(inner))
+            defaults = {n: v for n, v in inner.defaults.items() if n in taken}
+            return type(inner)(_same_groups(inner, self.trainer.model, model), **defaults)
+        if "create_optimizer" in overridden(self.trainer):
+            shadow = shadow_of(self.trainer, model)
+            shadow.model = shadow.model_wrapped = model
+            made = shadow.create_optimizer()
+            return shadow.optimizer if made is None else made
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.trainer.optimizer_cls_and_kwargs is not None:
+            cls, kwargs = self.trainer.optimizer_cls_and_kwargs
+        else:
+            cls, kwargs = self.trainer.get_optimizer_cls_and_kwargs(self.trainer.args, model)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("params", "model", "optimizer_dict")}
+        return cls(trained, **kwargs)
+
+    def _check_chunked_loss(self, batch: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.trainer.compute_loss_context_manager())
+            if self.trainer.accelerator.mixed_precision in ("fp16", "bf16"):
+                stack.enter_context(self.trainer.accelerator.autocast())
+            check_chunked_loss(self.trainer.model, batch)
+
+    def _request(self, batch: Any) -> dict[str, Any]:
+        """What a plan depends on; a resumed run with the same takes the plan that it began with."""
+        args = self.trainer.args
+        tensors = batch.items() if isinstance(batch, Mapping) else enumerate(tree_leaves(batch))
+        return {
+            "checkpoint_placement": args.placement_policy,
+            "memory_budget": args.memory_budget,
+            "memory_rewrites": args.memory_rewrites,
+            "placement_stages": args.placement_stages,
+            "batch": {str(name): list(value.shape) for name, value in tensors if isinstance(value, torch.Tensor)},
+            "num_parameters": sum(parameter.numel() for parameter in self.trainer.model.parameters()),
+            "parameters": _digest(self.trainer.model),
+            "attention": getattr(getattr(self.trainer.model, "config", None), "_attn_implementation", None),
+            "device": args.device.type,
+            "precision": str(self.trainer.accelerator.mixed_precision),
+            "clips_gradients": bool(args.max_grad_norm),
+            "optim": str(args.optim),
+            "world_size": args.world_size,
+            "accumulation_steps": self._accumulation.most_steps,
+        }
+
+
+def _largest_shape(batch: Any) -> list[int] | None:
+    """Return the shape of the largest tensor of a batch, or of the largest shape in a plan's details."""
+    leaves = batch.values() if isinstance(batch, Mapping) else [batch]
+    shapes = [list(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    return max((shape for shape in shapes if isinstance(shape, list)), key=math.prod, default=None)
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """Return what tells names, shapes and types of a model's parameters, and which of them are trained."""
+    lines = [f"{n} {list(p.shape)} {p.dtype} {p.requires_grad}" for n, p in model.named_parameters()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _parameters_of(cls: type) -> set[str]:
+    """Names of what a class's constructor takes, also of those that it hands on to the class that it is made from."""
+    names: set[str] = set()
+    for owner in cls.__mro__:
+        if "__init__" in vars(owner):
+            parameters = inspect.signature(owner.__init__).parameters
+            names |= set(parameters)
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                break
+    return names
+
+
+def _same_groups(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, other: torch.nn.Module
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of an optimizer, with the parameters of the same names in another model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    others = dict(other.named_parameters())
+    groups = []
+    for group in optimizer.param_groups:
+        unknown = [parameter for parameter in group["params"] if id(parameter) not in names]
+        if unknown:
+            raise ValueError(
+                f"the optimizer has {len(unknown)} parameters that the model lacks, so that no peak can be predicted; "
+                "choose checkpoint_placement='all', 'every_n' or 'sqrt'."
+            )
+        groups.append({**group, "params": [others[names[id(parameter)]] for parameter in group["params"]]})
+    return groups

@@ -1,0 +1,1 @@
+"""The same function with less memory and without recomputation."""

@@ -1,0 +1,439 @@
+"""Replays of a whole training step without memory: forward, backward, clipping, optimizer step, byte for byte."""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._pytree import tree_leaves
+
+from ...machine.costs import DEVICES, Cost, DeviceSpec
+from ..errors import FilledCacheError, PlacementError, ReplayError
+from ..plan.plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice, describe
+from ..recompute.apply import apply_placement, check_model
+from .fake import as_on, fake_batch, fake_copy, fake_mode
+from .fake_contexts import no_checks_of_values, no_logged_traceback, no_packed_sequences
+from .passes import calls_of_checkpoint, passes_of
+from .scratch import cpu_scratch
+from .tracker import Key, Section, StorageTracker, merged_section
+from .values import UnknownNumberError, following_values, known_pairs
+
+
+logger = logging.getLogger(__name__)
+
+_LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnknownNumberError)
+
+
+def model_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Return the loss that a model of transformers computes itself: `model(**batch).loss`, or its first output."""
+    outputs = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    if isinstance(outputs, torch.Tensor):
+        return outputs if outputs.dim() == 0 else outputs.float().mean()
+    return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """Return the default optimizer of `Trainer` (fused AdamW) over the parameters that are trained."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+
+@dataclass(frozen=True)
+class StepSetup:
+    """How a training step is made, apart from the placement.
+
+    Args:
+        device: Where it runs.
+        compute_loss: Loss of a model on a batch.
+        make_optimizer: The optimizer of a model.
+        autocast_dtype: Type of mixed-precision compute; `None`: none.
+        accumulation_steps: Micro-batches in a step, at most: with more than one, gradients of earlier ones are there,
+            and all their inputs are held.
+        max_grad_norm: Clipping, 0 for none.
+        world_size: Devices over which gradients are averaged (DDP holds a copy of them in buckets).
+        follows_values: Whether `compute_loss` may look at values: those that follow from the batch are known, and
+            numbers that the model computes may be recorded (see `values.py`).
+        residents: Returns, for a fake mode, what is in memory all the time besides the model: fake tensors of a
+            reference model.
+    """
+
+    device: DeviceSpec = DEVICES["a100"]
+    compute_loss: Callable[[nn.Module, Any], torch.Tensor] = model_loss
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer | None] = adamw
+    autocast_dtype: torch.dtype | None = None
+    accumulation_steps: int = 1
+    max_grad_norm: float = 1.0
+    world_size: int = 1
+    follows_values: bool = False
+    residents: Callable[[FakeTensorMode], Sequence[torch.Tensor]] = lambda mode: ()
+
+
+DEFAULT_SETUP = StepSetup()
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one step took.
+
+    Args:
+        peak_bytes: Most live bytes.
+        peak_by_key: (kind, stage) -> live bytes at that moment.
+        sections: The parts of the step in order.
+        boundary_bytes: Stage -> bytes of its outputs.
+        holds_output: Stages whose output is alive until their own backward pass is done.
+        joined: Stages that take an output of the stage before them as it is.
+        cost: Everything that ran, the optimizer step included.
+    """
+
+    peak_bytes: int
+    peak_by_key: dict[Key, int]
+    sections: list[Section]
+    boundary_bytes: dict[str, int]
+    holds_output: frozenset[str]
+    joined: frozenset[str]
+    cost: Cost
+
+    def section(self, phase: str, stage: str = "") -> Section:
+        """Return the section of this name; an empty one for the backward pass of a stage that has none.
+
+        Several, of a step with more than one forward pass, are put together to one.
+        """
+        found = [section for section in self.sections if section.phase == phase and section.stage == stage]
+        if not found and phase == "backward":
+            return Section(phase, stage, 0, 0)
+        if not found:
+            raise KeyError(f"no section {phase} {stage}")
+        return found[0] if len(found) == 1 else merged_section(found)
+
+    def has_backward(self, stage: str) -> bool:
+        """Whether gradients flow through a stage (not, if all up to it is frozen)."""
+        return any(section.phase == "backward" and section.stage == stage for section in self.sections)
+
+    @property
+    def order(self) -> list[str]:
+        """Stages in the order in which they ran first."""
+        return list(dict.fromkeys(section.stage for section in self.sections if section.phase == "forward"))
+
+    def peak_by_kind(self) -> dict[str, int]:
+        """Return kind -> live bytes at the peak."""
+        kinds: dict[str, int] = {}
+        for (kind, _), num_bytes in self.peak_by_key.items():
+            kinds[kind] = kinds.get(kind, 0) + num_bytes
+        return {kind: num_bytes for kind, num_bytes in kinds.items() if num_bytes}
+
+
+class StepReplayer:
+    """Replays steps of one model on one batch under one plan after another.
+
+    Args:
+        model: A model, real or made of fake tensors in `mode`. Real ones are copied without their data.
+        batch: A batch, real or fake.
+        setup: How the step is made.
+        stages: Names of the stages.
+        mode: The mode of the model's fake tensors; `None`: the model is real.
+
+    Raises:
+        ValueError: The model cannot be run on fake tensors.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any, setup: StepSetup, stages: list[str], mode: Any = None):
+        self.mode = mode or fake_mode()
+        self.setup = setup
+        self.model = model if mode is not None else fake_copy(model, self.mode)
+        if mode is None and setup.compute_loss is model_loss and "forward" in vars(type(self.model)):
+            # A `forward` that someone has put on the instance (TRL does) may call the real model.
+            self.model.__dict__.pop("forward", None)
+        self.model.train()
+        self.batch = fake_batch(batch, self.mode, keeps_mask=setup.follows_values)
+        self._known = known_pairs(self.batch, batch) if setup.follows_values else None
+        self._packed = isinstance(batch, Mapping) and "position_ids" in batch
+        self._replays: dict[Any, Replay] = {}
+        # So many numbers of the model does the loss look at, at most.
+        self.assumed_numbers = 0
+        with self._on_device():
+            self.optimizer = self._optimizer_with_state()
+            self.stages = self._stages_called_once(stages)
+
+    @contextmanager
+    def _on_device(self):
+        with ExitStack() as stack:
+            stack.enter_context(as_on(self.setup.device.kind, self.mode))
+            stack.enter_context(no_checks_of_values())
+            if not self._packed:
+                stack.enter_context(no_packed_sequences())
+            if self._known is not None:
+                reads = stack.enter_context(following_values(self._known))
+                stack.callback(self._count_assumed, reads)
+            yield
+
+    def _optimizer_with_state(self) -> torch.optim.Optimizer | None:
+        """Return the optimizer as it is after a first step."""
+        try:
+            optimizer = self.setup.make_optimizer(self.model)
+        except Exception as error:
+            raise PlacementError(
+                f"no optimizer like that of the run can be made for a replay ({error!r}), so that no peak can be "
+                "predicted; pass optim=... in place of an optimizer, or choose checkpoint_placement='all', 'every_n' "
+                "or 'sqrt'."
+            ) from error
+        if optimizer is None:
+            return None
+        for group in optimizer.param_groups:
+            # What torch chooses on CUDA by itself, where it looks at the device of the parameters.
+            if self.setup.device.kind == "cuda" and group.get("foreach", 0) is None and not group.get("fused"):
+                group["foreach"] = True
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise PlacementError(
+                f"{type(optimizer).__name__} cannot take a step without memory ({error!r}), so that no peak can be "
+                "predicted; choose another optimizer, or checkpoint_placement='all', 'every_n' or 'sqrt'."
+            ) from error
+        optimizer.zero_grad()
+        return optimizer
+
+    def _stages_called_once(self, stages: list[str]) -> list[str]:
+        """Return the stages that each forward pass calls exactly once, in the order of these calls."""
+        check_model(self.model)
+        with calls_of_checkpoint() as checkpoints:
+            passes = self._followed(
+                lambda: passes_of(self.model, stages, lambda: self.setup.compute_loss(self.model, self.batch))
+            )
+        if checkpoints:
+            raise PlacementError(
+                f"{type(self.model).__name__} calls torch.utils.checkpoint in its forward pass, so that a placement "
+                "would recompute what is recomputed already; turn its own checkpointing off or leave out the plan."
+            )
+        if passes.others:
+            logger.warning(
+                "Not planned: %s, called more than once or never in a forward pass.", describe(passes.others)
+            )
+        if not passes.once:
+            raise ReplayError(
+                f"none of the stages of {type(self.model).__name__} is called exactly once in a forward pass, so that "
+                "placement cannot be planned; name other stages with placement_stages='a regular expression'."
+            )
+        self._num_calls = passes.count * len(passes.once)
+        return passes.once
+
+    def _followed(self, run: Callable[[], Any], is_placed: bool = False) -> Any:
+        """Run something on fake tensors; say what to do where that is impossible.
+
+        Args:
+            run: What to run.
+            is_placed: Whether stages are recomputed in it, and a step in which none is has run.
+        """
+        try:
+            with no_logged_traceback():
+                return run()
+        except FilledCacheError as error:
+            raise PlacementError(f"{type(self.model).__name__}: {error}") from error
+        except Exception as error:
+            if is_placed:  # so that other placements will fail likewise
+                raise PlacementError(
+                    f"{type(self.model).__name__} cannot be run with stages that are recomputed "
+                    f"({type(error).__name__}: {error}), though it can without; leave out the placement or name other "
+                    "stages with placement_stages='a regular expression'."
+                ) from error
+            why = "operations that look at values cannot be followed; " if isinstance(error, _LOOKS_AT_VALUES) else ""
+            raise ReplayError(
+                f"{type(self.model).__name__} cannot be replayed without memory ({type(error).__name__}: {error}); "
+                f"{why}choose checkpoint_placement='all', 'every_n' or 'sqrt', which need no replay, if the model "
+                "trains without a placement."
+            ) from error
+
+    def _count_assumed(self, reads: Any) -> None:
+        self.assumed_numbers = max(self.assumed_numbers, reads.assumed)
+
+    def replay(self, plan: PlacementPlan) -> Replay:
+        """Return what one step takes under a plan.
+
+        Raises:
+            ValueError: The model cannot be run on fake tensors.
+        """
+        key = (plan.rewrites, tuple((name, choice) for name, choice in plan.stages.items() if choice != STORE))
+        if key not in self._replays:
+            self._replays[key] = self._replay(plan)
+        return self._replays[key]
+
+    def replay_choices(self, stages: Mapping[str, StageChoice], rewrites: Rewrites = NO_REWRITES) -> Replay:
+        """Return what one step takes under these choices."""
+        return self.replay(PlacementPlan("replay", dict(stages), rewrites))
+
+    def _replay(self, plan: PlacementPlan) -> Replay:
+        with self._on_device(), apply_placement(self.model, plan, strict_logits=True), ExitStack() as stack:
+            tracker = self._start()
+            boundary: dict[str, int] = {}
+            joined: set[str] = set()
+            stack.callback(self._watch_stages(tracker, boundary, joined))
+            try:
+                with tracker:
+                    is_placed = any(choice != STORE for choice in plan.stages.values())
+                    self._followed(lambda: self._step(tracker), is_placed)
+            finally:
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+        tracker.end()
+        holds = frozenset(
+            stage for stage, section in tracker.boundary_ends if section.phase == "backward" and section.stage == stage
+        )
+        return Replay(
+            tracker.peak_bytes,
+            tracker.peak_by_key,
+            tracker.sections,
+            boundary,
+            holds,
+            frozenset(joined),
+            tracker.total_cost(),
+        )
+
+    def _start(self) -> StorageTracker:
+        """Return a tracker that has counted what is there before the step."""
+        device = self.setup.device
+        tracker = StorageTracker(device, cpu_scratch if device.kind == "cpu" else None)
+        owner = _owners(self.model, self.stages)
+        for name, parameter in self.model.named_parameters():
+            tracker.count([parameter], "parameters", owner(name))
+        for name, buffer in self.model.named_buffers():
+            tracker.count([buffer], "buffers", owner(name))
+        tracker.count(self.setup.residents(self.mode), "parameters")
+        inputs = [leaf for leaf in tree_leaves(self.batch) if isinstance(leaf, torch.Tensor)]
+        tracker.count(inputs, "inputs")
+        # `Trainer` fetches all micro-batches of a step at once.
+        self._held = [torch.empty_like(leaf) for leaf in inputs for _ in range(self.setup.accumulation_steps - 1)]
+        tracker.count(self._held, "inputs")
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        if self.optimizer is not None:
+            for parameter, state in self.optimizer.state.items():
+                tracker.count(tree_leaves(state), "optimizer", owner(names.get(id(parameter), "")))
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if self.setup.accumulation_steps > 1:
+            for name, parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+                tracker.count([parameter.grad], "gradients", owner(name))
+        if self.setup.world_size > 1:
+            self._buckets = [torch.zeros_like(parameter) for _, parameter in trained]
+            tracker.count(self._buckets, "communication")
+        return tracker
+
+    def _watch_stages(self, tracker: StorageTracker, boundary: dict[str, int], joined: set[str]) -> Callable[[], None]:
+        """Let the tracker know where stages and their backward passes begin; return what takes that back."""
+        owner = _owners(self.model, self.stages)
+        last = self.stages[-1] if self.stages else ""
+        handles = []
+        passed: list[str] = []
+        outputs_before: list[weakref.ref] = []
+
+        def before(name):
+            def hook(module, args, kwargs):
+                if not torch.is_grad_enabled():
+                    return
+                inputs = {id(leaf) for leaf in _tensors([args, kwargs])}
+                if any((output := reference()) is not None and id(output) in inputs for reference in outputs_before):
+                    joined.add(name)
+                if not passed:
+                    for leaf in _tensors([args, kwargs]):
+                        if leaf.requires_grad and not leaf.is_leaf:
+                            leaf.register_hook(begin_tail)
+                            break
+                tracker.begin("forward", name)
+                tracker.kind, tracker.scope = "activations", name
+
+            return hook
+
+        def after(name):
+            def hook(module, args, outputs):
+                if not torch.is_grad_enabled():
+                    return
+                passed.append(name)
+                is_last = len(passed) == self._num_calls
+                tensors = [leaf for leaf in _tensors(outputs) if leaf.requires_grad]
+                outputs_before[:] = [weakref.ref(leaf) for leaf in tensors]
+                boundary[name] = boundary.get(name, 0) + sum(tracker.mark_boundary(leaf, name) for leaf in tensors)
+                tracker.begin("head" if is_last else "between", "")
+                tracker.kind, tracker.scope = "loss" if is_last else "activations", ""
+                if tensors:
+                    tensors[0].register_hook(begin_backward(name))
+
+            return hook
+
+        def begin_backward(name):
+            def hook(gradient):
+                tracker.begin("backward", name)
+                tracker.kind, tracker.scope = "temporary", name
+
+            return hook
+
+        def begin_tail(gradient):
+            tracker.begin("tail")
+            tracker.kind, tracker.scope = "temporary", ""
+
+        def done(name):
+            def hook(parameter):
+                tracker.count([parameter.grad], "gradients", owner(name))
+
+            return hook
+
+        for name in self.stages:
+            module = self.model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after(name)))
+        if not last:
+            tracker.kind = "activations"
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                handles.append(parameter.register_post_accumulate_grad_hook(done(name)))
+
+        def undo():
+            for handle in handles:
+                handle.remove()
+
+        return undo
+
+    def _step(self, tracker: StorageTracker) -> None:
+        setup = self.setup
+        tracker.begin("between")
+        tracker.kind, tracker.scope = "activations", ""
+        enabled = setup.autocast_dtype is not None
+        autocast = torch.autocast("cpu", dtype=setup.autocast_dtype) if enabled else nullcontext()
+        with autocast:
+            loss = setup.compute_loss(self.model, self.batch)
+        tracker.kind = "loss"
+        if loss.requires_grad:
+            loss.backward()
+        del loss
+        tracker.begin("step")
+        tracker.kind, tracker.scope = "temporary", ""
+        if self.optimizer is None:
+            return
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if setup.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained, setup.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _tensors(outputs: Any) -> Iterable[torch.Tensor]:
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    return (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
+
+
+def _owners(model: nn.Module, stages: list[str]) -> Callable[[str], str]:
+    """Return a function from the name of a parameter to that of its stage, `""` for none."""
+
+    def owner(name: str) -> str:
+        return next((stage for stage in stages if name.startswith(f"{stage}.")), "")
+
+    return owner

@@ -1,0 +1,230 @@
+"""Counts the bytes of live storages, operator by operator: peak, by kind and by section of a training step."""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ...machine.costs import Cost, DeviceSpec, op_cost
+from ..recompute.selective import is_compute_op
+
+
+# What bytes are for.
+KINDS = (
+    "parameters", "buffers", "inputs", "optimizer", "gradients", "communication", "activations", "loss", "temporary",
+)  # fmt: skip
+
+Key = tuple[str, str]
+
+_DEVICE_OF = torch.ops.prim.device.default
+
+
+@dataclass
+class Section:
+    """A part of the step: the forward pass of a stage, the loss, the backward pass of a stage, ...
+
+    Bytes do not contain the outputs of stages ("boundaries"), whose end depends on the neighbours.
+
+    Args:
+        phase: `"start"`, `"forward"`, `"between"`, `"head"`, `"backward"`, `"tail"`, `"step"`.
+        stage: Which stage, or `""`.
+        start_bytes: Live bytes when it began.
+        peak_bytes: Most live bytes in it.
+        end_bytes: Live bytes when it ended.
+        cost: What ran in it.
+        compute_ops: Names of the compute-bound operators that ran in it, in order.
+    """
+
+    phase: str
+    stage: str
+    start_bytes: int
+    peak_bytes: int
+    end_bytes: int = 0
+    cost: Cost = field(default_factory=Cost)
+    compute_ops: list[str] = field(default_factory=list)
+
+
+class StorageTracker(TorchDispatchMode):
+    """Context in which every new storage is counted until it dies.
+
+    Works on real and on fake tensors: what is counted are the bytes of storages, as an allocator is asked for them.
+    Rounding by the allocator and fragmentation are not seen. Views share storages, which count once.
+
+    Args:
+        spec: Device to compute costs for; `None`: no costs.
+        counts_arguments: Whether tensors that were there before are counted once an operator takes them.
+        scratch: Returns what an operator (func, args, out) allocates and frees within its kernel; `None`: not counted.
+    """
+
+    def __init__(
+        self,
+        spec: DeviceSpec | None = None,
+        scratch: Callable[..., int] | None = None,
+        counts_arguments: bool = False,
+    ):
+        super().__init__()
+        self.counts_arguments = counts_arguments
+        self.spec = spec
+        self.scratch = scratch
+        self.current_bytes = 0
+        self.peak_bytes = 0
+        self.boundary_bytes = 0
+        self.by_key: dict[Key, int] = {}
+        self.peak_by_key: dict[Key, int] = {}
+        self.sections: list[Section] = []
+        self.kind, self.scope = "temporary", ""
+        self._live: dict[int, list[Any]] = {}
+        self._boundaries: set[int] = set()
+        self.is_active = False
+        self.boundary_ends: list[tuple[str, Section]] = []
+        self.begin("start")
+
+    def __enter__(self):
+        self.is_active = True
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self.is_active = False
+        return super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # three of four calls under fake tensors: no need to go through their mode
+        kwargs = kwargs or {}
+        if self.counts_arguments:
+            for leaf in args:
+                if isinstance(leaf, torch.Tensor):
+                    self._register(leaf, ("inputs", ""))
+        out = func(*args, **kwargs)
+        for leaf in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(leaf, torch.Tensor):
+                self._register(leaf)
+            elif isinstance(leaf, tuple | list):
+                for inner in tree_leaves(leaf):
+                    if isinstance(inner, torch.Tensor):
+                        self._register(inner)
+        section = self.sections[-1]
+        if is_compute_op(func):
+            section.compute_ops.append(func._overloadpacket.__name__)
+        if self.scratch is not None and (more := self.scratch(func, args, out)):
+            self._peak(more)
+        if self.spec is not None:
+            section.cost = section.cost + op_cost(func, args, kwargs, out, self.spec)
+        return out
+
+    @property
+    def inner_bytes(self) -> int:
+        """Live bytes without boundaries."""
+        return self.current_bytes - self.boundary_bytes
+
+    def begin(self, phase: str, stage: str = "") -> Section:
+        """End the section that runs and begin another one."""
+        self.end()
+        self.sections.append(Section(phase, stage, self.inner_bytes, self.inner_bytes))
+        return self.sections[-1]
+
+    def end(self) -> None:
+        """End the last section."""
+        if self.sections:
+            self.sections[-1].end_bytes = self.inner_bytes
+
+    def mark_boundary(self, tensor: torch.Tensor, stage: str) -> int:
+        """Take the storage of a stage's output out of the bytes of sections; return how many bytes that are."""
+        identity = storage_id(tensor)
+        entry = self._live.get(identity)
+        if entry is None or identity in self._boundaries:
+            return 0
+        entry[3] = stage
+        self._boundaries.add(identity)
+        self.boundary_bytes += entry[0]
+        return entry[0]
+
+    def total_cost(self) -> Cost:
+        """Return the cost of everything that ran."""
+        return sum((section.cost for section in self.sections), Cost())
+
+    def count(self, tensors: Iterable[Any], kind: str, scope: str = "") -> None:
+        """Count tensors that exist already, or give those that are counted another kind."""
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                entry = self._register(tensor, (kind, scope))
+                if entry is not None and entry[1] != (kind, scope):
+                    self._add(entry[1], -entry[0])
+                    entry[1] = (kind, scope)
+                    self._add(entry[1], entry[0])
+
+    @contextmanager
+    def tagged(self, kind: str, scope: str = ""):
+        """Context in which new storages are of this kind and scope."""
+        before = self.kind, self.scope
+        self.kind, self.scope = kind, scope
+        try:
+            yield
+        finally:
+            self.kind, self.scope = before
+
+    def _add(self, key: Key, num_bytes: int) -> None:
+        self.by_key[key] = self.by_key.get(key, 0) + num_bytes
+
+    def _register(self, tensor: torch.Tensor, key: Key | None = None) -> list[Any] | None:
+        storage = tensor.untyped_storage()
+        identity = storage._cdata
+        entry = self._live.get(identity)
+        if entry is not None:
+            return entry
+        num_bytes = storage.nbytes()
+        key = key or (self.kind, self.scope)
+        live, entry = self._live, [num_bytes, key, None, None]
+
+        def freed(_, self=self, identity=identity, entry=entry):
+            if live.get(identity) is entry:
+                del live[identity]
+                self.current_bytes -= entry[0]
+                self.by_key[entry[1]] -= entry[0]
+                if identity in self._boundaries:
+                    self._boundaries.discard(identity)
+                    self.boundary_bytes -= entry[0]
+                    self.boundary_ends.append((entry[3], self.sections[-1]))
+
+        entry[2] = weakref.ref(storage, freed)
+        live[identity] = entry
+        self._add(key, num_bytes)
+        self.current_bytes += num_bytes
+        self._peak(0)
+        return entry
+
+    def _peak(self, scratch: int) -> None:
+        """Take in that this much is allocated beside the live storages."""
+        section = self.sections[-1]
+        section.peak_bytes = max(section.peak_bytes, self.inner_bytes + scratch)
+        if self.current_bytes + scratch > self.peak_bytes:
+            self.peak_bytes = self.current_bytes + scratch
+            self.peak_by_key = dict(self.by_key)
+            if scratch:
+                key = ("temporary", self.scope)
+                self.peak_by_key[key] = self.peak_by_key.get(key, 0) + scratch
+
+
+def merged_section(sections: Sequence[Section]) -> Section:
+    """Return the sections of several calls of one stage as one: changes are added up, the largest peak is taken."""
+    start = sections[0].start_bytes
+    return Section(
+        sections[0].phase,
+        sections[0].stage,
+        start,
+        start + max(section.peak_bytes - section.start_bytes for section in sections),
+        start + sum(section.end_bytes - section.start_bytes for section in sections),
+        sum((section.cost for section in sections), Cost()),
+        sections[0].compute_ops,
+    )
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Return what names the storage of a tensor while it lives."""
+    return tensor.untyped_storage()._cdata
