@@ -20,7 +20,7 @@ class Events(TrainerCallback):
         self.events: list[tuple[str, int]] = []
 
     def _note(self, name):
-        self.events.append((name, self.trainer.trainopt.accumulation.cursor.units))
+        self.events.append((name, self.trainer.trainopt.accumulation.cursor.micro_batches_passed))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -121,7 +121,7 @@ def test_the_progress_bar_runs_from_0_to_100_percent_of_the_data(tmp_path, monke
     assert (
         bar.shown
         == bar.total
-        == trainer.trainopt.accumulation.cursor.budget_units
+        == trainer.trainopt.accumulation.cursor.budget_micro_batches
         == (32 if "num_train_epochs" in budget else 28)
     )
 

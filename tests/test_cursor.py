@@ -57,9 +57,9 @@ def test_every_multiple_of_an_interval_is_crossed_once(sizes, interval):
     for size in sizes:
         if cursor.exhausted:
             break
-        before = cursor.units // (3 * interval)
+        before = cursor.micro_batches_passed // (3 * interval)
         cursor.advance(min(size, cursor.available()))
-        assert cursor.crossed(interval) == (cursor.units // (3 * interval) > before)
+        assert cursor.crossed(interval) == (cursor.micro_batches_passed // (3 * interval) > before)
         crossings += cursor.crossed(interval)
     assert crossings <= 40 // interval
 

@@ -29,6 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 MARKER = re.compile(r"<!-- not run: (?P<reason>[^\n]+) -->\n$")
 
 # Run by tests of their own, since what they show is looked at there: name of the page -> test.
+NOT_OF_PARTS = ("README.md", "architecture.md")
 RUN_ELSEWHERE = {"placement.md": "test_readme.py", "evidence.md": "test_readme.py", "README.md": "test_readme.py"}
 
 SCRIPTS = {"run_clm.py": run_clm, "run_image.py": run_image}
@@ -191,7 +192,9 @@ def headings(page: Path) -> list[str]:
     return re.findall(r"^(#+ .+)$", text, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs" and page.name != "README.md"])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.parent.name == "docs" and page.name not in NOT_OF_PARTS]
+)
 def test_every_page_has_the_same_sections(page):
     """What it does, and then these; pages may have more."""
     known = [f"## {name}" for name in ("Arguments", "How it works", "With the other parts", "Caveats", "Logged keys")]

@@ -57,7 +57,7 @@ def test_a_lowered_budget_stops_where_it_says(tmp_path):
     make(tmp_path, num_train_epochs=2, save_strategy="steps", save_steps=2).train()
     resumed = make(tmp_path, max_steps=8)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
-    assert resumed.trainopt.accumulation.cursor.units == 16
+    assert resumed.trainopt.accumulation.cursor.micro_batches_passed == 16
 
 
 def test_each_trial_of_a_search_has_its_own_reference(tmp_path):
@@ -397,4 +397,4 @@ def test_a_progress_bar_that_is_added_later_goes_by_the_data(tmp_path):
     totals = []
     bar.on_train_begin = lambda args, state, control, **kwargs: totals.append(state.max_steps)
     trainer.train()
-    assert totals == [trainer.trainopt.accumulation.cursor.budget_units]
+    assert totals == [trainer.trainopt.accumulation.cursor.budget_micro_batches]

@@ -282,7 +282,7 @@ def test_ignore_data_skip_allows_other_batches(tmp_path):
         return trainer
 
     found = resume(max_steps=12, gradient_accumulation_steps=1, per_device_train_batch_size=4, ignore_data_skip=True)
-    assert found._initial_units == pytest.approx(6, abs=1)  # half of the budget
+    assert found.trainopt.accumulation._initial_micro_batches == pytest.approx(6, abs=1)  # half of the budget
     assert found.trainopt.accumulation.cursor.exhausted
 
 

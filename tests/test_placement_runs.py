@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback, set_seed
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt.core.state import STATE_NAME
 from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.machine.costs import DEVICES
 from hf_trainopt.placement.part import PLAN_NAME
@@ -28,6 +29,7 @@ from hf_trainopt.placement.plan.planner import PlacementPlanner, plan_placement
 from hf_trainopt.placement.recompute.apply import apply_placement
 from hf_trainopt.placement.simulate.example_batch import largest_batch
 from hf_trainopt.placement.simulate.replay import StepSetup
+from hf_trainopt.reliability.manifest import MANIFEST_NAME
 
 
 CPU = StepSetup(device=DEVICES["cpu"])
@@ -662,7 +664,7 @@ def resumed(tmp_path, caplog, model, **options):
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="hf_trainopt"):
         run(path, model=model, resume=str(path / "checkpoint-1"), **options)
-    return "The placement is the one in" in caplog.text
+    return "The placement is that of the run that is resumed" in caplog.text
 
 
 def test_a_kept_plan_is_for_the_same_parameters_and_setup(tmp_path, caplog):
@@ -682,6 +684,13 @@ def test_a_kept_plan_that_is_broken_is_made_again(tmp_path, caplog):
     first = run(tmp_path / "run", **options)
     assert sorted(path.name for path in (tmp_path / "run").glob("*placement*")) == [PLAN_NAME]
     (tmp_path / "run" / PLAN_NAME).write_text('{"format": 1, "pol')
+    assert resumed(tmp_path, caplog, gpt2)  # the checkpoint has it, too
+    (tmp_path / "run" / PLAN_NAME).write_text('{"format": 1, "pol')
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    state = json.loads((checkpoint / STATE_NAME).read_text())
+    del state["parts"]["placement"]
+    (checkpoint / STATE_NAME).write_text(json.dumps(state))
+    (checkpoint / MANIFEST_NAME).unlink()  # an older checkpoint
     assert not resumed(tmp_path, caplog, gpt2)
     assert "Another plan is made than that of the run" in caplog.text
     assert PlacementPlan.load(tmp_path / "run" / PLAN_NAME).stages == first.placement_plan.stages

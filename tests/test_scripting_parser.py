@@ -177,7 +177,7 @@ def test_help_begins_with_our_arguments_each_part_in_a_group(capsys):
     text = capsys.readouterr().out
     stock = text.index("Hugging Face TrainingArguments:")
     assert text.index("usage:") < text.index("accumulation:") < stock
-    assert {"accumulation", "placement", "evidence", "precision", "reliability"} <= OURS.keys()
+    assert {"accumulation", "placement", "measurements", "precision", "reliability"} <= OURS.keys()
     for title, (description, names) in OURS.items():
         assert text.index(f"\n{title}:") < stock
         assert description

@@ -131,7 +131,7 @@ def restore(
     else:  # an epoch was stopped early, or has no length
         ratio = samples_in_step(saved) / samples_in_step(setup)
         cursor.finished_windows = round(cursor.finished_windows * ratio)
-    cursor.reported_units = cursor.previous_units = cursor.units
+    cursor.reported_micro_batches = cursor.previous_micro_batches = cursor.micro_batches_passed
     if before != now:
         controller.convert_size(before / now)
     controller.follow_schedule(cursor.progress)
@@ -158,12 +158,12 @@ def place_after_stock_steps(
             "place in the data is unknown; resume from another checkpoint, or start anew from its weights."
         )
     k = cursor.reference_steps
-    length = cursor.micro_batches_per_epoch or cursor.budget_units
+    length = cursor.micro_batches_per_epoch or cursor.budget_micro_batches
     windows_per_epoch = -(-length // k)
     cursor.epoch, windows = divmod(steps, windows_per_epoch)
     cursor.finished_windows = cursor.epoch * windows_per_epoch
     cursor.micro_batch = windows * k
     epoch_samples = min(length * micro_batch_samples, epoch_examples)
     cursor.samples_seen = cursor.epoch * epoch_samples + cursor.micro_batch * micro_batch_samples
-    cursor.reported_units = cursor.units
+    cursor.reported_micro_batches = cursor.micro_batches_passed
     logger.info("The checkpoint knows of no windows: taken as written at k = %d throughout.", k)

@@ -26,8 +26,8 @@ class DataCursor:
         finished_windows: Reference windows of all finished epochs, short last windows counted as whole.
         samples_seen: Samples consumed over all ranks.
         reported_epoch: `state.epoch` after the last window.
-        reported_units: `units` when the last window was over.
-        previous_units: `units` when the one before it was over.
+        reported_micro_batches: `micro_batches_passed` when the last window was over.
+        previous_micro_batches: `micro_batches_passed` when the one before it was over.
     """
 
     reference_steps: int
@@ -39,11 +39,11 @@ class DataCursor:
     finished_windows: int = 0
     samples_seen: int = 0
     reported_epoch: float = 0.0
-    reported_units: int = 0
-    previous_units: int = 0
+    reported_micro_batches: int = 0
+    previous_micro_batches: int = 0
 
     @property
-    def units(self) -> int:
+    def micro_batches_passed(self) -> int:
         """Position in micro-batches, a short reference window at the end of an epoch counted as whole."""
         return self.finished_windows * self.reference_steps + self.micro_batch
 
@@ -53,25 +53,25 @@ class DataCursor:
 
         An `int` wherever it is a whole number, so that a schedule evaluated there is bit-identical to stock.
         """
-        whole, rest = divmod(self.units, self.reference_steps)
+        whole, rest = divmod(self.micro_batches_passed, self.reference_steps)
         return whole + rest / self.reference_steps if rest else whole
 
     @property
-    def budget_units(self) -> int:
+    def budget_micro_batches(self) -> int:
         return self.budget * self.reference_steps
 
     @property
     def exhausted(self) -> bool:
-        return self.units >= self.budget_units
+        return self.micro_batches_passed >= self.budget_micro_batches
 
     @property
     def progress(self) -> float:
         """Share of the data budget that was consumed, in [0, 1]."""
-        return min(1.0, self.units / self.budget_units)
+        return min(1.0, self.micro_batches_passed / self.budget_micro_batches)
 
     def available(self) -> int:
         """Micro-batches that the next window may take: what is left of the epoch and of the budget."""
-        left = self.budget_units - self.units
+        left = self.budget_micro_batches - self.micro_batches_passed
         if self.micro_batches_per_epoch is not None:
             left = min(left, self.micro_batches_per_epoch - self.micro_batch)
         return max(0, left)
@@ -79,19 +79,19 @@ class DataCursor:
     def crossed(self, interval: int | float) -> bool:
         """Whether the last window reached or passed a multiple of `interval` reference windows."""
         size = interval * self.reference_steps
-        return size > 0 and self.reported_units // size > self.previous_units // size
+        return size > 0 and self.reported_micro_batches // size > self.previous_micro_batches // size
 
     def advance(self, num_micro_batches: int, end_of_epoch: bool = False) -> None:
         """Count a window of `num_micro_batches`.
 
         `end_of_epoch` says that the iterator ran dry in it; where the length is known that is found out here.
         """
-        self.previous_units = self.reported_units
+        self.previous_micro_batches = self.reported_micro_batches
         self.micro_batch += num_micro_batches
         self.reported_epoch = self.epoch + self.micro_batch / self.epoch_length
         if end_of_epoch or self.micro_batch == self.micro_batches_per_epoch:
             self.close_epoch()
-        self.reported_units = self.units
+        self.reported_micro_batches = self.micro_batches_passed
 
     def close_epoch(self) -> None:
         """Move to the start of the next epoch; a part of a reference window counts as a whole one."""
@@ -105,7 +105,7 @@ class DataCursor:
 
     def remaining_windows(self, accumulation_steps: int) -> int:
         """Windows until the budget is used up if k stays `accumulation_steps` (at least 1 unless exhausted)."""
-        return -(-max(0, self.budget_units - self.units) // accumulation_steps)
+        return -(-max(0, self.budget_micro_batches - self.micro_batches_passed) // accumulation_steps)
 
     # The position alone: budget and length of the data belong to the run that resumes.
     _SAVED: ClassVar[tuple[str, ...]] = (
@@ -114,8 +114,8 @@ class DataCursor:
         "finished_windows",
         "samples_seen",
         "reported_epoch",
-        "reported_units",
-        "previous_units",
+        "reported_micro_batches",
+        "previous_micro_batches",
     )
 
     def state_dict(self) -> dict[str, int | float]:

@@ -83,7 +83,7 @@ class AccumulationPart(Part):
         self._fetcher: WindowFetcher | None = None
         self._mean_loss = MeanLoss()
         self._epoch_examples = 0
-        self._initial_samples_seen = self._initial_units = 0
+        self._initial_samples_seen = self._initial_micro_batches = 0
         self._rate_is_outdated = False
         self._warned_of_other_steps = False
         self._committed_state: dict[str, Any] | None = None
@@ -242,7 +242,7 @@ class AccumulationPart(Part):
             )
         if trainer.args.ignore_data_skip:
             cursor.restart_epoch()
-        self._initial_samples_seen, self._initial_units = cursor.samples_seen, cursor.units
+        self._initial_samples_seen, self._initial_micro_batches = cursor.samples_seen, cursor.micro_batches_passed
         self._committed_state = run_state(self.setup, cursor, self.controller)
         trainer.state.max_steps = self._forecast_steps()
         return cursor.epoch, cursor.micro_batch
@@ -399,7 +399,7 @@ class AccumulationPart(Part):
                 samples = cursor.samples_seen - self._initial_samples_seen
                 logs["train_samples_per_second"] = round(samples / logs["train_runtime"], 3)
             else:  # rows aren't samples
-                share = (cursor.units - self._initial_units) / cursor.budget_units
+                share = (cursor.micro_batches_passed - self._initial_micro_batches) / cursor.budget_micro_batches
                 logs["train_samples_per_second"] = round(logs["train_samples_per_second"] * share, 3)
         if "train_loss" in logs:
             logs["train_loss"] = self.mean_loss or logs["train_loss"]

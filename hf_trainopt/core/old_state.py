@@ -37,6 +37,9 @@ def read_old_state(folder: str) -> dict[str, Any] | None:
         if version != 1:
             path = os.path.join(folder, "accumulation_state.json")
             raise ValueError(f"{path} has version {version}; resume with the version of hf_trainopt that wrote it.")
+        cursor = accumulation["cursor"]
+        for name in ("reported", "previous"):
+            cursor[f"{name}_micro_batches"] = cursor.pop(f"{name}_units")
         parts["accumulation"] = accumulation
     setup = accumulation.get("setup") or manifest.get("setup", {})
     if not parts and not setup:

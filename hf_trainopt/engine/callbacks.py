@@ -114,7 +114,10 @@ def on_data_axis(
         return DataFlowCallback(cursor), state
     if event in _PROGRESS_EVENTS and _is_stock_progress(callback):
         shown = copy(state)
-        shown.global_step, shown.max_steps = min(cursor.units, cursor.budget_units), cursor.budget_units
+        shown.global_step, shown.max_steps = (
+            min(cursor.micro_batches_passed, cursor.budget_micro_batches),
+            cursor.budget_micro_batches,
+        )
         return callback, shown
     return callback, state
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from .memory import MemoryCallback
 from .targets import TargetCallback
@@ -23,6 +24,8 @@ class EvidenceArgumentsMixin:
         target_value (`float`, *optional*): That target.
         stop_at_target (`bool`, defaults to `False`): End training once it is met.
     """
+
+    argument_group: ClassVar[str] = "measurements"  # in `--help` of the scripts
 
     # With a factory: `HfArgumentParser` forgets a plain default of a field that may be a list.
     measurements: str | list[str] = field(

@@ -164,7 +164,7 @@ class PlacementPart(Part):
         if self.trainer.args.process_index == 0:
             try:
                 with forked_random_state([self.trainer.args.device]):
-                    message[0] = self.planner.make_plan(dataloader, self._plan_of_resumed()).to_dict()
+                    message[0] = self.planner.make_plan(dataloader, self._plans_of_resumed()).to_dict()
             except ValueError as error:
                 failure = error
                 message[1:] = [PlacementError if isinstance(error, PlacementError) else ValueError, str(error)]
@@ -176,18 +176,18 @@ class PlacementPart(Part):
             raise message[1](message[2])
         return PlacementPlan.from_dict(message[0])
 
-    def _plan_of_resumed(self) -> PlacementPlan | None:
-        """Return the plan that the run which is resumed began with, if it is known."""
+    def _plans_of_resumed(self) -> list[PlacementPlan]:
+        """Return plans of the run that is resumed: the checkpoint's, and the one in the output folder."""
         if self.parts.resumed_from is None:
-            return None
+            return []
         saved, path = self.parts.saved_state(self.name), Path(self.trainer.args.output_dir) / PLAN_NAME
+        plans = [] if saved is None else [PlacementPlan.from_dict(saved["plan"])]
         try:
-            if saved is not None:
-                return PlacementPlan.from_dict(saved["plan"])
-            return PlacementPlan.load(path) if path.exists() else None
+            return plans + [PlacementPlan.load(path)] if path.exists() else plans
         except ValueError as error:
-            logger.warning("Another plan is made than that of the run that is resumed: %s", error)
-            return None
+            if not plans:
+                logger.warning("Another plan is made than that of the run that is resumed: %s", error)
+            return plans
 
     def state_dict(self) -> dict[str, Any] | None:
         return None if self._applied is None else {"plan": self.plan.to_dict()}
@@ -222,9 +222,9 @@ class PlacementPart(Part):
                 " and ".join(plan.rewrites.names()),
                 "one made with --memory_rewrites none" if from_file else "'none'",
             )
-        self._keep_plan()
+        self._write_plan()
 
-    def _keep_plan(self) -> None:
+    def _write_plan(self) -> None:
         if self.keeps_plan and self.trainer.args.should_save:
             path = Path(self.trainer.args.output_dir) / PLAN_NAME
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +258,7 @@ class PlacementPart(Part):
                     gib(plan.predicted_peak_bytes),
                 )
         self._warn_if_over_budget(num_bytes)
-        self._keep_plan()
+        self._write_plan()
 
     def _later_peak_measured(self, num_bytes: int) -> None:
         """Take in the peak of a later step on this rank: one with longer samples may need more."""

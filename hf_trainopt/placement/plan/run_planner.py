@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,12 +51,12 @@ class RunPlanner:
         self.last: PlacementPlanner | None = None
         self._accumulation = accumulation
 
-    def make_plan(self, dataloader: Any, resumed: PlacementPlan | None) -> PlacementPlan:
+    def make_plan(self, dataloader: Any, resumed: Sequence[PlacementPlan]) -> PlacementPlan:
         """Return the plan that the arguments ask for.
 
         Args:
             dataloader: For training.
-            resumed: Plan of the run that is resumed: it is kept if it was made for the same request.
+            resumed: Plans of the run that is resumed: the first that was made for the same request is kept.
 
         Raises:
             PlacementError: There is none, or the budget can't be met.
@@ -74,9 +74,10 @@ class RunPlanner:
             logger.warning("No peak is predicted for checkpoint_placement='%s': %s", policy, error)
             return self._unpredicted(policy)
         request = self._request(batch)
-        if resumed is not None and resumed.details.get("request") == request:
-            logger.info("The placement is that of the run that is resumed.")
-            return resumed
+        for plan in resumed:
+            if plan.details.get("request") == request:
+                logger.info("The placement is that of the run that is resumed.")
+                return plan
         available = available_rewrites(self.trainer.model)
         asked = check_rewrites(args.memory_rewrites)
         if "chunked_loss" in asked and available.chunked_loss:
