@@ -183,7 +183,7 @@ class PlacementPart(Part):
         saved, path = self.parts.saved_state(self.name), Path(self.trainer.args.output_dir) / PLAN_NAME
         plans = [] if saved is None else [PlacementPlan.from_dict(saved["plan"])]
         try:
-            return plans + [PlacementPlan.load(path)] if path.exists() else plans
+            return [*plans, PlacementPlan.load(path)] if path.exists() else plans
         except ValueError as error:
             if not plans:
                 logger.warning("Another plan is made than that of the run that is resumed: %s", error)
