@@ -81,7 +81,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         weights = torch.cat([whole(p.detach()).double().flatten() for p in model.parameters()])
         probe = torch.arange(1, len(weights) + 1, dtype=torch.float64).sin()
-        controller = getattr(self.trainer, "_controller", None)
+        parts = getattr(self.trainer, "trainopt", None)
+        controller = parts and parts.accumulation.controller
         self.steps.append(
             {
                 "k": self.trainer.trainopt.accumulation.last_window[0] if controller else None,

@@ -139,6 +139,11 @@ def quiet(trainer):
     return trainer
 
 
+def measuring(trainer) -> list[TrainerCallback]:
+    """Return the callbacks that may measure, of a Trainer of ours or a stock one."""
+    return getattr(trainer, "measurements", trainer.callback_handler.callbacks)
+
+
 class Sequence:
     """A policy that asks for the given k one after the other (the last one for ever)."""
 

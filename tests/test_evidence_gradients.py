@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import Pictures, Rows, Stream, arguments, quiet, tiny_gpt2, tiny_resnet, weights_equal
+from helpers import Pictures, Rows, Stream, arguments, measuring, quiet, tiny_gpt2, tiny_resnet, weights_equal
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
@@ -47,7 +47,7 @@ def noise_of(trainer):
 
 
 def callback_of(trainer):
-    return next(c for c in trainer.measurements if isinstance(c, GradientStatisticsCallback))
+    return next(c for c in measuring(trainer) if isinstance(c, GradientStatisticsCallback))
 
 
 @pytest.mark.parametrize(

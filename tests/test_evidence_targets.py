@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from helpers import Rows, arguments, quiet, tiny_gpt2
+from helpers import Rows, arguments, measuring, quiet, tiny_gpt2
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -175,7 +175,7 @@ def test_several_data_sets_have_metrics_of_their_own(tmp_path):
     assert len(lines) == len(evaluations(trainer, "eval_near_loss")) == 3
     assert all(line["steps_to_target"] == 2 for line in lines)
     assert not any(KEYS & line.keys() for line in evaluations(trainer, "eval_near_loss"))
-    (callback,) = (c for c in trainer.measurements if isinstance(c, TargetCallback))
+    (callback,) = (c for c in measuring(trainer) if isinstance(c, TargetCallback))
     assert len(callback.curve) == 3
 
 
@@ -191,7 +191,7 @@ def test_evaluation_at_the_start_is_where_the_curve_begins(tmp_path, losses):
 def test_the_best_model_that_is_evaluated_after_training_is_no_point_of_the_curve(tmp_path):
     trainer = train(tmp_path, TargetCallback("loss", 0.1), eval_delay=100, num_train_epochs=1)
     assert "eval_loss" in trainer.evaluate()
-    (callback,) = (c for c in trainer.measurements if isinstance(c, TargetCallback))
+    (callback,) = (c for c in measuring(trainer) if isinstance(c, TargetCallback))
     assert callback.curve == []
     log = [{"step": 2, "eval_loss": 3.0}, {"step": 4, "eval_loss": 4.0}, {"step": 4, "eval_loss": 3.0}]
     assert [e.value for e in curve_from_log(log, "eval_loss")] == [3.0, 4.0]
@@ -229,7 +229,7 @@ def test_a_resumed_run_has_the_curve_of_one_that_was_not(tmp_path, losses, cls, 
             tmp_path / "b", TargetCallback("loss", target), resume=str(tmp_path / "a" / f"checkpoint-{step}"),
             restore_callback_states_from_checkpoint=restores, **settings,
         )  # fmt: skip
-        a, b = (next(c for c in t.measurements if isinstance(c, TargetCallback)) for t in (whole, resumed))
+        a, b = (next(c for c in measuring(t) if isinstance(c, TargetCallback)) for t in (whole, resumed))
         assert [(e.value, e.steps, e.samples) for e in a.curve] == [(e.value, e.steps, e.samples) for e in b.curve]
         assert (a.crossing.steps, a.crossing.samples) == (b.crossing.steps, b.crossing.samples)
         at = step // 2

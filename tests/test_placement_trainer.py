@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from placement_models import gpt2, llama, timm_model
 from transformers import set_seed
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt.core.state import STATE_NAME
 from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
 from hf_trainopt.placement.part import PLAN_NAME
 from hf_trainopt.placement.plan.plan import PlacementPlan
 from hf_trainopt.placement.simulate.example_batch import largest_batch
+from hf_trainopt.reliability.manifest import MANIFEST_NAME
 
 
 FIXED = {
@@ -145,6 +148,15 @@ def test_a_plan_file(tmp_path, stock):
         arguments(tmp_path, checkpoint_placement=str(tmp_path / "none.json"))
 
 
+def mark_plan(checkpoint: Path, plan: PlacementPlan) -> None:
+    """Put another plan into a checkpoint."""
+    path = checkpoint / STATE_NAME
+    state = json.loads(path.read_text())
+    state["parts"]["placement"]["plan"] = plan.to_dict()
+    path.write_text(json.dumps(state))
+    (checkpoint / MANIFEST_NAME).unlink()  # which says that it was changed
+
+
 def test_a_resumed_run_keeps_its_plan_and_its_bits(tmp_path):
     options = {**FIXED, "memory_budget": "45%", "save_strategy": "steps", "save_steps": 2}
     whole = run(tmp_path / "whole", **options)
@@ -152,7 +164,7 @@ def test_a_resumed_run_keeps_its_plan_and_its_bits(tmp_path):
     plan = whole.placement_plan
     # A plan that planning would not find shows that it was read, not made.
     marked = PlacementPlan(**{**plan.__dict__, "policy": "marked"})
-    marked.save(tmp_path / "again" / PLAN_NAME)
+    mark_plan(tmp_path / "again" / "checkpoint-2", marked)
     resumed = run(tmp_path / "again", resume=str(tmp_path / "again" / "checkpoint-2"), **options)
     assert resumed.placement_plan.policy == "marked"
     assert weights_equal(whole.model, resumed.model)

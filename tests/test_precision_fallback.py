@@ -217,7 +217,7 @@ def test_every_call_of_train_begins_as_launched(tmp_path):
 @pytest.mark.usefixtures("half")
 def test_what_cannot_be_changed_is_said_once(tmp_path, caplog):
     run = make(tmp_path, Points(factors(16, range(16))), scaler=GENTLE, precision="fp16")
-    run._obstacle = lambda: "its precision is carved in stone"
+    run.trainopt.precision._obstacle = lambda: "its precision is carved in stone"
     run.train()
     assert caplog.text.count("its precision is carved in stone. Steps that overflow are skipped") == 1
     assert set(run.model.precisions) == {torch.float16}
@@ -311,7 +311,7 @@ def test_a_resumed_run_stays_where_it_was(tmp_path, monkeypatch, fallback):
     options = {"scaler": {"init_scale": 2.0**15}, "precision": "fp16", "save_strategy": "steps", "save_steps": 1}
     whole = make(tmp_path, data, **options)
     whole.train()
-    assert whole._changed_at_step == 13
+    assert whole.trainopt.precision.state_dict()["changed_at_step"] == 13
     for step in (2, 8, 12, 13, 17):
         resumed = make(tmp_path / "resumed", data, **options | {"save_strategy": "no"})
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
