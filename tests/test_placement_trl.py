@@ -24,7 +24,7 @@ SHORT = {
 @pytest.fixture(autouse=True)
 def _no_timing(monkeypatch):
     """The CPU by its data sheet: the same times in every run, and none spent on measuring them."""
-    monkeypatch.setattr("hf_trainopt.placement.trainer.device_spec", lambda device: DEVICES["cpu"])
+    monkeypatch.setattr("hf_trainopt.placement.plan.run_planner.device_spec", lambda device: DEVICES["cpu"])
 
 
 # ---- TRL -----------------------------------------------------------------------------------------------------------

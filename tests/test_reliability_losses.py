@@ -32,7 +32,7 @@ class Poisoned(EfficientTrainer):
 
 
 def poisoned(folder, bad, by_gradient=False, callbacks=(), **kwargs):
-    trainer = make(folder, Poisoned, callbacks=callbacks, **({"save_strategy": "no"} | kwargs))
+    trainer = make(folder, Poisoned, callbacks=callbacks, **({"save_strategy": "no", "max_skipped_windows": 10} | kwargs))
     trainer.bad, trainer.by_gradient = set(bad), by_gradient
     return trainer
 
@@ -215,6 +215,7 @@ def test_batch_norm_stays_clean(tmp_path):
     args = arguments(
         tmp_path, per_device_train_batch_size=4, remove_unused_columns=False,
         gradient_accumulation_steps=2, accumulation_policy="fixed", max_grad_norm=1.0, num_train_epochs=3,
+        max_skipped_windows=10,
     )  # fmt: skip
     trainer = quiet(EfficientTrainer(model=tiny_resnet(), args=args, train_dataset=Rotten(), callbacks=[Buffers()]))
     trainer.train()

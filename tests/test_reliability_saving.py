@@ -196,7 +196,7 @@ def test_nothing_goes_wrong_and_the_run_is_stock(pictures, tmp_path):
     assert checkpoints(tmp_path / "stock") == checkpoints(tmp_path / "ours")
     for name in checkpoints(tmp_path / "stock"):
         files = [set(os.listdir(tmp_path / run / name)) for run in ("stock", "ours")]
-        assert files[1] - files[0] == {"checkpoint_manifest.json", "data_rng_state.pth"}
+        assert files[1] - files[0] == {"checkpoint_manifest.json", "data_rng_state.pth", "trainopt_state.json"}
         for file in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
             a, b = (tmp_path / run / name / file for run in ("stock", "ours"))
             if file.endswith("safetensors"):

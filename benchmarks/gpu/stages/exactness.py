@@ -34,6 +34,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.accumulation.noise_scale import estimate_noise
+from hf_trainopt.core.facts import gradient_scaler
 from hf_trainopt.placement.plan.plan import PlacementPlan
 from hf_trainopt.placement.plan.policies import named_choices
 from hf_trainopt.placement.plan.stages import find_stages
@@ -464,7 +465,7 @@ def overflows(checks: Checks) -> None:
             rows = fallback.rows_without(16, poisoned)
             clean = make(folder, points(data, rows), scaler=fallback.GENTLE, precision="fp16", **checks.where)
             clean.train()
-        part |= {"skipped_steps": fallback.lines(run)[-1]["skipped_steps"], "loss_scale": run._scaler.get_scale()}
+        part |= {"skipped_steps": fallback.lines(run)[-1]["skipped_steps"], "loss_scale": gradient_scaler(run).get_scale()}
         part["samples_seen"] = run.state.log_history[-1].get("samples_seen")
         return (
             part["skipped_steps"] == len(poisoned)
