@@ -71,6 +71,9 @@ class EfficientTrainerMixin:
 
     @lr_scheduler.setter
     def lr_scheduler(self, scheduler: Any) -> None:
+        if "trainopt" not in vars(self):  # a class may set it before our `__init__`
+            self.__dict__["lr_scheduler"] = scheduler
+            return
         self.__dict__["lr_scheduler"] = followed = self.trainopt.learning_rate.followed(scheduler)
         if followed is not scheduler:
             self.trainopt.learning_rate.apply()
@@ -116,8 +119,13 @@ class EfficientTrainerMixin:
         self.trainopt.placement.apply(dataloader)
         return self.trainopt.accumulation.begin(dataloader, values)
 
-    def _init_training_state(self, *args, **kwargs):
-        place = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial, *args, **kwargs
+    ):
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial, *args, **kwargs
+        )
+        self.trainopt.resumed_from = resume_from_checkpoint  # a class below may have chosen another one
         self.trainopt.load_state()
         return place if self.trainopt.accumulation.cursor is None else self.trainopt.accumulation.place()
 
@@ -211,12 +219,13 @@ class EfficientTrainerMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in `Trainer`, with what the parts have to say on every line; docs/evidence.md lists the keys."""
-        self.trainopt.accumulation.correct_line(logs)
-        added = self.trainopt.log_values(logs)
-        line = {**logs, **added}
-        with self.trainopt.accumulation.reference_steps_shown():
+        parts = self.trainopt
+        parts.accumulation.correct_line(logs)
+        with parts.accumulation.reference_steps_shown():
+            added = parts.log_values(logs)
+            line = {**logs, **added}
             super().log(line, *args, **kwargs)
-        give_back(logs, line, added)
+        give_back(logs, line, added.keys() - parts.placement.logged_keys)  # peaks are results of `train`, too
 
     def evaluation_loop(self, *args, **kwargs):
         """As in `Trainer`; an error of memory says whose it is."""

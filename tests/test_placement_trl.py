@@ -275,7 +275,7 @@ def test_a_teacher_is_in_memory(tmp_path):
         assert measured(trainer) == pytest.approx(1, abs=0.01)
     more = sum(p.nbytes for p in large.parameters()) - sum(p.nbytes for p in small.parameters())
     difference = second.placement_plan.baseline_peak_bytes - first.placement_plan.baseline_peak_bytes
-    assert difference >= more > 0.05 * second.placement_plan.measured_peak_bytes
+    assert difference >= more > 0.04 * second.placement_plan.measured_peak_bytes
     assert losses(second) == losses(distilled(tmp_path / "plain", large))
     assert all(torch.equal(before[name], value) for name, value in large.state_dict().items())
     assert all(parameter.grad is None for parameter in large.parameters())

@@ -32,7 +32,9 @@ class Poisoned(EfficientTrainer):
 
 
 def poisoned(folder, bad, by_gradient=False, callbacks=(), **kwargs):
-    trainer = make(folder, Poisoned, callbacks=callbacks, **({"save_strategy": "no", "max_skipped_windows": 10} | kwargs))
+    trainer = make(
+        folder, Poisoned, callbacks=callbacks, **({"save_strategy": "no", "max_skipped_windows": 10} | kwargs)
+    )
     trainer.bad, trainer.by_gradient = set(bad), by_gradient
     return trainer
 

@@ -50,15 +50,28 @@ def check_state(
     """
     if adapts:
         return
-    reference = saved_setup.get("gradient_accumulation_steps")
-    if state is not None and state["controller"]["used_range"] not in ([], [reference, reference]):
+    if state is not None:
+        check_constant(state)
+    if keeps_place:
+        warn_of_other_step_size(path, saved_setup, setup)
+
+
+def check_constant(state: dict[str, Any]) -> None:
+    """Refuse a state that a run with constant k cannot go on from.
+
+    Args:
+        state: Of `run_state`.
+
+    Raises:
+        ValueError: k has varied.
+    """
+    reference = state["setup"]["gradient_accumulation_steps"]
+    if state["controller"]["used_range"] not in ([], [reference, reference]):
         raise ValueError(
             "accumulation_policy='fixed' cannot resume a checkpoint in which k has varied (stock Trainer would not "
             "find its place in the data); resume with the policy that it was written with, or set "
             "measure_noise_scale=True."
         )
-    if keeps_place:
-        warn_of_other_step_size(path, saved_setup, setup)
 
 
 def samples_in_step(setup: dict[str, int]) -> int:

@@ -19,17 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 class LearningRatePart(Part):
-    """Schedules that stay right where k changes.
-
-    Attributes:
-        scheduler: The schedule of the Trainer. Any that is set while k varies follows the data.
-    """
+    """Schedules that stay right where k changes; `scheduler.pt` holds their place in the data."""
 
     name = "learning_rate"
-
-    def __init__(self, trainer: Any, parts: Any):
-        super().__init__(trainer, parts)
-        self._loaded_state: dict[str, Any] | None = None
 
     @property
     def _follows_data(self) -> bool:
@@ -41,7 +33,7 @@ class LearningRatePart(Part):
         if stays or not self._follows_data:
             return scheduler
         optimizer = self.trainer.optimizer
-        return DataIndexedLR(scheduler, getattr(optimizer, "optimizer", optimizer), self._loaded_state)
+        return DataIndexedLR(scheduler, getattr(optimizer, "optimizer", optimizer))
 
     def create(self, create_stock: Callable[[], Any]) -> Any:
         """Return what `create_scheduler` returns.
@@ -109,11 +101,3 @@ class LearningRatePart(Part):
         if isinstance(self.trainer.lr_scheduler, DataIndexedLR):
             self.place()
             self.trainer.lr_scheduler.step()
-
-    def state_dict(self) -> dict[str, Any] | None:
-        # `scheduler.pt` has the rest, which stock `Trainer` can load.
-        scheduler = self.trainer.lr_scheduler
-        return scheduler.place_dict() if isinstance(scheduler, DataIndexedLR) else None
-
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        self._loaded_state = state  # there is no schedule yet

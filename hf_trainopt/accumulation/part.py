@@ -12,7 +12,7 @@ from transformers.trainer_utils import has_length
 
 from ..core.facts import rank_batch_size
 from ..core.part import Part
-from .checkpoint import check_state, place_after_stock_steps, restore, run_state
+from .checkpoint import check_constant, check_state, place_after_stock_steps, restore, run_state
 from .checks import (
     check_adaptive_setup,
     check_amount_of_data,
@@ -428,6 +428,8 @@ class AccumulationPart(Part):
         return None if self.cursor is None else self._committed_state
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if state is not None and not self.adapts:
+            check_constant(state)  # arguments may have changed since `train` was entered (hyperparameter search)
         self._loaded_state = state
 
     def check_state(self, path: str, state: dict[str, Any] | None, setup: dict[str, int] | None) -> None:

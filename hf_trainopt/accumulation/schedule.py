@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 # Driven by evaluation metrics, not by steps: Trainer steps them itself, and they need no index.
 METRIC_DRIVEN = (ReduceLROnPlateau, GreedyLR)
 
-# Where older checkpoints keep `place_dict` in `scheduler.pt`.
-OLD_STATE_KEY = "hf_trainopt"
+# Our part of a saved schedule: it is in `scheduler.pt`, so that the state of a schedule is in one place.
+STATE_KEY = "hf_trainopt"
 
 BATCH_SCALING_RULES = ("auto", "none", "sqrt", "linear", "gain", "surge")
 # Those that follow the measured noise scale.
@@ -107,10 +107,9 @@ class DataIndexedLR(LRScheduler):
     Args:
         inner: Schedule in reference windows, with `step`, `get_last_lr` and `state_dict`.
         optimizer: Whose rates are set; by default that of the schedule.
-        resumed: `place_dict` of the run that is resumed; `load_state_dict` takes it up.
     """
 
-    def __init__(self, inner: Any, optimizer: Optimizer | None = None, resumed: dict[str, Any] | None = None):
+    def __init__(self, inner: Any, optimizer: Optimizer | None = None):
         # Deliberately not `super().__init__()`: that would step the optimizer's rates a second time.
         self.inner = inner
         self.optimizer = getattr(inner, "optimizer", optimizer)
@@ -123,7 +122,6 @@ class DataIndexedLR(LRScheduler):
         self._whole_steps = 0
         self._whole_positions = False
         self._last_lr = list(inner.get_last_lr())
-        self._resumed = resumed
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner" or name.startswith("__"):  # not there yet, in a copy
@@ -243,24 +241,21 @@ class DataIndexedLR(LRScheduler):
     def get_lr(self) -> list[float]:
         return self._last_lr
 
-    def place_dict(self) -> dict[str, Any]:
-        """The place in the data and the rates there, as JSON: what `state_dict` leaves out."""
-        return {
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the schedule inside, which stock `Trainer` can load, and ours under one key."""
+        ours = {
             "position": self.position,
             "scale": self.scale,
             "whole_steps": self._whole_steps,
             "offset": self._offset,
             "last_lr": [float(rate) for rate in self._last_lr],
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the schedule inside, which stock `Trainer` can load; `place_dict` has the rest."""
-        return self.inner.state_dict()
+        return {**self.inner.state_dict(), STATE_KEY: ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of the schedule inside, and the place of the run that is resumed (none: stock wrote it)."""
+        """Load its own state, or the state of a stock schedule (a checkpoint that stock `Trainer` wrote)."""
         inner = dict(state_dict)
-        ours = inner.pop(OLD_STATE_KEY, self._resumed)
+        ours = inner.pop(STATE_KEY, None)
         self.inner.load_state_dict(inner)
         if ours is None:
             # A position is known already: the Trainer's, taken from the number of steps.

@@ -1,8 +1,8 @@
 """Checkpoints from before `trainopt_state.json`, when each part had a format of its own.
 
 `accumulation_state.json` held k and the place in the data, the manifest what that place is counted in, and
-`trainer_state.json` had entries of ours among the states of callbacks. The key in `scheduler.pt` is read by
-`DataIndexedLR`, and the states of measuring callbacks by `MeasurementCallback`.
+`trainer_state.json` had entries of ours among the states of callbacks. The states of measuring callbacks are read by
+`MeasurementCallback`.
 """
 
 import json

@@ -38,8 +38,7 @@ class PartCallbackHandler(CallbackHandler):
         self._parts = parts
 
     def add_callback(self, callback):
-        kind = callback if isinstance(callback, type) else type(callback)
-        self._parts.measurements.remove(kind)  # the user's own wins
+        self._parts.measurements.make_way_for(callback)
         super().add_callback(callback)
 
     def pop_callback(self, callback):

@@ -28,11 +28,13 @@ class MeasurementCallback(TrainerCallback, ExportableState):
         position: 0 for the first callback of its class in a run, 1 for the second, ...
         kept: States of the checkpoint that is resumed, by `entry_key`, where `EfficientTrainer` keeps them; `None`
             where they are in `state.stateful_callbacks`, as those of any callback of the user's.
+        kept_by_others: What `EfficientTrainer` has kept for its own callbacks, for those of the user's.
     """
 
     def __init__(self):
         self.position = 0
         self.kept: dict[str, dict[str, Any]] | None = None
+        self.kept_by_others: dict[str, dict[str, Any]] = {}
         self._added_to_line = 0
         self._added: set[str] = set()
 
@@ -80,7 +82,9 @@ class MeasurementCallback(TrainerCallback, ExportableState):
         self.close()
         self._added_to_line = 0
         name = type(self).__name__
-        saved = self._saved_here(state) if self.kept is None else self.kept.get(entry_key(name, self.arguments()))
+        elsewhere = self.kept_by_others if self.kept is None else self.kept
+        here = self._saved_here(state) if self.kept is None else None
+        saved = here or elsewhere.get(entry_key(name, self.arguments()))
         saved = saved if state.global_step else None
         # A place that lasts as long as the run, and that the callbacks of a plain `Trainer` share.
         begun = vars(state).setdefault("_callbacks_begun", {})
@@ -154,7 +158,7 @@ class MeteredCallback(MeasurementCallback):
         if kept is None and state.global_step:
             # Any clock will do: of another target, say.
             others = (_saved(entry) for name in state.stateful_callbacks for entry in _entries(state, name))
-            every = [*(self.kept or {}).values(), *others]
+            every = [*(self.kept or self.kept_by_others).values(), *others]
             kept = next((found["meter"] for found in every if found.get("meter", {}).get("seconds")), None)
         self.is_partial = bool(state.global_step) and kept is None
         if self.is_partial:

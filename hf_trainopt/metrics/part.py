@@ -45,12 +45,23 @@ class MeasurementsPart(Part):
         return [callback for callback in present if isinstance(callback, MeasurementCallback)] + self.own
 
     def remove(self, callback: type[TrainerCallback] | TrainerCallback) -> MeasurementCallback | None:
-        """Take one of our own callbacks away, by class or itself; return it, or `None` if it isn't there."""
+        """Take one of our own callbacks away, by class (or a base) or itself, as `Trainer.remove_callback` does.
+
+        Returns:
+            The callback, or `None` if it isn't there.
+        """
         for own in self.own:
-            if own is callback or type(own) is callback:
+            if own is callback or (isinstance(callback, type) and isinstance(own, callback)):
                 self.own.remove(own)
+                own.close()
                 return own
         return None
+
+    def make_way_for(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """Take our own callbacks away that one of the user's, just added, stands in for: of its class or a base."""
+        added = callback if isinstance(callback, type) else type(callback)
+        for own in [own for own in self.own if issubclass(added, type(own))]:
+            self.remove(own)
 
     # ---- A run -----------------------------------------------------------------------------------------------------
 
@@ -80,7 +91,7 @@ class MeasurementsPart(Part):
     def run_is_over(self) -> None:
         """Save the log of a run that saves nothing else: `hf-trainopt report` has nothing to read otherwise."""
         args = self.trainer.args
-        if args.save_strategy == SaveStrategy.NO and args.measured:
+        if args.save_strategy == SaveStrategy.NO and self.own:
             try:
                 self.trainer.save_state()
             except (OSError, TypeError, ValueError, OverflowError) as error:  # or a value that isn't JSON
@@ -91,7 +102,7 @@ class MeasurementsPart(Part):
     def log_values(self, line: dict[str, Any]) -> dict[str, Any]:
         values = dict(line)
         added = add_measurements(self.all, self.trainer.args, self.trainer.state, values)
-        return {key: values[key] for key in added}
+        return {key: value for key, value in values.items() if key in added}
 
     def is_logged_key(self, key: str) -> bool:
         """Return whether a key of a line is one of a measuring callback."""
@@ -103,8 +114,10 @@ class MeasurementsPart(Part):
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         kept = kept_states((state or {}).get("callbacks", []))
         for callback in self.own:
-            callback.kept = dict(kept)
+            callback.kept = kept
             # Checkpoints of before had it among the states of the user's callbacks.
             name = type(callback).__name__
             if not any(type(other).__name__ == name for other in self.trainer.callback_handler.callbacks):
                 callback.take_old_entries(self.trainer.state)
+        for callback in self.all:
+            callback.kept_by_others = kept  # a clock of ours serves a callback of the user's

@@ -181,13 +181,17 @@ class PlacementPart(Part):
         if self.parts.resumed_from is None:
             return []
         saved, path = self.parts.saved_state(self.name), Path(self.trainer.args.output_dir) / PLAN_NAME
-        plans = [] if saved is None else [PlacementPlan.from_dict(saved["plan"])]
+        plans, problem = [], None
         try:
-            return [*plans, PlacementPlan.load(path)] if path.exists() else plans
-        except ValueError as error:
-            if not plans:
-                logger.warning("Another plan is made than that of the run that is resumed: %s", error)
-            return plans
+            if saved is not None:
+                plans.append(PlacementPlan.from_dict(saved["plan"]))
+            if path.exists():
+                plans.append(PlacementPlan.load(path))
+        except ValueError as error:  # of another version, or cut short
+            problem = error
+        if problem is not None and not plans:
+            logger.warning("Another plan is made than that of the run that is resumed: %s", problem)
+        return plans
 
     def state_dict(self) -> dict[str, Any] | None:
         return None if self._applied is None else {"plan": self.plan.to_dict()}

@@ -465,7 +465,10 @@ def overflows(checks: Checks) -> None:
             rows = fallback.rows_without(16, poisoned)
             clean = make(folder, points(data, rows), scaler=fallback.GENTLE, precision="fp16", **checks.where)
             clean.train()
-        part |= {"skipped_steps": fallback.lines(run)[-1]["skipped_steps"], "loss_scale": gradient_scaler(run).get_scale()}
+        part |= {
+            "skipped_steps": fallback.lines(run)[-1]["skipped_steps"],
+            "loss_scale": gradient_scaler(run).get_scale(),
+        }
         part["samples_seen"] = run.state.log_history[-1].get("samples_seen")
         return (
             part["skipped_steps"] == len(poisoned)
