@@ -44,7 +44,7 @@ def read_old_state(folder: str) -> dict[str, Any] | None:
     setup = accumulation.get("setup") or manifest.get("setup", {})
     if not parts and not setup:
         return None
-    return {"setup": setup, "k_varies": bool(accumulation) or manifest.get("k_varies", False), "parts": parts}
+    return {"setup": setup, "parts": parts}
 
 
 def forget_old_entries(stateful_callbacks: dict[str, Any]) -> None:

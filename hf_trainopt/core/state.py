@@ -20,12 +20,10 @@ class RunState:
     Attributes:
         setup: What the place in the data is counted in: `per_device_train_batch_size`, `world_size` and
             `gradient_accumulation_steps`; empty if not known.
-        k_varies: Whether training went through windows.
         parts: State of each part, by its name.
     """
 
     setup: dict[str, int] = field(default_factory=dict)
-    k_varies: bool = False
     parts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 

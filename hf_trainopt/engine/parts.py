@@ -1,7 +1,7 @@
 """All parts, in the order in which they are called."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -139,7 +139,6 @@ class Parts:
         states = {part.name: part.state_dict() for part in self.in_order}
         return RunState(
             setup=self.accumulation.setup,
-            k_varies=self.accumulation.adapts,
             parts={name: state for name, state in states.items() if state is not None},
         )
 
@@ -149,12 +148,15 @@ class Parts:
 
     def saved_state(self, name: str) -> dict[str, Any] | None:
         """Return what the checkpoint that is resumed keeps of a part, `None` if nothing or nothing is resumed."""
-        state = None if self.resumed_from is None else read_state(self.resumed_from)
-        return None if state is None else state.parts.get(name)
+        return self._saved_parts().get(name)
 
     def load_state(self) -> None:
         """Let all parts take up the checkpoint that is resumed; `trainer.state` is loaded."""
-        state = None if self.resumed_from is None else read_state(self.resumed_from)
+        saved = self._saved_parts()
         for part in self.in_order:
-            part.load_state_dict(None if state is None else state.parts.get(part.name))
+            part.load_state_dict(saved.get(part.name))
         forget_old_entries(self.trainer.state.stateful_callbacks)
+
+    def _saved_parts(self) -> Mapping[str, dict[str, Any]]:
+        state = None if self.resumed_from is None else read_state(self.resumed_from)
+        return {} if state is None else state.parts
