@@ -11,6 +11,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -117,7 +118,7 @@ def run_suite(python: Path) -> dict:
 
 
 def run_scripts(python: Path, more: tuple[str, ...]) -> dict[str, str]:
-    """Run both scripts for some steps; return name -> "ok", or the last line of the error."""
+    """Run both scripts for some steps; return name -> "ok", or the error."""
     outcome = {}
     with tempfile.TemporaryDirectory() as folder:
         packages = Path(folder) / "packages"
@@ -129,7 +130,8 @@ def run_scripts(python: Path, more: tuple[str, ...]) -> dict[str, str]:
             output = ["--output_dir", Path(folder) / name]
             done = call(python, ROOT / name, *flags, *COMMON, *output, PYTHONPATH=str(packages))
             lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-            outcome[name] = "ok" if done.returncode == 0 else lines[-1][:300]
+            said = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)] or lines
+            outcome[name] = "ok" if done.returncode == 0 else said[-1][:300]
     return outcome
 
 

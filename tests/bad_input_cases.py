@@ -151,9 +151,9 @@ ARGUMENTS = [
     case("precision='fp32' contradicts bf16=True", "set bf16=False", precision="fp32", bf16=True),
     case("checkpoint_placement is 'all'", "leave it unset", memory_budget="50%", checkpoint_placement="all"),
     case("checkpoint_placement='budget'", "such as '12GiB'", checkpoint_placement="budget"),
-    case(ACTIVATION_CHECKPOINTING, f"set {ACTIVATION_CHECKPOINTING}=False", memory_budget="50%",
-         **{ACTIVATION_CHECKPOINTING: True}),
-    case("gradient_checkpointing", "gradient_checkpointing=False", memory_budget="50%", gradient_checkpointing=True),
+    # One name before transformers 5.23.
+    *(case(name, f"{name}=False", memory_budget="50%", **{name: True})
+      for name in dict.fromkeys([ACTIVATION_CHECKPOINTING, "gradient_checkpointing"])),
     case("torch_compile", "set torch_compile=False", checkpoint_placement="all", torch_compile=True),
     case("target_metric", "set both or none", target_metric="eval_loss", eval_strategy="steps"),
     case("target_metric", "set eval_strategy", target_metric="eval_loss", target_value=3.0),
