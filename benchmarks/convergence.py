@@ -34,16 +34,25 @@ RESULTS = HERE / "results" / "convergence"
 STOCK = "fixed"
 NUM_EVALUATIONS = 20
 # Evaluations along the way are on a part of the validation data, the last one on all.
-CURVE_SAMPLES = {"language": 100, "vision": 500, "vision_resnet50": 250}
+CURVE_SAMPLES = {"language": 100, "vision": 500, "vision_resnet50": 250, "code": 100, "vit": 500}
 
 
 def record_path(options: argparse.Namespace) -> Path:
     parts = [options.task, options.policy, f"k{options.k}", f"lr{options.learning_rate:g}"]
+    parts += [
+        f"{name.removeprefix('adam_')}_{value:.6g}" for name, value in swept(options).items() if value is not None
+    ]
     if options.policy != STOCK:
-        parts.append(options.rule)
+        parts += [options.rule, options.clock]
+        parts += [] if options.annealing is None else [f"annealing_{options.annealing:g}"]
     if options.ranks > 1:
         parts.append(f"ranks{options.ranks}")
     return options.results / ("-".join([*parts, f"seed{options.seed}"]) + ".json")
+
+
+def swept(options: argparse.Namespace) -> dict[str, float | None]:
+    """Return the arguments that a run may have in place of the task's."""
+    return {"adam_beta1": options.beta1, "adam_beta2": options.beta2, "weight_decay": options.weight_decay}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -78,6 +87,7 @@ def run(options: argparse.Namespace) -> None:
             "eval_steps": max(1, max_steps // NUM_EVALUATIONS),
             "ddp_find_unused_parameters": False,
         }
+        common |= {name: value for name, value in swept(options).items() if value is not None}
         if options.policy == STOCK:
             args = transformers.TrainingArguments(**common)
             trainer = transformers.Trainer(args=args, callbacks=[ThroughputCallback(), clock], **parts)
@@ -97,7 +107,12 @@ def run(options: argparse.Namespace) -> None:
         "policy": options.policy,
         "k": options.k,
         "learning_rate": options.learning_rate,
+        "adam_beta1": trainer.args.adam_beta1,
+        "adam_beta2": trainer.args.adam_beta2,
+        "weight_decay": trainer.args.weight_decay,
         "rule": None if options.policy == STOCK else options.rule,
+        "adam_clock": None if options.policy == STOCK else options.clock,
+        "annealing_noise_ratio": None if options.policy == STOCK else trainer.args.annealing_noise_ratio,
         "seed": options.seed,
         "ranks": options.ranks,
         "optimizer_step_cost": options.step_cost,
@@ -141,12 +156,15 @@ def ours(options: argparse.Namespace, common: dict, parts: dict, clock):
     elif options.policy in CANDIDATES:
         policy = CANDIDATES[options.policy]()
     extra = {"optimizer_step_cost": options.step_cost} if policy is None and options.policy == "goodput" else {}
+    if options.annealing is not None:
+        extra["annealing_noise_ratio"] = options.annealing
     if options.policy == "ramp":
         extra["accumulation_ramp"] = "0:1,0.4:2,0.7:4"
     args = EfficientTrainingArguments(
         **common,
         accumulation_policy=options.policy if policy is None else "goodput",
         lr_batch_scaling=options.rule,
+        adam_clock=options.clock,
         measurements="throughput",
         **extra,
     )
@@ -164,7 +182,12 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--policy", default=STOCK)
     one.add_argument("-k", type=int, default=8, help="gradient_accumulation_steps (the reference)")
     one.add_argument("--learning_rate", type=float, required=True)
+    one.add_argument("--beta2", type=float, default=None, help="adam_beta2; default: the task's")
+    one.add_argument("--beta1", type=float, default=None, help="adam_beta1; default: the task's")
     one.add_argument("--rule", default="sqrt", help="lr_batch_scaling")
+    one.add_argument("--clock", default="tokens", help="adam_clock")
+    one.add_argument("--weight_decay", type=float, default=None, help="default: the task's")
+    one.add_argument("--annealing", type=float, default=None, help="annealing_noise_ratio; default: ours")
     one.add_argument("--step_cost", type=float, default=None, help="optimizer_step_cost; default: measured in the run")
     one.add_argument("--source", type=Path, default=None, help="record whose k is replayed or reversed")
     one.add_argument("--seed", type=int, default=0)

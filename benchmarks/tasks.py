@@ -7,6 +7,8 @@ test (data, model, schedule) is here, so that stock `Trainer` and `EfficientTrai
 import hashlib
 import io
 import os
+import platform
+import sysconfig
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,10 @@ LANGUAGE_LOW_FLOOR = replace(
     name="language_low_floor",
     training_arguments={**LANGUAGE.training_arguments, "lr_scheduler_kwargs": {"min_lr_rate": 0.02}},
 )
-TASKS = {task.name: task for task in (LANGUAGE, VISION, VISION_RESNET50, LANGUAGE_LOW_FLOOR)}
+# Two tasks that no default was found on: a Llama-type net on Python's standard library, and a ViT on CIFAR-10.
+CODE = replace(LANGUAGE, name="code")
+VIT = replace(VISION, name="vit")
+TASKS = {task.name: task for task in (LANGUAGE, VISION, VISION_RESNET50, LANGUAGE_LOW_FLOOR, CODE, VIT)}
 
 
 def common_arguments(task: Task, output_dir: str) -> dict[str, Any]:
@@ -140,6 +145,26 @@ def _language_tokens(split: str) -> np.ndarray:
     return np.load(path)
 
 
+def _code_tokens(split: str) -> np.ndarray:
+    """Tokens of the standard library's sources under a byte-level BPE of 4,096; every 20th module is validation."""
+    version = platform.python_version()
+    path = CACHE / f"stdlib-{version}-bpe4096-{split}.npy"
+    if not path.exists():
+        from tokenizers import ByteLevelBPETokenizer
+
+        CACHE.mkdir(parents=True, exist_ok=True)
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = sorted(p for p in root.rglob("*.py") if not {"site-packages", "test", "tests"} & set(p.parts))
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+        parts = {"valid": texts[::20], "train": [text for i, text in enumerate(texts) if i % 20]}
+        tokenizer = ByteLevelBPETokenizer()
+        tokenizer.train_from_iterator(parts["train"], vocab_size=4096, min_frequency=2, show_progress=False)
+        for name, part in parts.items():
+            ids = [i for encoding in tokenizer.encode_batch(part) for i in encoding.ids]
+            np.save(CACHE / f"stdlib-{version}-bpe4096-{name}.npy", np.array(ids, dtype=np.uint16))
+    return np.load(path)
+
+
 def _vision_arrays(split: str, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     path = CACHE / f"cifar10-{split}.npz"
     if not path.exists():
@@ -191,15 +216,40 @@ def build(task: Task, seed: int, toy: bool = False) -> dict[str, Any]:
             "train_dataset": TokenBlocks(tokens("train"), 128),
             "eval_dataset": TokenBlocks(tokens("valid")[: 400 * 128], 128),
         }
+    if task.name == "code":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        width = 32 if toy else 144
+        config = LlamaConfig(
+            vocab_size=4096, max_position_embeddings=128, hidden_size=width, intermediate_size=8 * width // 3,
+            num_hidden_layers=1 if toy else 4, num_attention_heads=4, num_key_value_heads=2, use_cache=False,
+            tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        tokens = _toy_tokens if toy else _code_tokens
+        return {
+            "model": LlamaForCausalLM(config),
+            "train_dataset": TokenBlocks(tokens("train"), 128),
+            "eval_dataset": TokenBlocks(tokens("valid")[: 400 * 128], 128),
+        }
+    arrays = _toy_arrays if toy else _vision_arrays
+    images = {
+        "train_dataset": Images(*arrays("train"), flip=True, seed=seed),
+        "eval_dataset": Images(*arrays("test", limit=2000), flip=False),
+        "compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    }
+    if task.name == "vit":
+        from transformers import ViTConfig, ViTForImageClassification
+
+        width = 32 if toy else 96
+        config = ViTConfig(
+            image_size=32, patch_size=4, hidden_size=width, intermediate_size=4 * width, num_labels=10,
+            num_hidden_layers=1 if toy else 4, num_attention_heads=4, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        return {"model": ViTForImageClassification(config), **images}
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
     architecture = "resnet50" if task is VISION_RESNET50 and not toy else "resnet18"
     config = TimmWrapperConfig(architecture=architecture, num_labels=10, do_pooling=True)
     model = TimmWrapperForImageClassification(config)
-    arrays = _toy_arrays if toy else _vision_arrays
-    return {
-        "model": model,
-        "train_dataset": Images(*arrays("train"), flip=True, seed=seed),
-        "eval_dataset": Images(*arrays("test", limit=2000), flip=False),
-        "compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-    }
+    return {"model": model, **images}

@@ -29,6 +29,7 @@ from .stock_arguments import (
 
 logger = logging.getLogger(__name__)
 
+ADAM_CLOCKS = ("tokens", "steps")
 POLICIES = ("fixed", "noise_scale", "goodput", "ramp")
 
 RANGES = {
@@ -63,8 +64,9 @@ class EfficientTrainingArgumentsMixin(
         min_accumulation_steps (`int`, defaults to 1): Least k.
         max_accumulation_steps (`int`, *optional*): Largest k; the larger of 32 and 4·k_ref if unset.
         lr_batch_scaling (`str`, defaults to `"auto"`): How the learning rate follows k relative to k_ref: `"none"`,
-            `"sqrt"`, `"linear"`, `"gain"` or `"surge"`. `"auto"`: `"surge"` where the noise scale is measured, else
-            `"sqrt"`.
+            `"sqrt"`, `"linear"` or `"surge"`. `"auto"`: `"surge"` where the noise scale is measured, else `"sqrt"`.
+        adam_clock (`str`, defaults to `"tokens"`): Where k varies, Adam's second moment and AdamW's weight decay keep
+            their half-life in data (`"tokens"`) or in optimizer steps (`"steps"`).
         noise_scale_ratio (`float`, defaults to 1.0): ρ of `"noise_scale"`.
         accumulation_ramp (`str`, *optional*): Schedule of `"ramp"`, as `"share of data:k,..."`.
         optimizer_step_cost (`float`, *optional*): Cost of an optimizer step in micro-batches for `"goodput"` instead
@@ -105,14 +107,22 @@ class EfficientTrainingArgumentsMixin(
             "it if k stays at it (accumulation_steps in the log)."
         },
     )
-    lr_batch_scaling: Literal["auto", "none", "sqrt", "linear", "gain", "surge"] = field(
+    lr_batch_scaling: Literal["auto", "none", "sqrt", "linear", "surge"] = field(
         default="auto",
         metadata={
             "help": "How the learning rate follows k relative to gradient_accumulation_steps: 'none', 'sqrt' (Adam), "
-            "'linear' (SGD), 'gain' (AdaScale: linear below the noise scale, flat above; its root for Adam), or "
-            "'surge' (best rate of updates by sign: rises up to the noise scale, flat above). 'auto' (the default) = "
-            "'surge' where the noise scale is measured, else 'sqrt'. Set 'linear' for SGD, 'none' where the learning "
-            "rate was tuned without regard to the batch."
+            "'linear' (SGD), or 'surge' (as the measured noise scale says: the rate rises with the batch up to the "
+            "noise scale and stays there). 'auto' (the default) = 'surge' where the noise scale is measured, else "
+            "'sqrt'. Set 'linear' for SGD with a ramp, 'none' to leave the rate alone."
+        },
+    )
+    adam_clock: Literal["tokens", "steps"] = field(
+        default="tokens",
+        metadata={
+            "help": "What Adam's second moment (adam_beta2) and AdamW's weight decay forget by where k varies: "
+            "'tokens' (the default) keeps their half-life in data, as if every optimizer step had "
+            "gradient_accumulation_steps micro-batches; 'steps' keeps it in optimizer steps, so that it follows k. "
+            "Set 'steps' if adam_beta2 was tuned for runs in which k varies."
         },
     )
     noise_scale_ratio: float = field(
@@ -196,9 +206,12 @@ class EfficientTrainingArgumentsMixin(
                 "your own as EfficientTrainer(accumulation_policy=...)."
             )
         if self.lr_batch_scaling not in BATCH_SCALING_RULES:
+            gone = " ('gain' has become a part of 'surge')" if self.lr_batch_scaling == "gain" else ""
             raise ValueError(
-                f"lr_batch_scaling is '{self.lr_batch_scaling}'; choose one of {', '.join(BATCH_SCALING_RULES)}."
+                f"lr_batch_scaling is '{self.lr_batch_scaling}'; choose one of {', '.join(BATCH_SCALING_RULES)}{gone}."
             )
+        if self.adam_clock not in ADAM_CLOCKS:
+            raise ValueError(f"adam_clock is '{self.adam_clock}'; choose one of {', '.join(ADAM_CLOCKS)}.")
         check_ranges(self, RANGES)
         if self.max_accumulation_steps is not None and self.max_accumulation_steps < self.min_accumulation_steps:
             raise ValueError(

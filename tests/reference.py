@@ -163,3 +163,52 @@ def median_at_positions(curves, holds):
             middle = len(values) // 2
             result.append((x, values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2))
     return result
+
+
+def adam_by_definition(
+    weights: np.ndarray,
+    gradients: list[np.ndarray],
+    batch_ratios: list[float],
+    rates: list[float],
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    rate_factors: list[float],
+) -> tuple[np.ndarray, np.ndarray]:
+    """AdamW on a clock of data, in float64, from the whole history: no running average, no step count.
+
+    After n windows the second moment is the mean of the square gradients, each weighted by what it came in with,
+    1 − β2^κ, times what all later windows have left of it. A mean: the weights are divided by their sum. The first
+    moment likewise, with β1 at every window. Weights decay by 1 − η·λ·κ a window, where η is the rate without the
+    factor for its batch.
+
+    Args:
+        weights: Before the first window, shape (P,).
+        gradients: Of each window, shape (P,).
+        batch_ratios: κ of each.
+        rates: Learning rate of each, factor for the batch included.
+        betas: Of the recipe.
+        eps: ε.
+        weight_decay: λ.
+        rate_factors: Factor for the batch of each.
+
+    Returns:
+        Weights, and the second moment as the optimizer keeps it (not divided).
+    """
+    weights = weights.astype(np.float64)
+    for n in range(1, len(gradients) + 1):
+        first, second = np.zeros_like(weights), np.zeros_like(weights)
+        first_weight = second_weight = 0.0
+        for i in range(n):
+            own = 1 - betas[0]
+            for _ in range(i + 1, n):
+                own *= betas[0]
+            first, first_weight = first + own * gradients[i], first_weight + own
+            own = 1 - betas[1] ** batch_ratios[i]
+            for j in range(i + 1, n):
+                own *= betas[1] ** batch_ratios[j]
+            second, second_weight = second + own * gradients[i] ** 2, second_weight + own
+        rate = rates[n - 1]
+        weights = weights * (1 - rate / rate_factors[n - 1] * weight_decay * batch_ratios[n - 1])
+        weights = weights - rate * (first / first_weight) / (np.sqrt(second / second_weight) + eps)
+    return weights, second

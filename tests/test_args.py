@@ -25,7 +25,7 @@ from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING, TRANSFORMERS
     ("bad", "message"),
     [
         ({"accumulation_policy": "adaptive"}, "choose one of fixed, noise_scale, goodput, ramp"),
-        ({"lr_batch_scaling": "cube"}, "choose one of auto, none, sqrt, linear, gain, surge"),
+        ({"lr_batch_scaling": "cube"}, "choose one of auto, none, sqrt, linear, surge"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
         ({"min_accumulation_steps": 0}, "min_accumulation_steps is 0"),
         ({"min_accumulation_steps": 4, "max_accumulation_steps": 2}, "raise the one or lower the other"),
@@ -42,7 +42,10 @@ from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING, TRANSFORMERS
             {"accumulation_policy": "fixed", "max_accumulation_steps": 2, "gradient_accumulation_steps": 4},
             "leave these",
         ),
-        ({"accumulation_policy": "fixed", "lr_batch_scaling": "gain", "measure_noise_scale": False}, "leave it unset"),
+        (
+            {"accumulation_policy": "fixed", "lr_batch_scaling": "surge", "measure_noise_scale": False},
+            "leave it unset",
+        ),
     ],
 )
 def test_bad_arguments(tmp_path, bad, message):
@@ -256,7 +259,7 @@ def test_arguments_are_flags(tmp_path):
     parser = HfArgumentParser(EfficientTrainingArguments)
     (args,) = parser.parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--accumulation_policy", "noise_scale", "--noise_scale_ratio", "0.5",
-         "--max_accumulation_steps", "12", "--lr_batch_scaling", "gain", "--measure_noise_scale"]
+         "--max_accumulation_steps", "12", "--lr_batch_scaling", "surge", "--measure_noise_scale"]
     )  # fmt: skip
     assert args.make_accumulation_policy() == NoiseScalePolicy(0.5)
     assert args.accumulation_bounds == (1, 12)

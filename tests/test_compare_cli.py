@@ -92,7 +92,7 @@ def test_stock_has_none_of_our_arguments_and_everything_off():
     given = ["--memory_budget", "75%", "--max_steps=5", "--measurements", "none", "--bf16"]
     stock = stock_arm(given)
     assert stock.arguments == ("--max_steps=5", "--bf16", *OFF)
-    assert our_arm(given, ["--lr_batch_scaling", "gain"]).arguments == (*given, "--lr_batch_scaling", "gain")
+    assert our_arm(given, ["--lr_batch_scaling", "surge"]).arguments == (*given, "--lr_batch_scaling", "surge")
 
 
 def test_arguments_are_found_and_removed():
@@ -114,6 +114,16 @@ def test_sweep_keeps_the_data():
     assert value_of(arms[0].arguments, "warmup_steps") == "0.1"
     with pytest.raises(ValueError, match="needs --learning_rate"):
         sweep_arms(ArmSpec("stock", ("--gradient_accumulation_steps", "4")), [1], ["1x"])
+
+
+def test_sweep_of_beta2():
+    stock = ArmSpec("stock", (*BASE, "--adam_beta2", "0.9"))
+    arms = sweep_arms(stock, [2, 4], ["1x"], ["0.9", "data", "0.99"])
+    found = [(value_of(a.arguments, "gradient_accumulation_steps"), value_of(a.arguments, "adam_beta2")) for a in arms]
+    # At the given k "data" is the given value, and is run once.
+    assert found == [("2", "0.9"), ("2", f"{0.9**0.5:.6g}"), ("2", "0.99"), ("4", "0.9"), ("4", "0.99")]
+    assert arms[1].name == "stock, k = 2, rate 0.01, β2 0.948683"
+    assert len({arm.slug for arm in arms}) == 5
 
 
 def test_ablations_turn_on_one_part_each():
@@ -392,6 +402,8 @@ def test_arms_of_ones_own(monkeypatch, script, capsys):
         (["--arm", "++=--x 1"], [], "no letter or digit"),
         (["--sweep", "1,two"], BASE, "takes whole numbers"),
         (["--sweep", "0"], BASE, "below 1"),
+        (["--sweep", "2", "--sweep_adam_beta2", "much"], BASE, "--sweep_adam_beta2 'much' numbers or 'data'"),
+        (["--sweep_adam_beta2", "0.9"], BASE, "add --sweep"),
         (["--sweep", "1"], [], "needs --gradient_accumulation_steps"),
         (["--sweep", "1", "--arm", "stock"], [], "leave --arm out"),
         (["--ablate", "--arm", "stock"], [], "leave --arm out"),

@@ -16,7 +16,7 @@ from hf_trainopt.accumulation.noise_scale import (
     estimate_noise,
     ratio_interval,
 )
-from hf_trainopt.accumulation.sums import SUMMED, local_sums, pack_sums, unpack_sums
+from hf_trainopt.accumulation.sums import SUMMED, Proposal, local_sums, pack_sums, unpack_sums
 
 
 DIMENSION = 20
@@ -34,7 +34,7 @@ def statistics_of(gradients: np.ndarray, num_items: np.ndarray, weights=None, wo
             list((in_grad**2).sum(1)), list(num_items[mine]), list(weights[mine]), gradient_factor=1 / world_size
         )
         mean = (weights[:, None] * gradients).sum(0)
-        vector += pack_sums(0, len(gradients[mine]), float(mean @ mean) if rank == 0 else 0.0, sums)
+        vector += pack_sums(Proposal(), len(gradients[mine]), float(mean @ mean) if rank == 0 else 0.0, sums)
     _, statistics = unpack_sums(vector.tolist())
     return statistics
 

@@ -249,7 +249,7 @@ def test_statistics_of_mean_losses_in_uneven_pieces(tmp_path):
     from reference import estimate_noise_by_pairs
 
     from hf_trainopt.accumulation import estimate_noise
-    from hf_trainopt.accumulation.sums import local_sums, micro_batch_weights, pack_sums, unpack_sums
+    from hf_trainopt.accumulation.sums import Proposal, local_sums, micro_batch_weights, pack_sums, unpack_sums
 
     rows, shares = [2, 1, 2, 1], [2 / 3, 1 / 3, 2 / 3, 1 / 3]
     generator = torch.Generator().manual_seed(0)
@@ -258,7 +258,7 @@ def test_statistics_of_mean_losses_in_uneven_pieces(tmp_path):
     assert weights == pytest.approx([1 / 3, 1 / 6, 1 / 3, 1 / 6])
     pieces = [weight * gradient for weight, gradient in zip(weights, gradients, strict=True)]
     sums = local_sums([float(piece.square().sum()) for piece in pieces], rows, weights, 1.0)
-    _, statistics = unpack_sums(pack_sums(0, 6, float(sum(pieces).square().sum()), sums).tolist())
+    _, statistics = unpack_sums(pack_sums(Proposal(), 6, float(sum(pieces).square().sum()), sums).tolist())
     expected = estimate_noise_by_pairs(gradients.numpy(), np.array(rows))
     assert estimate_noise(statistics) == pytest.approx(expected)
 

@@ -190,7 +190,7 @@ def test_steps_and_counts_of_ones_own_measure_the_same_noise(tmp_path, base):
 def test_statistics_with_weights_of_another_sum():
     """The slow twin: the same sums with weights that add up to 1 from the start."""
     from hf_trainopt.accumulation.noise_scale import WindowStatistics, estimate_noise
-    from hf_trainopt.accumulation.sums import local_sums, pack_sums, unpack_sums
+    from hf_trainopt.accumulation.sums import Proposal, local_sums, pack_sums, unpack_sums
 
     norms, items, divided_by = [4.0, 9.0, 1.0], [3, 5, 2], 37.0
     total = sum(items)
@@ -200,8 +200,8 @@ def test_statistics_with_weights_of_another_sum():
     )
     expected = local_sums([norm * (total / divided_by) ** 2 for norm in norms], items, [n / total for n in items], 1.0)
     square = 5.0 * (total / divided_by) ** 2
-    _, found = unpack_sums(pack_sums(0, 10, square, given).tolist())
-    _, right = unpack_sums(pack_sums(0, 10, square, expected).tolist())
+    _, found = unpack_sums(pack_sums(Proposal(), 10, square, given).tolist())
+    _, right = unpack_sums(pack_sums(Proposal(), 10, square, expected).tolist())
     corrected = with_counted_items(found, divided_by)
     for name in WindowStatistics.__dataclass_fields__:
         assert getattr(corrected, name) == pytest.approx(getattr(right, name), rel=1e-12), name

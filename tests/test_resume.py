@@ -17,7 +17,7 @@ from hf_trainopt.reliability.manifest import MANIFEST_NAME
 # k varies in every one of them, and none depends on the clock.
 POLICIES = {
     "goodput": {"accumulation_policy": "goodput", "optimizer_step_cost": 2.0, "noise_scale_interval": 2},
-    "noise_scale": {"accumulation_policy": "noise_scale", "noise_scale_interval": 1, "lr_batch_scaling": "gain"},
+    "noise_scale": {"accumulation_policy": "noise_scale", "noise_scale_interval": 1, "lr_batch_scaling": "surge"},
     "ramp": {"accumulation_policy": "ramp", "accumulation_ramp": "0:2,0.2:1,0.5:5,0.8:3"},
 }
 

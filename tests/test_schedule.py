@@ -8,10 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import Rows, arguments, quiet, tiny_gpt2
 from torch.optim.lr_scheduler import StepLR
-from transformers import get_scheduler
+from transformers import TrainerCallback, get_scheduler
 from transformers.optimization import AdafactorSchedule
 
+from hf_trainopt import EfficientTrainer
 from hf_trainopt.accumulation.schedule import (
     NOISE_SCALING_RULES,
     DataIndexedLR,
@@ -243,7 +245,7 @@ def test_callbacks_change_the_schedule_inside():
         _ = ours.nonsense
 
 
-@pytest.mark.parametrize("rule", ["none", "sqrt", "linear", "gain", "surge"])
+@pytest.mark.parametrize("rule", ["none", "sqrt", "linear", "surge"])
 @pytest.mark.parametrize("noise", [None, 0.5, 10.0])
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_the_reference_batch_is_never_scaled(rule, noise, adaptive):
@@ -255,8 +257,6 @@ def test_rules():
     assert batch_scaling_factor("sqrt", 2, 8, 4.0, True) == pytest.approx(0.5)
     assert batch_scaling_factor("linear", 2, 8, 4.0, True) == pytest.approx(0.25)
     gain = (1 + 4 / 8) / (1 + 4 / 2)
-    assert batch_scaling_factor("gain", 2, 8, 4.0, adaptive=False) == pytest.approx(gain)
-    assert batch_scaling_factor("gain", 2, 8, 4.0, adaptive=True) == pytest.approx(math.sqrt(gain))
     surge = (math.sqrt(4 / 4) + math.sqrt(4 / 4)) / (math.sqrt(4 / 2) + math.sqrt(2 / 4))  # best at the noise scale, 4
     assert batch_scaling_factor("surge", 2, 8, 4.0, adaptive=True) == pytest.approx(surge)
     assert batch_scaling_factor("surge", 2, 8, 4.0, adaptive=False) == pytest.approx(gain)
@@ -286,13 +286,35 @@ def test_surge_is_the_best_rate_of_updates_by_sign(noise):
     assert factors == pytest.approx([rate / rates[7] for rate in rates])
     assert factors == sorted(factors)
     for b, factor in zip(batches, factors, strict=True):
-        root, gain = (batch_scaling_factor(rule, b, 8, noise, adaptive=True) for rule in ("sqrt", "gain"))
-        assert min(1.0, root, gain) - 1e-12 <= factor <= max(1.0, root, gain) + 1e-12
+        root = batch_scaling_factor("sqrt", b, 8, noise, adaptive=True)
+        assert min(1.0, root) - 1e-12 <= factor <= max(1.0, root) + 1e-12
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("noise", [None, 3.0, 40.0])
+def test_what_annealing_adds_to_a_batch_keeps_the_noise_of_the_schedule(adaptive, noise):
+    """Transfer to k* as if there were no more, then rate²/k (Adam) or rate/k (SGD) as it was at k*."""
+    power = 2 if adaptive else 1
+    for wanted in (1.0, 2.5, 8.0):
+        at_wanted = batch_scaling_factor("surge", wanted, 8, noise, adaptive)
+        for k in (wanted, 2 * wanted, 5 * wanted):
+            factor = batch_scaling_factor("surge", k, 8, noise, adaptive, unannealed_steps=wanted)
+            assert factor**power / k == pytest.approx(at_wanted**power / wanted)
+    # A batch that is not larger than k* has nothing of it; below one micro-batch there is no batch.
+    assert batch_scaling_factor("surge", 2, 8, noise, adaptive, 5.0) == batch_scaling_factor(
+        "surge", 2, 8, noise, adaptive
+    )
+    assert batch_scaling_factor("surge", 2, 8, noise, adaptive, 0.3) == batch_scaling_factor(
+        "surge", 2, 8, noise, adaptive, 1.0
+    )
+    for rule in ("none", "sqrt", "linear"):
+        plain = batch_scaling_factor(rule, 6, 8, noise, adaptive)
+        assert batch_scaling_factor(rule, 6, 8, noise, adaptive, unannealed_steps=2.0) == plain
 
 
 def test_auto_takes_the_noise_scale_where_it_is_measured():
     assert (chosen_rule("auto", True), chosen_rule("auto", False)) == ("surge", "sqrt")
-    assert chosen_rule("gain", True) == "gain"
+    assert chosen_rule("linear", True) == "linear"
     with pytest.raises(ValueError, match="lr_batch_scaling"):  # must have been resolved
         batch_scaling_factor("auto", 2, 8, 4.0, True)
 
@@ -340,3 +362,49 @@ def test_a_table_of_any_kind_is_constant_between_whole_steps(table, caplog):
     if table is not TABLES["get"]:
         with pytest.raises((LookupError, RuntimeError)):
             ours.step()  # a step that the table lacks is an error, as in stock
+
+
+class Places(TrainerCallback):
+    """What the schedule of the next window stands on, after each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        parts = self.trainer.trainopt
+        rate, controller = parts.learning_rate, parts.accumulation.controller
+        self.seen.append({
+            "progress": parts.accumulation.cursor.progress,
+            "base": rate.factor(),
+            "noise": rate.transfer_noise,
+            "kept": rate.keeps_noise,
+            "wanted": rate.unannealed_steps,
+            "k": controller.next_window_steps,
+            "scale": self.trainer.lr_scheduler.scale,
+            "running": controller.noise.value if controller.noise is not None else None,
+            "resolved": controller.noise is not None and controller.noise.resolved,
+        })  # fmt: skip
+
+
+@pytest.mark.parametrize("warmup", [0.02, 0.5])
+def test_rates_are_transferred_by_the_noise_at_their_peak(tmp_path, warmup):
+    places = Places()
+    args = arguments(
+        tmp_path, gradient_accumulation_steps=3, optimizer_step_cost=2.0, noise_scale_interval=1, num_train_epochs=6,
+        warmup_steps=warmup, lr_scheduler_type="cosine",
+    )  # fmt: skip
+    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), callbacks=[places]))
+    places.trainer = trainer
+    trainer.train()
+    kept = [place for place in places.seen if place["kept"]]
+    assert 10 < len(kept) < len(places.seen) - 3
+    assert len({place["noise"] for place in kept}) == 1
+    assert len({place["running"] for place in kept}) > 5
+    # Not before the rate has begun to fall, nor in the first tenth of the data.
+    assert kept[0]["progress"] >= max(0.1, warmup)
+    assert all(place["noise"] == place["running"] for place in places.seen if not place["kept"] and place["resolved"])
+    assert all(place["wanted"] is not None for place in kept[1:])  # the policy sees it a window later
+    for place in places.seen:
+        noise = None if place["noise"] is None else place["noise"] / 3  # micro-batches of 3
+        factor = batch_scaling_factor("surge", place["k"], 3, noise, True, place["wanted"])
+        assert place["scale"] == factor

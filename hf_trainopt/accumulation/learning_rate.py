@@ -7,7 +7,6 @@ from typing import Any
 from ..core.part import Part
 from .schedule import (
     METRIC_DRIVEN,
-    NOISE_SCALING_RULES,
     DataIndexedLR,
     batch_scaling_factor,
     chosen_rule,
@@ -17,11 +16,33 @@ from .schedule import (
 
 logger = logging.getLogger(__name__)
 
+# Share of the data after which the transfer of rates keeps its noise scale, once the rate has stopped rising. The
+# noise scale rises to the end of a run: a transfer that followed it would lower the rate a second time, on top of the
+# schedule (measured: benchmarks/convergence.md).
+TRANSFER_PROGRESS = 0.1
+
 
 class LearningRatePart(Part):
-    """Schedules that stay right where k changes; `scheduler.pt` holds their place in the data."""
+    """Schedules that stay right where k changes; `scheduler.pt` holds their place in the data.
+
+    Attributes:
+        transfer_noise: B_noise in samples that rates are transferred by, `None` while it is unknown.
+        keeps_noise: Whether that stays as it is from here on.
+        unannealed_steps: k* of the policy, as last known; `None` where it has none.
+    """
 
     name = "learning_rate"
+
+    def __init__(self, trainer: Any, parts: Any):
+        super().__init__(trainer, parts)
+        self._restart({})
+        self._committed_state: dict[str, Any] | None = None
+
+    def _restart(self, state: dict[str, Any]) -> None:
+        self.transfer_noise: float | None = state.get("noise")  # in samples; of the transfer
+        self.keeps_noise: bool = state.get("noise_is_kept", False)
+        self.unannealed_steps: float | None = state.get("unannealed_steps")
+        self._last_factor: float = state.get("last_factor", 0.0)
 
     @property
     def _follows_data(self) -> bool:
@@ -79,20 +100,36 @@ class LearningRatePart(Part):
             return 1.0
         return scheduler.factor(self.parts.accumulation.cursor.reference_position)
 
+    def move_on(self, factor: float, unannealed_steps: float) -> None:
+        """Take in a finished window, and place the schedule for the next one; every rank calls it alike.
+
+        Args:
+            factor: `factor()`, now that the window's data are consumed.
+            unannealed_steps: k* of the policy, 0 where it has none.
+        """
+        # While the noise scale is not resolved the policy holds k: what k is made of stays as it was, too.
+        self.unannealed_steps = unannealed_steps or self.unannealed_steps
+        if not self.keeps_noise:
+            noise, cursor = self.parts.accumulation.controller.noise, self.parts.accumulation.cursor
+            if noise is not None and noise.resolved:
+                self.transfer_noise = noise.value
+                self.keeps_noise = cursor.progress >= TRANSFER_PROGRESS and factor <= self._last_factor
+        self._last_factor = factor
+        self.place()
+
     def place(self) -> None:
         """Tell the schedule where the next window begins and how large it will be; its next step applies that."""
         scheduler, accumulation = self.trainer.lr_scheduler, self.parts.accumulation
         if not isinstance(scheduler, DataIndexedLR):
             return
         controller = accumulation.controller
-        rule = chosen_rule(self.trainer.args.lr_batch_scaling, accumulation.measures)
-        noise = controller.noise if rule in NOISE_SCALING_RULES else None
         factor = batch_scaling_factor(
-            rule,
+            chosen_rule(self.trainer.args.lr_batch_scaling, accumulation.measures),
             controller.next_window_steps,
             accumulation.reference_steps,
-            noise.resolved_in(controller.micro_batch_samples) if noise is not None else None,
+            None if self.transfer_noise is None else self.transfer_noise / controller.micro_batch_samples,
             is_adaptive_optimizer(self.trainer.optimizer),
+            self.unannealed_steps,
         )
         scheduler.set_position(accumulation.cursor.reference_position, factor)
 
@@ -101,3 +138,21 @@ class LearningRatePart(Part):
         if isinstance(self.trainer.lr_scheduler, DataIndexedLR):
             self.place()
             self.trainer.lr_scheduler.step()
+
+    # ---- Checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._follows_data:
+            self._committed_state = {
+                "noise": self.transfer_noise,
+                "noise_is_kept": self.keeps_noise,
+                "unannealed_steps": self.unannealed_steps,
+                "last_factor": self._last_factor,
+            }
+
+    def state_dict(self) -> dict[str, Any] | None:
+        return self._committed_state
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        self._committed_state = state
+        self._restart(state or {})

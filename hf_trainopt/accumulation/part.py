@@ -29,9 +29,9 @@ from .loss_division import LossDivision
 from .mean_loss import MeanLoss
 from .measurement import WindowMeasurement
 from .noise_scale import NoiseScaleTracker, WindowStatistics, noise_logs
-from .policy import AccumulationPolicy, FixedPolicy
+from .policy import AccumulationPolicy, FixedPolicy, unannealed_steps
 from .schedule import NOISE_SCALING_RULES, DataIndexedLR
-from .sums import POLICY_FAILED, with_counted_items
+from .sums import POLICY_FAILED, Proposal, with_counted_items
 from .timing import StepTimer
 from .window import Window
 
@@ -332,14 +332,15 @@ class AccumulationPart(Part):
         self.cursor.advance(len(window), end_of_epoch=self._fetcher.epoch_is_over)
         self._fetcher.epoch_is_over |= self.cursor.micro_batch == 0
 
-    def propose(self, learning_rate_factor: float) -> tuple[int, Exception | None]:
-        """Return the next k on rank 0 and 0 elsewhere, or what went wrong: the other ranks wait for an answer."""
+    def propose(self, learning_rate_factor: float) -> Proposal:
+        """Return the next k on rank 0, or what went wrong (the other ranks wait for an answer); zeros elsewhere."""
         if self.trainer.args.process_index != 0:
-            return 0, None
+            return Proposal()
         try:
-            return self.controller.decide(self.controller.observe(self.cursor.progress, learning_rate_factor)), None
+            observation = self.controller.observe(self.cursor.progress, learning_rate_factor)
+            return Proposal(self.controller.decide(observation), unannealed_steps(self.policy, observation) or 0.0)
         except Exception as error:
-            return POLICY_FAILED, error
+            return Proposal(POLICY_FAILED, failure=error)
 
     def finish_window(
         self,

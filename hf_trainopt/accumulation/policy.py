@@ -50,6 +50,15 @@ class Observation:
 AccumulationPolicy = Callable[[Observation], float | None]
 
 
+def unannealed_steps(policy: AccumulationPolicy, observation: Observation) -> float | None:
+    """Return the k of a policy that lets the batch grow as the rate decays, had the rate not decayed.
+
+    A policy tells it by a method `without_annealing`. `None` where there is none, or it isn't known yet.
+    """
+    ask = getattr(policy, "without_annealing", None)
+    return None if ask is None else ask(observation)
+
+
 @dataclass(frozen=True)
 class FixedPolicy:
     """Always k_ref."""
@@ -99,15 +108,19 @@ class GoodputPolicy:
     step_cost: float | None = None
     annealing_ratio: float = 0.25
 
-    def __call__(self, observation: Observation) -> float | None:
+    def without_annealing(self, observation: Observation) -> float | None:
+        """Return k*, what it would be if the learning rate had not decayed; `None` while that isn't known."""
         noise = observation.noise_in_micro_batches
         cost = self.step_cost
         if cost is None and observation.micro_batch_seconds and observation.step_seconds is not None:
             cost = observation.step_seconds / observation.micro_batch_seconds
-        if noise is None or cost is None:
+        return None if noise is None or cost is None else math.sqrt(cost * noise)
+
+    def __call__(self, observation: Observation) -> float | None:
+        best = self.without_annealing(observation)
+        if best is None:
             return None
-        best = math.sqrt(cost * noise)
-        ceiling = self.annealing_ratio * noise
+        ceiling = self.annealing_ratio * observation.noise_in_micro_batches
         grown = max(best, 1.0) / max(observation.learning_rate_decay, 1e-3)
         return max(best, min(grown, ceiling))
 

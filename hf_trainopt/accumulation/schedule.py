@@ -20,9 +20,9 @@ METRIC_DRIVEN = (ReduceLROnPlateau, GreedyLR)
 # Our part of a saved schedule: it is in `scheduler.pt`, so that the state of a schedule is in one place.
 STATE_KEY = "hf_trainopt"
 
-BATCH_SCALING_RULES = ("auto", "none", "sqrt", "linear", "gain", "surge")
+BATCH_SCALING_RULES = ("auto", "none", "sqrt", "linear", "surge")
 # Those that follow the measured noise scale.
-NOISE_SCALING_RULES = ("gain", "surge")
+NOISE_SCALING_RULES = ("surge",)
 
 
 def chosen_rule(rule: str, measures: bool) -> str:
@@ -33,7 +33,12 @@ def chosen_rule(rule: str, measures: bool) -> str:
 
 
 def batch_scaling_factor(
-    rule: str, accumulation_steps: int, reference_steps: int, noise_in_micro_batches: float | None, adaptive: bool
+    rule: str,
+    accumulation_steps: int,
+    reference_steps: int,
+    noise_in_micro_batches: float | None,
+    adaptive: bool,
+    unannealed_steps: float | None = None,
 ) -> float:
     r"""Factor on the learning rate for a batch of k instead of k_ref micro-batches.
 
@@ -42,14 +47,17 @@ def batch_scaling_factor(
     - `"none"`: 1.
     - `"sqrt"`: √κ (Malladi et al. 2022, arXiv 2205.10287, for Adam where noise dominates).
     - `"linear"`: κ (Goyal et al. 2017, arXiv 1706.02677, for SGD).
-    - `"gain"`: the gain r = (1 + B_noise/k_ref)/(1 + B_noise/k) of AdaScale (Johnson et al. 2020, arXiv 2007.05105),
-      which is ε_opt(B)/ε_opt(B_ref) of McCandlish et al. 2018, eq. 2.10: linear below the noise scale, flat above. Its
-      root for optimizers that divide by a running root mean square (Adam and its kin). While B_noise is unknown, its
-      limit for small batches, κ or √κ.
-    - `"surge"`: for Adam and its kin the rate that is best for updates by sign, ε_opt(B) ∝ 1/(√(B_noise/B) +
-      √(B/B_noise)) (Li et al. 2024, arXiv 2405.14578), which rises with the batch up to the noise scale; its fall
-      beyond is left out. So a rate that was tuned for a batch of more than the noise scale is kept for smaller ones,
-      where √κ would lower it. While B_noise is unknown √κ, its limit for small batches. For SGD the same as `"gain"`.
+    - `"surge"`: transfer, then annealing. Of the batch, k* = min(k, `unannealed_steps`) micro-batches are there for
+      their own sake, and k/k* take the place of a lower rate.
+
+      *Transfer* from k_ref to k*: s(k*)/s(k_ref), where s(B) = 2/(√(B_noise/B) + √(B/B_noise)) is the best rate of
+      updates by sign, for Adam and its kin (Li et al. 2024, arXiv 2405.14578). It rises up to the noise scale; its
+      fall beyond is left out. So a rate that was tuned for a batch of more than the noise scale is kept for smaller
+      ones, where √κ would lower it. While B_noise is unknown √(k*/k_ref), its limit for small batches. For SGD the
+      gain (1 + B_noise/k_ref)/(1 + B_noise/k*) of AdaScale (Johnson et al. 2020, arXiv 2007.05105).
+
+      *Annealing* from k* to k: √(k/k*), for SGD k/k*, so that batch and rate together have the noise that the
+      schedule asks for (Meterez et al. 2025, arXiv 2510.14717; Smith et al. 2018, arXiv 1711.00489).
 
     Args:
         rule: One of `BATCH_SCALING_RULES`, but not `"auto"` (see `chosen_rule`).
@@ -57,12 +65,13 @@ def batch_scaling_factor(
         reference_steps: k_ref.
         noise_in_micro_batches: B_noise in micro-batches over all ranks, or `None`.
         adaptive: Whether the optimizer is Adam-like (anything but SGD).
+        unannealed_steps: k that the policy would choose if the rate had not decayed, in micro-batches; `None`: k.
 
     Returns:
-        The factor, 1.0 at k = k_ref.
+        The factor. It is 1.0 at k = k_ref, but where a part of k is there in place of a lower rate.
     """
     ratio = accumulation_steps / reference_steps
-    if rule == "none" or ratio == 1:
+    if rule == "none":
         return 1.0
     if rule == "sqrt":
         return math.sqrt(ratio)
@@ -70,13 +79,17 @@ def batch_scaling_factor(
         return ratio
     if rule not in NOISE_SCALING_RULES:
         raise ValueError(f"lr_batch_scaling is '{rule}'; choose one of {', '.join(BATCH_SCALING_RULES)}.")
+    power = 0.5 if adaptive else 1.0
+    wanted = accumulation_steps if unannealed_steps is None else min(accumulation_steps, max(unannealed_steps, 1.0))
+    annealing = (accumulation_steps / wanted) ** power
+    if wanted == reference_steps:
+        return annealing
     noise = noise_in_micro_batches
     if noise is None or not math.isfinite(noise):
-        return math.sqrt(ratio) if adaptive else ratio
-    if rule == "surge" and adaptive:
-        return _best_sign_rate(accumulation_steps, noise) / _best_sign_rate(reference_steps, noise)
-    gain = (1 + noise / reference_steps) / (1 + noise / accumulation_steps)
-    return math.sqrt(gain) if adaptive else gain
+        return (wanted / reference_steps) ** power * annealing
+    if adaptive:
+        return _best_sign_rate(wanted, noise) / _best_sign_rate(reference_steps, noise) * annealing
+    return (1 + noise / reference_steps) / (1 + noise / wanted) * annealing
 
 
 def _best_sign_rate(batch: float, noise: float) -> float:
@@ -104,6 +117,9 @@ class DataIndexedLR(LRScheduler):
     its own too, is a recursion and is stepped once for each whole reference window that was passed. What is not
     defined here is that of the schedule inside, for callbacks that read or change it.
 
+    Attributes:
+        applied_scale: Batch-scaling factor in the rates that the optimizer has; `scale` is that of the next `step`.
+
     Args:
         inner: Schedule in reference windows, with `step`, `get_last_lr` and `state_dict`.
         optimizer: Whose rates are set; by default that of the schedule.
@@ -118,7 +134,7 @@ class DataIndexedLR(LRScheduler):
         # A schedule that was stepped before (by the user, or in an earlier `train`) goes on from there.
         self._offset = inner.last_epoch if self._closed_form else 0
         self.position: int | float = 0
-        self.scale = 1.0
+        self.scale = self.applied_scale = 1.0
         self._whole_steps = 0
         self._whole_positions = False
         self._last_lr = list(inner.get_last_lr())
@@ -207,6 +223,7 @@ class DataIndexedLR(LRScheduler):
                 self._whole_steps += 1
             rates = self.inner.get_last_lr()
         self._last_lr = [rate * self.scale for rate in rates]
+        self.applied_scale = self.scale
         self._set_rates(self._last_lr)
 
     def _set_rates(self, rates: list[float]) -> None:
@@ -264,6 +281,7 @@ class DataIndexedLR(LRScheduler):
             # Not where the schedule was when this run began: it may be one that an earlier `train` has stepped.
             self._offset = self.inner.last_epoch - self._whole_steps if self._closed_form else 0
             return
-        self.position, self.scale = ours["position"], ours["scale"]
+        self.position = ours["position"]
+        self.scale = self.applied_scale = ours["scale"]
         self._whole_steps, self._offset = ours["whole_steps"], ours.get("offset", 0)
         self._last_lr = list(ours["last_lr"])

@@ -97,9 +97,10 @@ def with_counted_items(statistics: WindowStatistics, num_items_in_batch: float) 
 
 
 # Layout of the vector that ranks add up at the end of a window, one all-reduce in all: these, then `LocalSums` in the
-# order of its fields. The first comes from rank 0, the third too unless the model is sharded: the others add 0.
+# order of its fields. The first two come from rank 0, the fourth too unless the model is sharded: the others add 0.
 SUMMED = (
     "next_accumulation_steps",
+    "unannealed_steps",
     "num_samples",
     "gradient_square_norm",
     *(field.name for field in fields(LocalSums)),
@@ -109,18 +110,34 @@ SUMMED = (
 POLICY_FAILED = -1
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """What rank 0 proposes for the next window; other ranks propose zeros, and all get the sum.
+
+    Attributes:
+        next_k: k, or `POLICY_FAILED`.
+        unannealed_steps: k* of `batch_scaling_factor`; 0 where the policy has none.
+        failure: What went wrong.
+    """
+
+    next_k: int = 0
+    unannealed_steps: float = 0.0
+    failure: Exception | None = None
+
+
 def pack_sums(
-    next_accumulation_steps: int, num_samples: int, gradient_square_norm: float, sums: LocalSums | None
+    proposal: Proposal, num_samples: int, gradient_square_norm: float, sums: LocalSums | None
 ) -> torch.Tensor:
     """Pack what ranks add up, in the order of `SUMMED`; float64 on the CPU."""
     parts = astuple(sums) if sums is not None else (0.0,) * len(fields(LocalSums))
-    return torch.tensor([next_accumulation_steps, num_samples, gradient_square_norm, *parts], dtype=torch.float64)
+    proposed = (proposal.next_k, proposal.unannealed_steps)
+    return torch.tensor([*proposed, num_samples, gradient_square_norm, *parts], dtype=torch.float64)
 
 
-def unpack_sums(vector: list[float]) -> tuple[int, WindowStatistics]:
-    """Unpack the sum over ranks: next k, and the statistics of the window."""
+def unpack_sums(vector: list[float]) -> tuple[Proposal, WindowStatistics]:
+    """Unpack the sum over ranks: what rank 0 has proposed, and the statistics of the window."""
     named = dict(zip(SUMMED, vector, strict=True))
-    next_steps = round(named.pop("next_accumulation_steps"))
+    proposal = Proposal(round(named.pop("next_accumulation_steps")), named.pop("unannealed_steps"))
     for name in ("num_samples", "num_micro_batches"):
         named[name] = round(named[name])
-    return next_steps, WindowStatistics(**named)
+    return proposal, WindowStatistics(**named)

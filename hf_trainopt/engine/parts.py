@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..accumulation.adam_clock import AdamClockPart
 from ..accumulation.learning_rate import LearningRatePart
 from ..accumulation.part import AccumulationPart
 from ..accumulation.policy import AccumulationPolicy
@@ -37,7 +38,7 @@ class Parts:
     6. `interrupts` has the last word on `control`: a run that must end doesn't evaluate first. `checkpoints` saves it.
     7. `out_of_memory` adds its advice to an error on its way out of an epoch, whoever raised it.
     8. `accumulation` shows the loop another `gradient_accumulation_steps` than everybody inside an epoch sees.
-    9. `learning_rate` has no context; it reads what `accumulation` has decided.
+    9. `learning_rate` has no context; it reads what `accumulation` has decided. `adam_clock` reads both.
 
     Args:
         trainer: The Trainer, before its own `__init__`.
@@ -56,6 +57,7 @@ class Parts:
         self.checkpoints = CheckpointsPart(trainer, self)
         self.out_of_memory = OutOfMemoryPart(trainer, self)
         self.learning_rate = LearningRatePart(trainer, self)
+        self.adam_clock = AdamClockPart(trainer, self)
         self.in_order: tuple[Part, ...] = (
             self.precision,
             self.measurements,
@@ -67,6 +69,7 @@ class Parts:
             self.out_of_memory,
             self.accumulation,
             self.learning_rate,
+            self.adam_clock,
         )
         self.resumed_from: str | None = None
 

@@ -9,7 +9,7 @@ import torch
 from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from ..accumulation.noise_scale import WindowStatistics
-from ..accumulation.sums import POLICY_FAILED, SUMMED, LocalSums, pack_sums, unpack_sums
+from ..accumulation.sums import POLICY_FAILED, SUMMED, LocalSums, Proposal, pack_sums, unpack_sums
 from ..accumulation.window import Slice, Window, lacks_targets, window_loss
 from ..core.versions import deferred_fsdp_reduction, is_sharded_at_load
 from .parts import Parts
@@ -42,13 +42,13 @@ def take_step(parts: Parts, stock_step: StockStep, model: torch.nn.Module, windo
     timer.micro_batch_done(last=True)
     accumulation.advance(window, num_items)
     rate = parts.learning_rate.factor()
-    proposed_k, failure = accumulation.propose(rate)
+    proposal = accumulation.propose(rate)
     square_norm, sums, divided_by = accumulation.measurement.result(window, num_items)
-    agreed = agree(parts, proposed_k, window.num_samples, square_norm, sums, loss)
-    if agreed.next_k == POLICY_FAILED:
-        raise failure or RuntimeError("accumulation_policy has failed on rank 0, which says how.")
-    accumulation.finish_window(window, agreed.loss, agreed.next_k, agreed.statistics, divided_by, rate)
-    parts.learning_rate.place()
+    agreed = agree(parts, proposal, window.num_samples, square_norm, sums, loss)
+    if agreed.proposal.next_k == POLICY_FAILED:
+        raise proposal.failure or RuntimeError("accumulation_policy has failed on rank 0, which says how.")
+    accumulation.finish_window(window, agreed.loss, agreed.proposal.next_k, agreed.statistics, divided_by, rate)
+    parts.learning_rate.move_on(rate, agreed.proposal.unannealed_steps)
     timer.restart()
     return loss
 
@@ -100,27 +100,31 @@ class Agreed:
     """What all ranks know at the end of a window.
 
     Attributes:
-        next_k: k from the next window on, or `POLICY_FAILED`.
+        proposal: Of rank 0.
         statistics: Sums over ranks.
         loss: Mean over ranks.
     """
 
-    next_k: int
+    proposal: Proposal
     statistics: WindowStatistics
     loss: torch.Tensor
 
 
 def agree(
-    parts: Parts, next_k: int, num_samples: int, square_norm: float, sums: LocalSums | None, loss: torch.Tensor
+    parts: Parts,
+    proposal: Proposal,
+    num_samples: int,
+    square_norm: float,
+    sums: LocalSums | None,
+    loss: torch.Tensor,
 ) -> Agreed:
     """Add up over the ranks, in the one reduction of a step, what each of them has to tell; all of them call it."""
     trainer, world_size = parts.trainer, parts.trainer.args.world_size
-    vector = pack_sums(next_k, num_samples, square_norm, sums)
+    vector = pack_sums(proposal, num_samples, square_norm, sums)
     if world_size > 1:
         share = loss.detach().double().cpu().reshape(1) / world_size
         vector = torch.cat([vector, parts.flags(), share])
         vector = trainer.accelerator.reduce(vector.to(trainer.args.device), reduction="sum").cpu()
         parts.take_flags(vector[len(SUMMED) : -1].tolist())
         loss = vector[-1]
-    next_k, statistics = unpack_sums(vector[: len(SUMMED)].tolist())
-    return Agreed(next_k, statistics, loss)
+    return Agreed(*unpack_sums(vector[: len(SUMMED)].tolist()), loss)

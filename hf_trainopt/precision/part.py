@@ -116,6 +116,8 @@ class PrecisionPart(Part):
             return
         if self._scaler is not None:
             reason = self._overflows.step_ended(self._scaler.get_scale()) or self._reason_to_leave
+            if self._overflows.skipped_in_a_row:
+                self.parts.adam_clock.was_skipped(state.global_step - 1)
             if reason is not None and not self._is_stuck:
                 self._change_precision(reason)
         self._reason_to_leave = None

@@ -142,6 +142,8 @@ class SkippedStepsPart(Part):
         skipped, is_empty, step = settled
         count = self.count
         count.count(skipped, is_empty)
+        if skipped:
+            self.parts.adam_clock.was_skipped(step)
         if count.in_a_row < self.limit:
             return
         # Infinite losses under fp16 are overflows of the forward pass, which no loss scale helps.

@@ -131,8 +131,14 @@ def ablations(ours: ArmSpec) -> list[ArmSpec]:
     return [*arms, ArmSpec("rate not scaled", (*rule, "--lr_batch_scaling", "none"))]
 
 
-def sweep_arms(stock: ArmSpec, steps: Sequence[int], rates: Sequence[str]) -> list[ArmSpec]:
-    """Return the stock arm at every k and learning rate, at equal data.
+# A β2 of a sweep that has the half-life of the given one in data, whatever k is.
+SAME_IN_DATA = "data"
+
+
+def sweep_arms(
+    stock: ArmSpec, steps: Sequence[int], rates: Sequence[str], betas2: Sequence[str] = ()
+) -> list[ArmSpec]:
+    """Return the stock arm at every k, learning rate and β2 of Adam, at equal data.
 
     What is counted in optimizer steps is set to the same share of the data.
 
@@ -140,6 +146,8 @@ def sweep_arms(stock: ArmSpec, steps: Sequence[int], rates: Sequence[str]) -> li
         stock: Its arguments have `--gradient_accumulation_steps` and `--learning_rate`.
         steps: k.
         rates: Learning rates, or factors to the given one such as `0.5x`.
+        betas2: Values of `adam_beta2`, or `"data"` for the given one to the power of k/k_ref, whose half-life in data
+            is the same at every k. None: the given one.
 
     Raises:
         ValueError: The arguments lack one of the two, or the file of `--config` has what must be set.
@@ -154,14 +162,25 @@ def sweep_arms(stock: ArmSpec, steps: Sequence[int], rates: Sequence[str]) -> li
     for name, value in given.items():
         if value is None:
             raise ValueError(f"a sweep needs --{name} among the script's arguments (after --); add it.")
+    if betas2 and "adam_beta2" in config_names(stock.arguments):
+        raise ValueError(
+            "a sweep needs --adam_beta2 among the script's arguments (after --), not in --config; move it."
+        )
     reference, rate = int(given["gradient_accumulation_steps"]), float(given["learning_rate"])
+    beta2 = float(value_of(stock.arguments, "adam_beta2") or TrainingArguments.adam_beta2)
     chosen = [rate * float(text[:-1]) if text.endswith("x") else float(text) for text in rates]
     arms = []
     for k in steps:
         base = _at(stock.arguments, reference, k)
+        second = [beta2 ** (k / reference) if text == SAME_IN_DATA else float(text) for text in betas2]
         for value in chosen:
-            arms.append(ArmSpec(f"stock, k = {k}, rate {value:g}", (*base, "--learning_rate", f"{value:g}")))
+            arm = ArmSpec(f"{STOCK}, k = {k}, rate {value:g}", (*base, "--learning_rate", f"{value:g}"))
+            arms += [_with_beta2(arm, f"{number:.6g}") for number in dict.fromkeys(second)] or [arm]
     return arms
+
+
+def _with_beta2(arm: ArmSpec, value: str) -> ArmSpec:
+    return ArmSpec(f"{arm.name}, β2 {value}", (*without(arm.arguments, {"adam_beta2"}), "--adam_beta2", value))
 
 
 def _at(arguments: Sequence[str], reference: int, k: int) -> tuple[str, ...]:

@@ -73,6 +73,11 @@ def add_parser(subparsers: Any, **options: Any) -> None:
         default="0.5x,1x,2x",
         help="learning rates of that search, or factors to the given one; default: 0.5x,1x,2x",
     )
+    parser.add_argument(
+        "--sweep_adam_beta2",
+        help="adam_beta2 of that search, such as 0.95,data,0.999; 'data' is the given one with its half-life in data "
+        "kept at every k; default: the given one",
+    )
     parser.add_argument("--ablate", action="store_true", help="more arms: each of our parts alone")
     parser.add_argument("--threads", type=int, help="CPU threads of a run; default: PyTorch's own")
     parser.add_argument("--launcher", help="what starts a run: 'accelerate launch --num_processes 2'; default: python")
@@ -147,6 +152,8 @@ def check(arguments: argparse.Namespace) -> None:
     for name in ("seed", "output_dir"):
         if arms_of.value_of(arguments.script_arguments, name) is not None:
             raise ValueError(f"--{name} of the script is set by compare; leave it out after --.")
+    if arguments.sweep_adam_beta2 and not arguments.sweep:
+        raise ValueError("--sweep_adam_beta2 is a part of --sweep; add --sweep 1,2,4,8.")
     if arguments.sweep and arguments.arm:
         raise ValueError("--sweep searches for the best of stock and is not for arms of your own; leave --arm out.")
     if arguments.ablate and arguments.arm:
@@ -202,21 +209,24 @@ def choose_arms(arguments: argparse.Namespace, script_arguments: Sequence[str]) 
 
 
 def best_fixed(arguments: argparse.Namespace, executor: "Executor", script_arguments: Sequence[str]) -> ArmSpec:
-    """Search stock over k and learning rate on the first seed; return the setting with the best final metric.
+    """Search stock over k, learning rate and β2 on the first seed; return the setting with the best final metric.
 
     Raises:
         ValueError: A number cannot be read, or no run of the search has ended with the metric.
     """
+    betas2: list[str] = []
     try:
+        betas2 = [text.strip() for text in (arguments.sweep_adam_beta2 or "").split(",") if text.strip()]
         steps = [int(text) for text in arguments.sweep.split(",")]
         rates = [text.strip() for text in arguments.sweep_learning_rates.split(",")]
-        swept = arms_of.sweep_arms(arms_of.stock_arm(script_arguments), steps, rates)
+        swept = arms_of.sweep_arms(arms_of.stock_arm(script_arguments), steps, rates, betas2)
     except ValueError as error:
         if "sweep needs" in str(error):
             raise
         raise ValueError(
             f"--sweep '{arguments.sweep}' takes whole numbers and --sweep_learning_rates "
-            f"'{arguments.sweep_learning_rates}' numbers or factors such as 0.5x, divided by commas."
+            f"'{arguments.sweep_learning_rates}' numbers or factors such as 0.5x, divided by commas"
+            + (f"; --sweep_adam_beta2 '{arguments.sweep_adam_beta2}' numbers or 'data'." if betas2 else ".")
         ) from error
     if min(steps) < 1:
         raise ValueError(f"--sweep '{arguments.sweep}' has a k below 1.")
@@ -238,7 +248,8 @@ def best_fixed(arguments: argparse.Namespace, executor: "Executor", script_argum
     _, winner = (max if target.greater_is_better else min)(ended, key=lambda pair: pair[0])
     k = arms_of.value_of(winner.arguments, "gradient_accumulation_steps")
     rate = arms_of.value_of(winner.arguments, "learning_rate")
-    arm = ArmSpec(f"{BEST} (k = {k}, rate {rate})", winner.arguments)
+    beta2 = f", β2 {arms_of.value_of(winner.arguments, 'adam_beta2')}" if betas2 else ""
+    arm = ArmSpec(f"{BEST} (k = {k}, rate {rate}{beta2})", winner.arguments)
     executor.alias(arm, winner, seed=0)
     return arm
 

@@ -1,0 +1,206 @@
+r"""Adam's second moment on a clock of data: what one optimizer step must be told where k isn't k_ref.
+
+Adam forgets old square gradients at β2 per optimizer step. A recipe's β2 is meant for steps of k_ref micro-batches.
+Where k varies, the half-life *in data* is what has to stay (Marek et al. 2025, arXiv 2507.07101, section 3). With
+κ = k/k_ref,
+
+    β2(κ) = β2^κ.
+
+Adam divides the moment by 1 − β2ⁿ, since it began at zero. After windows of κ_1 … κ_n the true weight of that zero is
+Π β2^κ_i = β2^u, u = Σ κ_i the reference windows consumed. The optimizer computes 1 − β2(κ_n)ⁿ from its own step count
+n. The quotient
+
+    ρ = √((1 − β2^u)/(1 − β2(κ_n)ⁿ))
+
+turns one into the other exactly: m/(√(v/(1 − β2^u)) + ε) = ρ·m/(√(v/(1 − β2(κ_n)ⁿ)) + ρ·ε). So the step is taken at a
+rate of ρη and at ρε. Nothing in the optimizer's state is touched, neither its moments nor its step count, which may be
+a number, a tensor on the device or shared: a checkpoint is what stock writes. β1 stays per step.
+
+Decoupled weight decay is forgetting as well: AdamW forgets its past updates within 1/(ηλ) steps. That stays the same
+in data with λ·κ/f, where the rate was scaled by f (Bergsma et al. 2025, arXiv 2505.13738, section 3); divided by ρ,
+too, since the optimizer multiplies it by the rate.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+def decay_of_step(log_beta2: float, batch_ratio: float) -> float:
+    """Return β2(κ) = β2^κ.
+
+    Args:
+        log_beta2: log β2 of the recipe, for a step of k_ref micro-batches.
+        batch_ratio: κ = k/k_ref.
+    """
+    return math.exp(batch_ratio * log_beta2)
+
+
+def bias_ratio(log_beta2: float, batch_ratio: float, windows: float, steps: int) -> float:
+    """Return ρ, what the rate must be multiplied by so that Adam's bias correction is the true one.
+
+    Args:
+        log_beta2: As above.
+        batch_ratio: κ of this step.
+        windows: u, reference windows consumed, this step included.
+        steps: n, optimizer steps taken, this one included.
+
+    Returns:
+        1.0 to the bit where the optimizer is right by itself, as it is while k doesn't change.
+    """
+    assumed = steps * batch_ratio
+    return 1.0 if assumed == windows else math.sqrt(math.expm1(windows * log_beta2) / math.expm1(assumed * log_beta2))
+
+
+# ---- What optimizers call it ----------------------------------------------------------------------------------------
+
+# Lower-case names of classes. Their `betas` hold no second moment, or they have none at all: there is nothing to do.
+WITHOUT_SECOND_MOMENT = ("sgd", "lion", "rprop", "asgd", "muon", "signum", "lars")
+# Those whose averages are weighted by the rate or by their own step count, so that β2 is not all of their clock.
+WITH_A_CLOCK_OF_THEIR_OWN = ("schedulefree", "prodigy", "dadapt", "adan", "lomo", "sophia")
+# No division by 1 − β2ⁿ.
+WITHOUT_BIAS_CORRECTION = ("adamax", "adopt", "rmsprop", "adagrad", "novograd")
+
+
+@dataclass(frozen=True)
+class MomentSetting:
+    """Where an optimizer's parameter group keeps the decay of its second moment.
+
+    Attributes:
+        key: Of the group.
+        kind: `"betas"` (the second of a tuple), `"decay"` (a number) or `"power"` (Adafactor: the decay of step n is
+            1 − n^c, c < 0).
+        corrects_bias: Whether the optimizer divides by 1 − β2ⁿ.
+        decouples_weight_decay: Whether weights are multiplied by 1 − ηλ.
+    """
+
+    key: str
+    kind: str
+    corrects_bias: bool = False
+    decouples_weight_decay: bool = False
+
+    def log_beta2(self, group: dict[str, Any], windows: float) -> float:
+        """Return log β2 of the recipe for the reference window that begins after `windows` of them."""
+        value = group[self.key]
+        if self.kind == "power":
+            decay = 1.0 - (windows + 1.0) ** float(value)
+        else:
+            decay = float(value[1] if self.kind == "betas" else value)
+        return math.log(decay) if decay > 0 else -math.inf
+
+    def with_decay(self, value: Any, decay: float, step: int) -> Any:
+        """Return the setting that makes `decay` the decay of the optimizer's `step`-th step (from 1)."""
+        if self.kind == "betas":
+            return type(value)((value[0], decay, *value[2:]))
+        if self.kind == "decay":
+            return decay
+        # 1 − nᶜ = decay. The first step has 1 − 1ᶜ = 0, whatever c is.
+        return value if step == 1 else math.log1p(-decay) / math.log(step)
+
+
+def moment_setting(optimizer: Optimizer) -> MomentSetting | None:
+    """Return where the optimizer's groups keep the decay of its second moment; `None` if it has none.
+
+    Raises:
+        LookupError: It has one, or may have, and its clock can't be set from outside.
+    """
+    name = type(optimizer).__name__.lower()
+    if any(word in name for word in WITHOUT_SECOND_MOMENT):
+        return None
+    groups = optimizer.param_groups
+    if any(word in name for word in WITH_A_CLOCK_OF_THEIR_OWN):
+        raise LookupError("its averages follow a clock of their own")
+    if "adafactor" in name:
+        for key in ("decay_rate", "beta2_decay"):  # transformers', torch's
+            if all(key in group for group in groups):
+                return MomentSetting(key, "power")
+    if all(isinstance(group.get("betas"), tuple | list) and len(group["betas"]) >= 2 for group in groups):
+        flags = [group.get("bias_correction", group.get("correct_bias", True)) for group in groups]
+        corrects = all(flags) and not any(word in name for word in WITHOUT_BIAS_CORRECTION)
+        decouples = all(group.get("decoupled_weight_decay", "adamw" in name) for group in groups)
+        return MomentSetting("betas", "betas", corrects, decouples)
+    if "rmsprop" in name and all("alpha" in group for group in groups):
+        return MomentSetting("alpha", "decay")
+    raise LookupError("its parameter groups have no `betas`")
+
+
+class SecondMomentClock:
+    """Changes an optimizer's parameter groups for one step at a time, and puts them back.
+
+    Args:
+        optimizer: The optimizer itself, not Accelerate's wrapper.
+        setting: What `moment_setting` has found in it.
+        steps: n, steps that the optimizer has taken.
+        windows: u, reference windows in them; by default one each, as in stock.
+    """
+
+    def __init__(self, optimizer: Optimizer, setting: MomentSetting, steps: int = 0, windows: float | None = None):
+        self.optimizer = optimizer
+        self.setting = setting
+        self.steps = steps
+        self.windows = float(steps) if windows is None else windows
+        self._replaced: list[dict[str, Any]] = []
+        self._before: tuple[int, float] | None = None
+        self._batch_ratio = 1.0
+
+    def begin_step(self, batch_ratio: float, rate_factor: float) -> None:
+        """Change the groups for a step of κ reference windows.
+
+        Args:
+            batch_ratio: κ.
+            rate_factor: f, by which the rate in the groups was scaled for this k.
+        """
+        self.put_back()  # the last step has failed on its way
+        self._batch_ratio = batch_ratio
+        for group in self.optimizer.param_groups:
+            new = self._changed(group, rate_factor)
+            self._replaced.append({key: group[key] for key in new})
+            group.update(new)
+
+    def _changed(self, group: dict[str, Any], rate_factor: float) -> dict[str, Any]:
+        """Return what is other in a group for this step."""
+        setting, ratio, step = self.setting, self._batch_ratio, self.steps + 1
+        log_beta2 = setting.log_beta2(group, self.windows)
+        if not -math.inf < log_beta2 < 0:  # nothing is kept, or everything, at any k
+            return {}
+        new: dict[str, Any] = {}
+        # Adafactor's decay depends on the place as well, which the optimizer counts in steps.
+        is_off = setting.kind == "power" and self.windows != self.steps
+        if ratio != 1 or is_off:
+            new[setting.key] = setting.with_decay(group[setting.key], decay_of_step(log_beta2, ratio), step)
+        rate = bias_ratio(log_beta2, ratio, self.windows + ratio, step) if setting.corrects_bias else 1.0
+        if rate != 1:
+            new["lr"] = group["lr"] * rate
+            if "eps" in group:
+                new["eps"] = group["eps"] * rate
+        weight_decay = ratio / rate_factor / rate
+        if setting.decouples_weight_decay and weight_decay != 1 and group.get("weight_decay"):
+            new["weight_decay"] = group["weight_decay"] * weight_decay
+        return new
+
+    def end_step(self) -> None:
+        """Put the groups back after a step, and count it."""
+        self.put_back()
+        self._before = self.steps, self.windows
+        self.steps, self.windows = self.steps + 1, self.windows + self._batch_ratio
+
+    def put_back(self) -> None:
+        """Give the groups what they had before `begin_step`."""
+        for group, old in zip(self.optimizer.param_groups, self._replaced, strict=False):
+            group.update(old)
+        self._replaced = []
+
+    def take_back(self) -> None:
+        """Uncount the last step: the optimizer was told, on the device, not to take it."""
+        if self._before is not None:
+            (self.steps, self.windows), self._before = self._before, None
+
+
+def steps_taken(optimizer: Optimizer) -> int | None:
+    """Return the steps that an optimizer has counted in its state; 0 if it has no state, `None` if it has no count."""
+    counts = [entry["step"] for entry in optimizer.state.values() if isinstance(entry, dict) and "step" in entry]
+    if counts:
+        return max(int(count) for count in counts)
+    return 0 if not optimizer.state else None
