@@ -9,6 +9,7 @@ import torch
 from helpers import AnyK, Rows, arguments, quiet, tiny_gpt2, weights_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from precision_helpers import HalfTrainer, pretend, scales_fp16
 from reference import adam_by_definition
 from transformers import Adafactor, Trainer, TrainerCallback, TrainingArguments
 
@@ -293,6 +294,26 @@ def test_a_skipped_step_does_not_count(tmp_path, optim):
     trainer.train()
     assert trainer.trainopt.skipped_steps.count.total == 2
     assert counted == [steps_taken(trainer.optimizer.optimizer)] == [trainer.state.global_step - 2]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_an_overflow_of_fp16_does_not_count(tmp_path, monkeypatch, optim):
+    """The scaler doesn't call an optimizer; fused Adam is called and looks for overflows itself."""
+    pretend(monkeypatch, scales_fp16())
+    cls = type("Hot", (HalfTrainer,), {"scaler": {"init_scale": 2.0**24}})
+    args = arguments(tmp_path, precision="fp16", optim=optim, optimizer_step_cost=1.0, gradient_accumulation_steps=4)
+    trainer = quiet(cls(model=tiny_gpt2(), args=args, train_dataset=Rows(60)))
+    counted = []
+
+    class See(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            counted.append(trainer.trainopt.adam_clock.clock.steps)
+
+    trainer.add_callback(See())
+    trainer.train()
+    skipped = [line["skipped_steps"] for line in trainer.state.log_history if "skipped_steps" in line][-1]
+    assert skipped >= 3
+    assert counted == [steps_taken(trainer.optimizer.optimizer)] == [trainer.state.global_step - skipped]
 
 
 def test_hooks_leave_the_optimizer_with_the_run(tmp_path):
