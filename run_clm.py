@@ -29,6 +29,7 @@ from transformers import (
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.models.hub import hub_errors
+from hf_trainopt.models.overrides import config_with
 from hf_trainopt.scripting import text_data
 from hf_trainopt.scripting.metrics import accuracy_of_next_tokens, perplexity_of_loss, predicted_classes
 from hf_trainopt.scripting.parser import parse_script_arguments
@@ -185,7 +186,7 @@ def load_config(model_args: ModelArguments) -> PreTrainedConfig:
         raise ValueError(f"--model_type {model_args.model_type} has no causal language model; give one such as gpt2.")
     if model_args.config_overrides:
         try:
-            config.update_from_string(model_args.config_overrides)
+            config = config_with(config, model_args.config_overrides)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"--config_overrides {model_args.config_overrides} does not fit the config of {config.model_type} "

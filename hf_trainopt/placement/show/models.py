@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, TimmWrapp
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
 from hf_trainopt.models.hub import hub_errors
+from hf_trainopt.models.overrides import config_with
 
 
 # Task -> the class that builds its models.
@@ -136,7 +137,7 @@ def _default_config(model_type: str, overrides: str | None) -> PreTrainedConfig:
     config = CONFIG_MAPPING[model_type]()
     if overrides:
         try:
-            config.update_from_string(overrides)
+            config = config_with(config, overrides)
         except (ValueError, TypeError) as error:
             example = "n_layer=4,n_embd=256"
             reason = str(error).rstrip(".")
