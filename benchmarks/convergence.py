@@ -1,10 +1,9 @@
 """Time to target: our defaults, stock `Trainer` at k = 8, and the best that a sweep of stock finds; at equal data.
 
-    python benchmarks/convergence.py sweep                  # stock, k x learning rate, both tasks, seed 0
-    python benchmarks/convergence.py ours                   # our defaults at the rates of a user's choice, seed 0
+    python benchmarks/convergence.py sweep                  # stock, k x learning rate x beta2, both tasks, seed 0
     python benchmarks/convergence.py paired                 # five seeds of what is compared
-    python benchmarks/convergence.py resnet50               # the paired runs of vision with ResNet-50, five seeds
-    python benchmarks/convergence.py ablations              # other policies and rules, replayed and reversed k
+    python benchmarks/convergence.py others                 # tasks on which no default was found
+    python benchmarks/convergence.py ablations              # the defaults' parts, wrong rates, fewest steps
     python benchmarks/convergence.py ranks                  # two ranks, on the idle machine; then ranks_paired
     python benchmarks/convergence.py run --task language --policy fixed -k 8 --learning_rate 2e-3 --seed 0
     python benchmarks/convergence.py table                  # benchmarks/convergence.md from the records
@@ -34,7 +33,7 @@ RESULTS = HERE / "results" / "convergence"
 STOCK = "fixed"
 NUM_EVALUATIONS = 20
 # Evaluations along the way are on a part of the validation data, the last one on all.
-CURVE_SAMPLES = {"language": 100, "vision": 500, "vision_resnet50": 250, "code": 100, "vit": 500}
+CURVE_SAMPLES = {"language": 100, "vision": 500, "code": 100, "vit": 500}
 
 
 def record_path(options: argparse.Namespace) -> Path:
@@ -44,7 +43,6 @@ def record_path(options: argparse.Namespace) -> Path:
     ]
     if options.policy != STOCK:
         parts += [options.rule, options.clock]
-        parts += [] if options.annealing is None else [f"annealing_{options.annealing:g}"]
     if options.ranks > 1:
         parts.append(f"ranks{options.ranks}")
     return options.results / ("-".join([*parts, f"seed{options.seed}"]) + ".json")
@@ -112,7 +110,6 @@ def run(options: argparse.Namespace) -> None:
         "weight_decay": trainer.args.weight_decay,
         "rule": None if options.policy == STOCK else options.rule,
         "adam_clock": None if options.policy == STOCK else options.clock,
-        "annealing_noise_ratio": None if options.policy == STOCK else trainer.args.annealing_noise_ratio,
         "seed": options.seed,
         "ranks": options.ranks,
         "optimizer_step_cost": options.step_cost,
@@ -146,18 +143,12 @@ HISTORY = ("step", "loss", "learning_rate", "accumulation_steps", "noise_scale",
 
 def ours(options: argparse.Namespace, common: dict, parts: dict, clock):
     """Return our Trainer under the policy that is asked for."""
-    from candidates import CANDIDATES, recorded
+    from candidates import CANDIDATES
 
     from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 
-    policy = None
-    if options.policy in ("replayed", "reversed"):
-        policy = recorded(json.loads(options.source.read_text()), backwards=options.policy == "reversed")
-    elif options.policy in CANDIDATES:
-        policy = CANDIDATES[options.policy]()
-    extra = {"optimizer_step_cost": options.step_cost} if policy is None and options.policy == "goodput" else {}
-    if options.annealing is not None:
-        extra["annealing_noise_ratio"] = options.annealing
+    policy = CANDIDATES[options.policy]() if options.policy in CANDIDATES else None
+    extra = {"optimizer_step_cost": options.step_cost} if options.policy == "goodput" else {}
     if options.policy == "ramp":
         extra["accumulation_ramp"] = "0:1,0.4:2,0.7:4"
     args = EfficientTrainingArguments(
@@ -187,9 +178,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--rule", default="sqrt", help="lr_batch_scaling")
     one.add_argument("--clock", default="tokens", help="adam_clock")
     one.add_argument("--weight_decay", type=float, default=None, help="default: the task's")
-    one.add_argument("--annealing", type=float, default=None, help="annealing_noise_ratio; default: ours")
     one.add_argument("--step_cost", type=float, default=None, help="optimizer_step_cost; default: measured in the run")
-    one.add_argument("--source", type=Path, default=None, help="record whose k is replayed or reversed")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--ranks", type=int, default=1)
     for name in (*PARTS, "all"):

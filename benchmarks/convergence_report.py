@@ -5,7 +5,17 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from convergence_suite import DEFAULT_RULE, SEEDS, best, load
+from convergence_suite import (
+    DEFAULT,
+    OTHERS,
+    REFERENCE,
+    SEEDS,
+    TASK_BETA2,
+    best,
+    beta2_in_data,
+    load,
+    recipe,
+)
 from page_tables import mean_spread, table
 
 from hf_trainopt.lab.compare.render import estimate_text
@@ -15,14 +25,13 @@ from hf_trainopt.metrics.targets import Crossing, Evaluation, first_crossing
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("language", "vision")
-PAIRED_TASKS = (*TASKS, "vision_resnet50")
-MICRO_BATCH = {"language": 4, "vision": 16, "vision_resnet50": 16}
+MICRO_BATCH = {"language": 4, "vision": 16, "code": 4, "vit": 16}
 TARGET_LABELS = (("first target", "bottom"), ("second target", "top"))
 # Share of its data at which the loss of a run of seed 0 becomes a target.
 SHARES = {"eight": 0.8, "best": 0.9}
 
 
-COSTS = json.loads((HERE / "results" / "accumulation_costs.json").read_text())["tasks"]
+COSTS = json.loads((HERE / "results" / "unit_costs.json").read_text())["tasks"]
 
 
 def curve(record: dict) -> list[Evaluation]:
@@ -52,43 +61,37 @@ def value_at(points: Sequence[Evaluation], share: float) -> float:
 
 def targets(records: list[dict], task: str) -> dict[str, tuple[float, dict]]:
     """Return the two frozen targets with the runs that they are of: stock at k = 8, and the best of the sweep."""
-    # ResNet-50 has no sweep of its own: its k is that of ResNet-18.
-    of = {"k": best(records, task="vision", policy="fixed")["k"]} if task == "vision_resnet50" else {}
-    runs = {
-        "eight": best(records, task=task, policy="fixed", k=8),
-        "best": best(records, task=task, policy="fixed", **of),
-    }
+    runs = {"eight": recipe(records, task), "best": best(records, task=task, policy="fixed")}
     return {name: (loss_at(run, SHARES[name]), run) for name, run in runs.items()}
+
+
+def setting(record: dict) -> str:
+    """Return the learning rate of a run, and its β2 where that isn't the task's."""
+    beta2 = record["adam_beta2"]
+    return f"{record['learning_rate']:g}" + ("" if beta2 == TASK_BETA2[record["task"]] else f", β2 {beta2:.4g}")
+
+
+def is_default(record: dict) -> bool:
+    """Return whether a run of ours has the defaults."""
+    return record["policy"] == "goodput" and (record["rule"], record["adam_clock"]) == DEFAULT
 
 
 def arms(records: list[dict], task: str) -> dict[str, list[dict]]:
     """Return the paired runs by arm, in the order of the seeds."""
     frozen = targets(records, task)
-    own = best(records, task=task, policy="goodput")
     eight, first = frozen["eight"][1], frozen["best"][1]
 
-    def of(**where) -> list[dict]:
-        found = [r for r in records if r["ranks"] == 1 and all(r[key] == value for key, value in where.items())]
-        return sorted((r for r in found if r["seed"] in SEEDS), key=lambda r: r["seed"])
+    def like(run: dict) -> list[dict]:
+        same = ("task", "policy", "k", "learning_rate", "adam_beta2", "ranks")
+        found = [r for r in records if all(r[key] == run[key] for key in same) and r["seed"] in SEEDS]
+        return sorted(found, key=lambda r: r["seed"])
 
-    adaptive = {"task": task, "policy": "goodput"}
-    stock = {"task": task, "policy": "fixed"}
-    groups = {
-        f"stock, k = 8, {eight['learning_rate']:g} (its best rate)": of(
-            k=8, learning_rate=eight["learning_rate"], **stock
-        ),
-        f"stock, k = {first['k']}, {first['learning_rate']:g} (best of the sweep)": of(
-            k=first["k"], learning_rate=first["learning_rate"], **stock
-        ),
-        f"ours, defaults, {eight['learning_rate']:g} (the rate of k = 8)": of(
-            learning_rate=eight["learning_rate"], rule=DEFAULT_RULE, **adaptive
-        ),
+    ours = [r for r in like(eight | {"policy": "goodput"}) if is_default(r)]
+    return {
+        f"stock, k = 8, {setting(eight)} (its best rate)": like(eight),
+        f"stock, k = {first['k']}, {setting(first)} (best of the sweep)": like(first),
+        f"ours, defaults, {setting(eight)} (the rate of k = 8)": ours,
     }
-    if (own["rule"], own["learning_rate"]) != (DEFAULT_RULE, eight["learning_rate"]):
-        groups[f'ours, "{own["rule"]}", {own["learning_rate"]:g} (rule and rate searched)'] = of(
-            learning_rate=own["learning_rate"], rule=own["rule"], **adaptive
-        )
-    return groups
 
 
 def ratio(
@@ -118,15 +121,41 @@ def describe(pairs: Sequence[Sequence[Crossing]], axis: str) -> str:
 
 
 def sweep_table(records: list[dict], task: str) -> str:
+    """Return the final losses of stock, seed 0: a row for each k and β2."""
     runs = [r for r in records if r["task"] == task and r["policy"] == "fixed" and r["seed"] == 0 and r["ranks"] == 1]
-    chosen = {k: best(records, task=task, policy="fixed", k=k) for k in {r["k"] for r in runs}}
+    runs = [r for r in runs if "--beta1" not in r["command"]]
     rows = []
-    for k in sorted(chosen):
-        tried = sorted((r for r in runs if r["k"] == k), key=lambda r: r["learning_rate"])
+    for k, beta2 in sorted({(r["k"], r["adam_beta2"]) for r in runs}):
+        tried = sorted((r for r in runs if (r["k"], r["adam_beta2"]) == (k, beta2)), key=lambda r: r["learning_rate"])
         cells = [f"{r['learning_rate']:g}: {r['eval_loss']:.3f}" for r in tried]
-        edge = chosen[k] in (tried[0], tried[-1]) and len(tried) > 1
-        rows.append([k, ", ".join(cells), f"{chosen[k]['learning_rate']:g}{' (edge)' if edge else ''}"])
-    return table(["k", "final loss by learning rate", "best rate"], rows)
+        in_data = " (as k = 8 in data)" if k != REFERENCE and beta2 == beta2_in_data(task, k) else ""
+        rows.append([k, f"{beta2:.4g}{in_data}", ", ".join(cells), f"{min(r['eval_loss'] for r in tried):.3f}"])
+    return table(["k", "β2", "final loss by learning rate", "best"], rows)
+
+
+def others_table(records: list[dict], task: str) -> str:
+    """Return a task that no default was found on: ours at the rate of k = 8, and stock, at two β2."""
+    rate = recipe(records, task)["learning_rate"]
+    rows = []
+    for beta2 in OTHERS[task]:
+        here = [r for r in records if r["task"] == task and r["learning_rate"] == rate and r["seed"] == 0]
+        scaled = float(f"{beta2 ** (1 / REFERENCE):.6g}")
+        stock = {r["k"]: r for r in here if r["policy"] == "fixed" and r["adam_beta2"] in (beta2, scaled)}
+        ours = {r["adam_clock"]: r for r in here if r["policy"] == "goodput" and r["adam_beta2"] == beta2}
+        cells = [f"{run['eval_loss']:.3f} ({run['optimizer_steps']})" for run in (stock[8], stock[1], *(
+            ours[clock] for clock in ("steps", "tokens")))]  # fmt: skip
+        target = loss_at(stock[8], SHARES["eight"])
+        rows.append([f"{beta2:g}", *cells, ratio([ours["tokens"]], [stock[8]], target, "seconds")])
+    header = ["β2", "stock, k = 8", "stock, k = 1, β2 as k = 8 in data", '`adam_clock="steps"`', "ours, defaults",
+              "time of ours to the loss of stock k = 8 at 80 %"]  # fmt: skip
+    rates = ", ".join(
+        f"{r['learning_rate']:g}: {r['eval_loss']:.3f}"
+        for r in sorted(
+            (r for r in records if r["task"] == task and r["k"] == 8 and r["policy"] == "fixed"
+             and r["adam_beta2"] == TASK_BETA2[task]), key=lambda r: r["learning_rate"],
+        )
+    )  # fmt: skip
+    return f"Stock at k = 8 by learning rate: {rates}.\n\n" + table(header, rows)
 
 
 def paired_table(records: list[dict], task: str) -> str:
@@ -159,16 +188,19 @@ def other_table(records: list[dict], task: str) -> str:
     frozen = targets(records, task)
     eight, first = frozen["eight"], frozen["best"]
     rows = []
-    for r in sorted(
-        records, key=lambda r: (r["policy"] != "goodput", r["policy"], r["rule"] or "", r["learning_rate"])
-    ):
+    order = sorted(
+        records,
+        key=lambda r: (r["policy"] != "goodput", r["policy"], not is_default(r), r["rule"] or "", r["learning_rate"]),
+    )
+    for r in order:
         if r["task"] != task or r["policy"] == "fixed" or r["seed"] or r["ranks"] != 1:
             continue
         rows.append([
-            f"`{r['policy']}`", r["rule"], f"{r['learning_rate']:g}", f"{r['eval_loss']:.3f}", r["optimizer_steps"],
+            f"`{r['policy']}`", r["rule"], r["adam_clock"], setting(r), f"{r['eval_loss']:.3f}",
+            r["optimizer_steps"],
             ratio([r], [eight[1]], eight[0], "seconds"), ratio([r], [first[1]], first[0], "seconds"),
         ])  # fmt: skip
-    header = ["policy", "rule", "learning rate", "final loss", "steps", "time to the first target, of k = 8",
+    header = ["policy", "rule", "clock", "rate", "final loss", "steps", "time to the first target, of k = 8",
               "time to the second, of the sweep's best"]  # fmt: skip
     return table(header, rows)
 
@@ -182,7 +214,7 @@ def draw_curves(records: list[dict], folder: Path) -> None:
     import numpy as np
 
     folder.mkdir(exist_ok=True)
-    for task in PAIRED_TASKS:
+    for task in TASKS:
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
         lowest = []
         for (name, runs), style in zip(arms(records, task).items(), ("--", ":", "-", "-."), strict=False):
@@ -206,18 +238,16 @@ def draw_curves(records: list[dict], folder: Path) -> None:
 def ranks_arms(records: list[dict]) -> dict[str, list[dict]]:
     """Return the paired runs on two ranks by arm, in the order of the seeds; the best fixed k is the first."""
     first = best(records, task="language", policy="fixed", ranks=2)
-    own = best(records, task="language", policy="goodput", ranks=2)
-    eight = best(records, task="language", policy="fixed", k=8)["learning_rate"]
-    settings = {
-        f"stock, k = {first['k']}, {first['learning_rate']:g} (best fixed)": first,
-        f"ours, defaults, {eight:g} (the rate of k = 8 on one rank)": own
-        | {"rule": DEFAULT_RULE, "learning_rate": eight},
-        f'ours, "{own["rule"]}", {own["learning_rate"]:g} (rate searched)': own,
+    eight = recipe(records, "language")
+    ours = eight | {"policy": "goodput", "rule": DEFAULT[0], "adam_clock": DEFAULT[1], "ranks": 2}
+    compared = {
+        f"stock, k = {first['k']}, {setting(first)} (best fixed)": first,
+        f"ours, defaults, {setting(eight)} (the rate of k = 8 on one rank)": ours,
     }
-    same = ("task", "policy", "k", "rule", "learning_rate", "ranks")
+    same = ("task", "policy", "k", "rule", "adam_clock", "learning_rate", "adam_beta2", "ranks")
     groups, seen = {}, set()
-    for name, setting in settings.items():
-        key = tuple(setting[field] for field in same)
+    for name, run in compared.items():
+        key = tuple(run[field] for field in same)
         runs = [r for r in records if tuple(r[field] for field in same) == key and r["seed"] in SEEDS]
         if runs and key not in seen:
             groups[name] = sorted(runs, key=lambda r: r["seed"])
@@ -236,11 +266,11 @@ def ranks_search_table(records: list[dict]) -> str:
     target = ranks_target(records)
     rows = []
     for r in sorted(runs, key=lambda r: (r["policy"], r["k"], r["rule"] or "", r["learning_rate"])):
-        name = f"stock, k = {r['k']}" if r["policy"] == "fixed" else f'ours, "{r["rule"]}"'
+        name = f"stock, k = {r['k']}" if r["policy"] == "fixed" else "ours, defaults"
         crossing = first_crossing(wall_curve(r), target, False)
         spent = f"{crossing.seconds:.0f}" if crossing.reached else "never"
         seconds = f"{wall_curve(r)[-1].seconds:.0f}"
-        rows.append([name, f"{r['learning_rate']:g}", f"{r['eval_loss']:.3f}", r["optimizer_steps"], spent, seconds])
+        rows.append([name, setting(r), f"{r['eval_loss']:.3f}", r["optimizer_steps"], spent, seconds])
     header = ["arm", "learning rate", "final loss", "steps", f"wall seconds to {target:.3f}", "of the whole run"]
     return table(header, rows)
 
@@ -265,19 +295,37 @@ def wall_curve(record: dict) -> list[Evaluation]:
     return [Evaluation(p["loss"], p["step"], p["samples"], p["wall_s"]) for p in record["curve"]]
 
 
+def overhead_table() -> str:
+    """Return what a step costs more than in stock."""
+    rows = []
+    for task, entry in json.loads((HERE / "results" / "overhead.json").read_text())["tasks"].items():
+        cells = []
+        for loop in ("windows", "measured"):
+            low, high = entry[loop]["range"]
+            cells.append(
+                f"{100 * (entry[loop]['median_ratio'] - 1):+.1f} % ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})"
+            )
+        rows.append([task, f"{entry['stock_seconds_per_step']:.4f}", *cells])
+    return table(["task", "stock, s per step", "windows", "statistics, every 8th step"], rows)
+
+
 def write_report(results: Path, path: Path | None = None) -> None:
     """Write `convergence.md`, or another file, from its template and the records."""
     path = path or HERE / "convergence.md"
     records = load(results)
     parts: dict[str, Callable[[], str]] = {
+        "overhead": overhead_table,
         "ranks search": lambda: ranks_search_table(records),
         "ranks paired": lambda: ranks_paired_table(records),
     }
-    for task in PAIRED_TASKS:
+    for task in TASKS:
         parts[f"{task} paired"] = lambda task=task: paired_table(records, task)
     for task in TASKS:
         parts[f"{task} sweep"] = lambda task=task: sweep_table(records, task)
         parts[f"{task} other"] = lambda task=task: other_table(records, task)
+    there = {r["task"] for r in records}
+    for task in OTHERS:
+        parts[f"{task} others"] = lambda task=task: others_table(records, task) if task in there else "(not run)"
     text = (HERE / "convergence.template.md").read_text()
     for name, make in parts.items():
         text = text.replace(f"@@{name}@@", make())

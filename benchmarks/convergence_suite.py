@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
-# Learning rates of stock by k: factors of two around what a first search found (benchmarks/accumulation.md), further
-# down where the lowest was the best.
 REFERENCE = 8  # k of the recipe that a user comes with
+TASK_BETA2 = {"language": 0.95, "vision": 0.999, "code": 0.95, "vit": 0.999}
+# Learning rates of stock by k at the task's own β2: factors of two around what a first search found
+# further down where the lowest was the best.
 SWEEP = {
     "language": {
-        1: (7.5e-4, 1.5e-3, 3e-3, 6e-3),
+        1: (1.5e-3, 3e-3, 6e-3),
         2: (1.5e-3, 3e-3, 6e-3),
         4: (1.5e-3, 3e-3, 6e-3),
         8: (1e-3, 2e-3, 4e-3),
@@ -24,42 +25,74 @@ SWEEP = {
         16: (1e-3, 2e-3, 4e-3),
     },
 }
-# Adam's second moment, beside what the task has for any k: β2 such that its half-life in data is this many times the
-# half-life of k = 8 (β2 of the task to the power of k/8 over that number).
-BETA2 = {"language": 0.95, "vision": 0.999}
-HALF_LIVES = {"language": (1, 2), "vision": (1, 0.1)}
-# Cost of an optimizer step in micro-batches, measured on the idle machine (results/accumulation_costs.json); ours
+# The same with other β2, given by the half-life in data of Adam's second moment over the one of the recipe: β2 is the
+# task's to the power of k/8 over that number.
+SWEEP_BETA2 = {
+    "language": {
+        1: {1: (7.5e-4, 1.5e-3, 2e-3, 3e-3), 2: (7.5e-4, 1.5e-3, 2e-3)},
+        2: {1: (1.5e-3, 2e-3, 3e-3), 2: (2e-3,)},
+        4: {1: (2e-3, 3e-3)},
+        8: {2: (2e-3,), 4: (2e-3,)},
+        16: {1: (2e-3,)},
+    },
+    "vision": {
+        1: {1: (1.75e-4, 3.5e-4), 0.1: (1.75e-4, 3.5e-4)},
+        2: {1: (5e-4,), 0.1: (5e-4,)},
+        8: {0.1: (7e-4,)},
+    },
+}
+# Cost of an optimizer step in micro-batches, measured on the idle machine (results/unit_costs.json); ours
 # measures it in the run, which on a machine that runs two at a time would be another figure in every run.
-STEP_COST = {"language": 0.04, "vision": 0.24, "vision_resnet50": 0.2}
-# Rates of ours at k_ref = 8 that were tried on seed 0, and the rules.
-OURS = {"language": (2e-3, 4e-3, 8e-3), "vision": (3.5e-4, 7e-4, 1.4e-3, 2.8e-3)}
-DEFAULT_RULE = "surge"  # what lr_batch_scaling="auto" is under goodput
-# Rules and rates at k_ref = 8 of the policies that follow the noise scale itself, whose batches are larger.
-NOISE_SCALE = (("surge", 4e-3), ("sqrt", 4e-3), ("sqrt", 8e-3))
-# Rates of ours at k_ref = 8 that are tried on two ranks under "sqrt", the rule that was best on one.
-RANKS_SEARCH = (4e-3, 8e-3, 1.13e-2)
+STEP_COST = {"language": 0.04, "vision": 0.24, "code": 0.04, "vit": 0.24}
+DEFAULT = ("surge", "tokens")  # what lr_batch_scaling="auto" is under goodput, and adam_clock
+# The parts of the default, each without the other.
+PARTS_OF_DEFAULT = (("surge", "steps"), ("none", "tokens"), ("sqrt", "tokens"))
+# ρ and rule of the policy that follows the noise scale itself, at the rate of k = 8.
+NOISE_SCALE = (("noise_scale", "surge"), ("half_noise_scale", "surge"), ("half_noise_scale", "sqrt"))
 RANKS_SEEDS = range(3)
-RULES = (DEFAULT_RULE, "sqrt", "gain")
 SEEDS = range(5)
+# Tasks on which no default was found, at two β2: rates of stock at k = 8.
+OTHERS = {"code": {0.95: (1e-3, 2e-3, 4e-3), 0.999: (2e-3,)}, "vit": {0.999: (5e-4, 1e-3, 2e-3), 0.95: (1e-3,)}}
 QUICK_SWEEP = {"language": {1: (3e-3,), 8: (2e-3,)}, "vision": {1: (3.5e-4,), 8: (1.4e-3,)}}
 
 Runs = Iterator[list[str]]
 
 
 def stock(task: str, k: int, rate: float, seed: int = 0, beta2: float | None = None) -> list[str]:
-    second = [] if beta2 is None or beta2 == BETA2[task] else ["--beta2", f"{beta2:.6g}"]
-    return ["--task", task, "--policy", "fixed", "-k", str(k), "--learning_rate", f"{rate:g}", *second,
+    return ["--task", task, "--policy", "fixed", "-k", str(k), "--learning_rate", f"{rate:g}", *_beta2(task, beta2),
             "--seed", str(seed)]  # fmt: skip
 
 
-def adaptive(task: str, rate: float, rule: str, seed: int = 0, policy: str = "goodput", on: int = 1) -> list[str]:
+def adaptive(
+    task: str,
+    rate: float,
+    rule: str = DEFAULT[0],
+    clock: str = DEFAULT[1],
+    seed: int = 0,
+    policy: str = "goodput",
+    on: int = 1,
+    beta2: float | None = None,
+) -> list[str]:
     cost = ["--step_cost", str(STEP_COST[task])] if on == 1 else []
-    return ["--task", task, "--policy", policy, "--rule", rule, "--learning_rate", f"{rate:g}", *cost,
-            "--seed", str(seed)]  # fmt: skip
+    return ["--task", task, "--policy", policy, "--rule", rule, "--clock", clock, "--learning_rate", f"{rate:g}",
+            *cost, *_beta2(task, beta2), "--seed", str(seed)]  # fmt: skip
+
+
+def _beta2(task: str, value: float | None) -> list[str]:
+    return [] if value is None or value == TASK_BETA2[task] else ["--beta2", f"{value:.6g}"]
+
+
+def beta2_in_data(task: str, k: int, half_life: float = 1.0) -> float:
+    """Return the β2 whose half-life in data at k is a multiple of the one that the task's has at k = 8."""
+    return float(f"{TASK_BETA2[task] ** (k / REFERENCE / half_life):.6g}")
 
 
 def load(results: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    for record in records:  # those of stock at the task's β2 were made before β2 was searched
+        record.setdefault("adam_beta2", TASK_BETA2[record["task"]])
+        record.setdefault("adam_clock", None)
+    return records
 
 
 def best(records: list[dict], **where) -> dict:
@@ -67,75 +100,72 @@ def best(records: list[dict], **where) -> dict:
     where = {"seed": 0, "ranks": 1, **where}
     found = [r for r in records if all(r[key] == value for key, value in where.items())]
     if not found:
-        raise SystemExit(f"there is no record with {where}; run the sweep (and `ours`) first.")
+        raise SystemExit(f"there is no record with {where}; run the sweep first.")
     return min(found, key=lambda r: r["eval_loss"])
+
+
+def recipe(records: list[dict], task: str) -> dict:
+    """Return the run of stock at k = 8, the task's β2 and its best rate: what a user comes with."""
+    return best(records, task=task, policy="fixed", k=REFERENCE, adam_beta2=TASK_BETA2[task])
 
 
 def sweep(results: Path, quick: bool) -> Runs:
     for task, rates_of in (QUICK_SWEEP if quick else SWEEP).items():
         for k, rates in rates_of.items():
             for rate in rates:
-                for half_life in (None, *HALF_LIVES[task]):
-                    beta2 = None if half_life is None else BETA2[task] ** (k / REFERENCE / half_life)
-                    yield stock(task, k, rate, beta2=beta2)
-
-
-def ours(results: Path, quick: bool) -> Runs:
-    for task, rates in OURS.items():
-        for rate in rates[:1] if quick else rates:
-            for rule in RULES[:1] if quick else RULES:
-                yield adaptive(task, rate, rule)
+                yield stock(task, k, rate)
+    for task, of_k in ({} if quick else SWEEP_BETA2).items():
+        for k, of_half_life in of_k.items():
+            for half_life, rates in of_half_life.items():
+                for rate in rates:
+                    yield stock(task, k, rate, beta2=beta2_in_data(task, k, half_life))
 
 
 def paired(results: Path, quick: bool) -> Runs:
-    """Stock at k = 8, the sweep's best, ours at the best rate of stock at k = 8, ours with rule and rate searched."""
+    """Stock at k = 8, the sweep's best, and ours with the rate and β2 of stock at k = 8."""
     records = load(results)
     for seed in range(1) if quick else SEEDS:
         for task in SWEEP:
-            eight = best(records, task=task, policy="fixed", k=8)
-            first = best(records, task=task, policy="fixed")
-            own = best(records, task=task, policy="goodput")
+            eight, first = recipe(records, task), best(records, task=task, policy="fixed")
             runs = [
-                stock(task, 8, eight["learning_rate"], seed),
-                adaptive(task, eight["learning_rate"], DEFAULT_RULE, seed),
-                stock(task, first["k"], first["learning_rate"], seed),
-                adaptive(task, own["learning_rate"], own["rule"], seed),
+                stock(task, REFERENCE, eight["learning_rate"], seed),
+                adaptive(task, eight["learning_rate"], seed=seed),
+                stock(task, first["k"], first["learning_rate"], seed, first["adam_beta2"]),
             ]
             yield from runs[:: 1 if seed % 2 == 0 else -1]  # who is first must not matter
 
 
-def resnet50(results: Path, quick: bool) -> Runs:
-    """The paired runs of vision with ResNet-50, at k and rates that were best for ResNet-18: no search of its own."""
+def others(results: Path, quick: bool) -> Runs:
+    """Tasks that no default was found on: stock at k = 8 over rates, then ours and stock at k = 1 at its best one."""
+    for task, rates_of in ({} if quick else OTHERS).items():
+        for beta2, rates in rates_of.items():
+            for rate in rates:
+                yield stock(task, REFERENCE, rate, beta2=beta2)
     records = load(results)
-    eight = best(records, task="vision", policy="fixed", k=8)
-    first = best(records, task="vision", policy="fixed")
-    for seed in range(1) if quick else SEEDS:
-        runs = [
-            stock("vision_resnet50", 8, eight["learning_rate"], seed),
-            adaptive("vision_resnet50", eight["learning_rate"], DEFAULT_RULE, seed),
-            stock("vision_resnet50", first["k"], first["learning_rate"], seed),
-        ]
-        yield from runs[:: 1 if seed % 2 == 0 else -1]
+    for task, rates_of in ({} if quick else OTHERS).items():
+        rate = recipe(records, task)["learning_rate"] if any(r["task"] == task for r in records) else None
+        for beta2 in rates_of if rate is not None else ():
+            yield adaptive(task, rate, beta2=beta2)
+            yield adaptive(task, rate, clock="steps", beta2=beta2)
+            yield stock(task, 1, rate, beta2=float(f"{beta2 ** (1 / REFERENCE):.6g}"))
 
 
 def ablations(results: Path, quick: bool) -> Runs:
-    for rule, rate in () if quick else NOISE_SCALE:
-        for policy in ("noise_scale", "half_noise_scale"):
-            yield adaptive("language", rate, rule, policy=policy)
+    """The default's parts, a rate that is wrong, the policy that saves steps; seed 0."""
+    records = load(results)
     for task in ["language"] if quick else SWEEP:
-        rate = best(load(results), task=task, policy="fixed", k=8)["learning_rate"]
-        name = f"{task}-goodput-k8-lr{rate:g}-{DEFAULT_RULE}-seed0.json"
-        for policy in ["noise_scale"] if quick else ("noise_scale", "ramp", "plain_goodput"):
-            yield adaptive(task, rate, "sqrt" if policy == "ramp" else DEFAULT_RULE, policy=policy)
-        for policy in ["reversed"] if quick else ("replayed", "reversed"):
-            yield [*adaptive(task, rate, DEFAULT_RULE, policy=policy), "--source", str(results / name)]
+        rate = recipe(records, task)["learning_rate"]
+        for rule, clock in PARTS_OF_DEFAULT[:1] if quick else PARTS_OF_DEFAULT:
+            yield adaptive(task, rate, rule, clock)
         for factor in () if quick else (0.5, 2.0):
-            yield adaptive(task, rate * factor, DEFAULT_RULE)
-            yield stock(task, 8, rate * factor)
+            yield adaptive(task, rate * factor)
+            yield stock(task, REFERENCE, rate * factor)
+    for policy, rule in NOISE_SCALE[:1] if quick else NOISE_SCALE:
+        yield adaptive("language", recipe(records, "language")["learning_rate"], rule, policy=policy)
 
 
 def ranks(results: Path, quick: bool) -> Runs:
-    """The language task on two ranks: stock over k, ours with its defaults and at other rates, seed 0.
+    """The language task on two ranks: stock over k, ours with its defaults, seed 0.
 
     Rates of stock are those that were best on one rank. An optimizer step has a cost of communication here, which
     ours measures in the run.
@@ -143,27 +173,23 @@ def ranks(results: Path, quick: bool) -> Runs:
     records = load(results)
     for k in (8,) if quick else (1, 2, 4, 8):
         yield on_two_ranks(stock("language", k, rate_of_stock(records, k)))
-    yield on_two_ranks(adaptive("language", rate_of_stock(records, 8), DEFAULT_RULE, on=2))
-    for rate in () if quick else RANKS_SEARCH:
-        yield on_two_ranks(adaptive("language", rate, "sqrt", on=2))
+    yield on_two_ranks(adaptive("language", recipe(records, "language")["learning_rate"], on=2))
 
 
 def ranks_paired(results: Path, quick: bool) -> Runs:
-    """More seeds on two ranks of the best stock run, of ours with its defaults and of ours with its rate searched."""
+    """More seeds on two ranks of the best stock run and of ours with its defaults."""
     records = load(results)
     first = best(records, task="language", policy="fixed", ranks=2)
-    own = best(records, task="language", policy="goodput", ranks=2)
     for seed in () if quick else RANKS_SEEDS:
         runs = [
-            stock("language", first["k"], first["learning_rate"], seed),
-            adaptive("language", rate_of_stock(records, 8), DEFAULT_RULE, seed, on=2),
-            adaptive("language", own["learning_rate"], own["rule"], seed, on=2),
+            stock("language", first["k"], first["learning_rate"], seed, first["adam_beta2"]),
+            adaptive("language", recipe(records, "language")["learning_rate"], seed=seed, on=2),
         ]
         yield from map(on_two_ranks, runs[:: 1 if seed % 2 == 0 else -1])
 
 
 def rate_of_stock(records: list[dict], k: int) -> float:
-    return best(records, task="language", policy="fixed", k=k)["learning_rate"]
+    return best(records, task="language", policy="fixed", k=k, adam_beta2=TASK_BETA2["language"])["learning_rate"]
 
 
 def on_two_ranks(arguments: list[str]) -> list[str]:
@@ -171,6 +197,6 @@ def on_two_ranks(arguments: list[str]) -> list[str]:
 
 
 PARTS: dict[str, Callable[[Path, bool], Runs]] = {
-    "sweep": sweep, "ours": ours, "paired": paired, "resnet50": resnet50, "ablations": ablations, "ranks": ranks,
+    "sweep": sweep, "paired": paired, "others": others, "ablations": ablations, "ranks": ranks,
     "ranks_paired": ranks_paired,
 }  # fmt: skip

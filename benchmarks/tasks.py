@@ -60,18 +60,10 @@ VISION = Task(
         "per_device_eval_batch_size": 100,
     },
 )
-# Six times the work an image: for the paired runs only, at the rates that were best for ResNet-18.
-VISION_RESNET50 = replace(VISION, name="vision_resnet50", num_micro_batches=600)
-# To tell what a growing batch does from what a lower final rate would do.
-LANGUAGE_LOW_FLOOR = replace(
-    LANGUAGE,
-    name="language_low_floor",
-    training_arguments={**LANGUAGE.training_arguments, "lr_scheduler_kwargs": {"min_lr_rate": 0.02}},
-)
 # Two tasks that no default was found on: a Llama-type net on Python's standard library, and a ViT on CIFAR-10.
 CODE = replace(LANGUAGE, name="code")
 VIT = replace(VISION, name="vit")
-TASKS = {task.name: task for task in (LANGUAGE, VISION, VISION_RESNET50, LANGUAGE_LOW_FLOOR, CODE, VIT)}
+TASKS = {task.name: task for task in (LANGUAGE, VISION, CODE, VIT)}
 
 
 def common_arguments(task: Task, output_dir: str) -> dict[str, Any]:
@@ -199,7 +191,7 @@ def build(task: Task, seed: int, toy: bool = False) -> dict[str, Any]:
         toy: Random data in place of the real ones, and a smaller language model: to try the benchmarks themselves.
     """
     torch.manual_seed(seed)
-    if task.name.startswith("language"):
+    if task is LANGUAGE:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         config = GPT2Config(
@@ -249,7 +241,6 @@ def build(task: Task, seed: int, toy: bool = False) -> dict[str, Any]:
         return {"model": ViTForImageClassification(config), **images}
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-    architecture = "resnet50" if task is VISION_RESNET50 and not toy else "resnet18"
-    config = TimmWrapperConfig(architecture=architecture, num_labels=10, do_pooling=True)
+    config = TimmWrapperConfig(architecture="resnet18", num_labels=10, do_pooling=True)
     model = TimmWrapperForImageClassification(config)
     return {"model": model, **images}

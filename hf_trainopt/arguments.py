@@ -18,7 +18,6 @@ from .precision.arguments import PrecisionArgumentsMixin
 from .reliability.arguments import ReliabilityArgumentsMixin
 from .stock_arguments import (
     COUNT,
-    NOT_NEGATIVE,
     OPTIONAL_COUNT,
     Range,
     check_names,
@@ -38,7 +37,6 @@ RANGES = {
     "max_accumulation_steps": OPTIONAL_COUNT,
     "noise_scale_ratio": Range(0, above=True),
     "optimizer_step_cost": Range(0, optional=True),
-    "annealing_noise_ratio": NOT_NEGATIVE,
     "noise_scale_interval": COUNT,
     "noise_scale_half_life": Range(0, above=True, infinite=True),  # infinite: nothing is forgotten
 }
@@ -71,8 +69,6 @@ class EfficientTrainingArgumentsMixin(
         accumulation_ramp (`str`, *optional*): Schedule of `"ramp"`, as `"share of data:k,..."`.
         optimizer_step_cost (`float`, *optional*): Cost of an optimizer step in micro-batches for `"goodput"` instead
             of the measured one.
-        annealing_noise_ratio (`float`, defaults to 0.25): As the learning rate decays, the batch of `"goodput"` grows
-            in its place, up to this many noise scales; 0 for never.
         measure_noise_scale (`bool`, *optional*): Take gradient statistics. Unset: where the policy or the learning
             rate needs them.
         noise_scale_interval (`int`, defaults to 8): Every n-th window is measured.
@@ -144,14 +140,6 @@ class EfficientTrainingArgumentsMixin(
             "it is measured; set it to make a run reproducible to the bit."
         },
     )
-    annealing_noise_ratio: float = field(
-        default=0.25,
-        metadata={
-            "help": "accumulation_policy='goodput': as the learning rate decays, the batch grows in its place, up to "
-            "this many noise scales (not with lr_batch_scaling='none'). Set 0 to turn it off, as for a schedule that "
-            "does not end near zero."
-        },
-    )
     measure_noise_scale: bool | None = field(
         default=None,
         metadata={
@@ -186,13 +174,6 @@ class EfficientTrainingArgumentsMixin(
             logger.warning("noise_scale_ratio is ignored: accumulation_policy is '%s'.", self.accumulation_policy)
         if self.optimizer_step_cost is not None and self.accumulation_policy != "goodput":
             logger.warning("optimizer_step_cost is ignored: accumulation_policy is '%s'.", self.accumulation_policy)
-        if self.annealing_noise_ratio not in (0, type(self).annealing_noise_ratio):
-            if self.accumulation_policy != "goodput":
-                logger.warning(
-                    "annealing_noise_ratio is ignored: accumulation_policy is '%s'.", self.accumulation_policy
-                )
-            elif self.lr_batch_scaling == "none":
-                logger.warning("annealing_noise_ratio is ignored: lr_batch_scaling is 'none'.")
 
     def validate_accumulation(self) -> None:
         """Check the settings of adaptive accumulation against each other.
@@ -270,8 +251,7 @@ class EfficientTrainingArgumentsMixin(
         if self.accumulation_policy == "ramp":
             return RampPolicy.parse(self.accumulation_ramp)
         # Without the rate following the batch, a growing batch would be a second decay on top of the schedule.
-        annealing = 0.0 if self.lr_batch_scaling == "none" else self.annealing_noise_ratio
-        return GoodputPolicy(step_cost=self.optimizer_step_cost, annealing_ratio=annealing)
+        return GoodputPolicy(step_cost=self.optimizer_step_cost, anneals=self.lr_batch_scaling != "none")
 
 
 @dataclass

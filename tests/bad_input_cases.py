@@ -110,7 +110,7 @@ ARGUMENTS = [
     case("noise_scale_interval is 0", "at least 1", noise_scale_interval=0),
     case("noise_scale_half_life is nan", "finite number", noise_scale_half_life=float("nan")),
     case("optimizer_step_cost is nan", "finite number", optimizer_step_cost=float("nan")),
-    case("annealing_noise_ratio is -1", "must not be negative", annealing_noise_ratio=-1),
+    case("adam_clock is 'epochs'", "choose one of tokens, steps", adam_clock="epochs"),
     case("noise_scale_ratio is 0", "must be positive", noise_scale_ratio=0, accumulation_policy="noise_scale"),
     case("max_skipped_windows is -1", "at least 1, or 0", max_skipped_windows=-1),
     # unknown names

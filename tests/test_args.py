@@ -31,7 +31,6 @@ from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING, TRANSFORMERS
         ({"min_accumulation_steps": 4, "max_accumulation_steps": 2}, "raise the one or lower the other"),
         ({"noise_scale_ratio": 0.0}, "must be positive"),
         ({"optimizer_step_cost": -1.0}, "must not be negative"),
-        ({"annealing_noise_ratio": -1.0}, "must not be negative"),
         ({"noise_scale_interval": 0}, "must be at least 1"),
         ({"noise_scale_half_life": 0.0}, "must be positive"),
         ({"accumulation_policy": "ramp"}, "needs accumulation_ramp"),
@@ -152,13 +151,6 @@ def test_a_loss_of_ones_own_that_does_not_read_the_items_is_warned_of(tmp_path, 
         ({"accumulation_policy": "fixed", "noise_scale_interval": 4}, True, None),
         ({"noise_scale_half_life": 1e3}, False, None),
         ({"optimizer_step_cost": 1.0}, True, "optimizer_step_cost is ignored: the Trainer is given a policy"),
-        ({"annealing_noise_ratio": 0.5}, False, None),
-        ({"annealing_noise_ratio": 0.5, "lr_batch_scaling": "none"}, False, "is ignored: lr_batch_scaling is 'none'"),
-        (
-            {"annealing_noise_ratio": 0.5, "accumulation_policy": "noise_scale"},
-            False,
-            "annealing_noise_ratio is ignored",
-        ),
     ],
 )
 def test_settings_without_effect_are_warned_of(tmp_path, caplog, settings, own, ignored):
@@ -273,9 +265,8 @@ def test_arguments_are_flags(tmp_path):
 def test_policies_by_name(tmp_path):
     make = lambda **kwargs: arguments(tmp_path, **kwargs).make_accumulation_policy()  # noqa: E731
     assert make(accumulation_policy="fixed") == FixedPolicy()
-    assert make(accumulation_policy="goodput", optimizer_step_cost=0.5) == GoodputPolicy(0.5, 0.25)
-    assert make(annealing_noise_ratio=0.5) == GoodputPolicy(None, 0.5)
-    assert make(lr_batch_scaling="none") == GoodputPolicy(None, 0.0)
+    assert make(accumulation_policy="goodput", optimizer_step_cost=0.5) == GoodputPolicy(0.5)
+    assert make(lr_batch_scaling="none") == GoodputPolicy(None, anneals=False)
     assert make(accumulation_policy="ramp", accumulation_ramp="0:1,0.5:2") == RampPolicy((0.0, 0.5), (1, 2))
 
 

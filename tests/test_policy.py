@@ -41,30 +41,39 @@ def test_policies_hold_while_nothing_is_resolved(policy, seen):
     assert policy(observe(noise=seen)) is None
 
 
+GRID = [1e-2 * 1.01**i for i in range(2000)]
+
+
 @given(cost=st.floats(0.01, 50), noise_scale=st.floats(0.1, 1e4))
 def test_goodput_is_the_best_k_of_a_brute_force_search(cost, noise_scale):
     """k* minimises seconds to the loss, (k + r)(1 + B/k): searched on a fine grid."""
-    policy = GoodputPolicy(step_cost=cost, annealing_ratio=0.0)
-    target = policy(observe(noise=noise(noise_scale * 4.0), learning_rate_decay=0.1))
-    grid = [1e-2 * 1.01**i for i in range(2000)]
-    best = min(grid, key=lambda k: (k + cost) * (1 + noise_scale / k))
-    assert target == pytest.approx(best, rel=0.011)
+    seen = observe(noise=noise(noise_scale * 4.0), learning_rate_decay=0.1)
+    best = min(GRID, key=lambda k: (k + cost) * (1 + noise_scale / k))
+    assert GoodputPolicy(step_cost=cost, anneals=False)(seen) == pytest.approx(best, rel=0.011)
+    assert GoodputPolicy(step_cost=cost).without_annealing(seen) == pytest.approx(best, rel=0.011)
+    at_peak = observe(noise=noise(noise_scale * 4.0), learning_rate_decay=1.0)
+    assert GoodputPolicy(step_cost=cost)(at_peak) == pytest.approx(math.sqrt(cost * noise_scale))
 
 
-@pytest.mark.parametrize(
-    ("decay", "noise_in_micro_batches", "expected"),
-    [
-        (1.0, 100.0, 2.0),  # k* alone: √(0.04 · 100)
-        (0.5, 100.0, 4.0),  # half the rate: twice the batch
-        (0.05, 100.0, 25.0),  # not above a quarter of the noise scale
-        (0.5, 4.0, 1.0),  # k* = 0.4 counts as the 1 that it is, and the ceiling is 1
-        (0.0, 400.0, 100.0),  # a schedule that ends at zero
-        (0.5, 1.0, 0.25),  # the ceiling is below 1: k stays 1 by the limits
-    ],
-)
-def test_goodput_grows_as_the_rate_decays(decay, noise_in_micro_batches, expected):
-    seen = observe(noise=noise(4 * noise_in_micro_batches), learning_rate_decay=decay)
-    assert GoodputPolicy(step_cost=0.04)(seen) == pytest.approx(expected)
+@given(cost=st.floats(0.01, 50), noise_scale=st.floats(0.1, 1e3), decay=st.floats(0.01, 1.0))
+def test_the_batch_grows_with_a_decayed_rate_as_far_as_it_pays(cost, noise_scale, decay):
+    """Gain of a step at the rate ε, 2ε − ε²(1 + B/k), per second; ε is c of the best for k*, in proportion to k."""
+    peak = math.sqrt(cost * noise_scale)
+
+    def gain_per_second(k):
+        rate = decay / (1 + noise_scale / peak) * k / peak
+        return (2 * rate - rate**2 * (1 + noise_scale / k)) / (k + cost)
+
+    seen = observe(noise=noise(noise_scale * 4.0), learning_rate_decay=decay)
+    found = GoodputPolicy(step_cost=cost)(seen)
+    assert found >= peak * (1 - 1e-9)
+    best = max(GRID, key=gain_per_second)
+    assert found == pytest.approx(best, rel=0.011)
+
+
+def test_a_schedule_that_ends_at_zero_has_an_end_to_the_growth():
+    seen = observe(noise=noise(4 * 400.0), learning_rate_decay=0.0)
+    assert GoodputPolicy(step_cost=0.04)(seen) < 400
 
 
 def test_goodput_measures_its_step_cost():

@@ -267,7 +267,7 @@ def warn_of_ignored_settings(trainer: Trainer, measures: bool, has_own_policy: b
     if not measures:
         ignored += [("noise_scale_interval", "nothing is measured"), ("noise_scale_half_life", "nothing is measured")]
     if has_own_policy:
-        names = ("noise_scale_ratio", "optimizer_step_cost", "annealing_noise_ratio", "accumulation_ramp")
+        names = ("noise_scale_ratio", "optimizer_step_cost", "accumulation_ramp")
         ignored += [(name, "the Trainer is given a policy of your own") for name in names]
     for name, reason in ignored:
         if getattr(args, name) != defaults[name]:

@@ -95,34 +95,43 @@ class GoodputPolicy:
     et al. 2021, arXiv 2008.12260, section 3) maximised over accumulation alone. On one device r is small and k* is
     mostly 1 to 3; it grows where steps are dear (all-reduce over a slow network, offloaded optimizers).
 
-    As the learning rate decays to c of its peak, the batch grows to k*/c in its place, up to `annealing_ratio` noise
-    scales: where the rate follows the batch by its root, that is the same decay of noise for Adam in fewer steps
-    (Seesaw, Meterez et al. 2025, arXiv 2510.14717). The ceiling is ours, found by measurement: without it data are
-    wasted where the noise scale is large from the start (`benchmarks/accumulation.md`).
+    Where the rate has decayed to c of its peak, a larger batch is better. In McCandlish's model (eq. 2.7) a step at
+    the rate ε, in units of the largest that is stable without noise, gains 2ε − ε²(1 + B_noise/k). At the peak ε is
+    the best for k*, 1/(1 + B_noise/k*). Let it decay to c of that, and follow the batch in proportion, as for SGD.
+    Then a micro-batch gains 2 − c(k + B_noise)/(k* + B_noise), but for a factor, and takes 1 + r/k of its time. Gain
+    per time is largest at
+
+        k = √(r² + r((2 − c)B_noise + 2k*)/c) − r,
+
+    which is k* at c = 1 and grows by about √((2 − c)/c). So the batch takes over a part of the decay (Smith et al.
+    2018, arXiv 1711.00489; for Adam Meterez et al. 2025, arXiv 2510.14717), no more than pays in time.
 
     Args:
         step_cost: r in micro-batches instead of the measured one (makes a run reproducible to the bit).
-        annealing_ratio: Largest batch that annealing may ask for, in noise scales; 0 for k* alone.
+        anneals: Whether the batch grows as the rate decays. Only where the rate follows the batch.
     """
 
     step_cost: float | None = None
-    annealing_ratio: float = 0.25
+    anneals: bool = True
 
     def without_annealing(self, observation: Observation) -> float | None:
-        """Return k*, what it would be if the learning rate had not decayed; `None` while that isn't known."""
-        noise = observation.noise_in_micro_batches
-        cost = self.step_cost
-        if cost is None and observation.micro_batch_seconds and observation.step_seconds is not None:
-            cost = observation.step_seconds / observation.micro_batch_seconds
+        """Return k*, the best k at the peak of the rate; `None` while that isn't known."""
+        cost, noise = self._cost(observation), observation.noise_in_micro_batches
         return None if noise is None or cost is None else math.sqrt(cost * noise)
 
     def __call__(self, observation: Observation) -> float | None:
         best = self.without_annealing(observation)
-        if best is None:
-            return None
-        ceiling = self.annealing_ratio * observation.noise_in_micro_batches
-        grown = max(best, 1.0) / max(observation.learning_rate_decay, 1e-3)
-        return max(best, min(grown, ceiling))
+        if best is None or not self.anneals:
+            return best
+        cost, noise = self._cost(observation), observation.noise_in_micro_batches
+        decay = max(observation.learning_rate_decay, 1e-3)
+        return math.sqrt(cost**2 + cost * ((2 - decay) * noise + 2 * best) / decay) - cost
+
+    def _cost(self, observation: Observation) -> float | None:
+        """Return r."""
+        if self.step_cost is not None or not observation.micro_batch_seconds or observation.step_seconds is None:
+            return self.step_cost
+        return observation.step_seconds / observation.micro_batch_seconds
 
 
 @dataclass(frozen=True)
