@@ -14,7 +14,7 @@ from ..accumulation.controller import AccumulationController
 from ..accumulation.gradient_norms import MicroBatchNorms
 from ..accumulation.noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics, noise_logs
 from ..accumulation.policy import FixedPolicy
-from ..accumulation.sums import local_sums, micro_batch_weights, pack_sums, unpack_sums
+from ..accumulation.sums import Proposal, local_sums, micro_batch_weights, pack_sums, unpack_sums
 from ..accumulation.timing import StepTimer
 from ..accumulation.window import count_target_tokens
 from ..core.facts import inverse_loss_scale
@@ -269,7 +269,7 @@ class GradientStatisticsCallback(MeasurementCallback):
                 excess.append((sum(items) - share) / max(total, 1.0))
             weights = micro_batch_weights(items, args.world_size, by_items, over_ranks)
             sums = local_sums(square_norms, items, weights, unscale / args.world_size)
-            vectors.append(pack_sums(0, self._inputs.num_samples, square_norm, sums))
+            vectors.append(pack_sums(Proposal(), self._inputs.num_samples, square_norm, sums))
             if not by_items:
                 break
         skipped = self._inputs.skipped_samples

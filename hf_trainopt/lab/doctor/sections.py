@@ -14,6 +14,7 @@ from transformers.trainer_utils import has_length
 from ...accumulation.controller import STARTUP_WINDOWS
 from ...accumulation.policy import FixedPolicy
 from ...accumulation.schedule import METRIC_DRIVEN, NOISE_SCALING_RULES, DataIndexedLR, chosen_rule
+from ...accumulation.second_moment import decay_of_step, moment_setting
 from ...placement.plan.budget import gib
 from ...placement.show.render import time_words
 from ...reliability.losses import obstacle_to_skipping
@@ -164,7 +165,30 @@ def learning_rate(trainer: Trainer) -> Lines:
         here = "" if rule == args.lr_batch_scaling else f", here '{rule}'"
         unknown = " while the noise scale is not known" if rule in NOISE_SCALING_RULES else ""
         lines.append(("with k", f"lr_batch_scaling='{args.lr_batch_scaling}'{here}: {_scaling(trainer)}{unknown}"))
+        lines.append(("second moment", _clock(trainer, optimizer)))
     return lines
+
+
+def _clock(trainer: Trainer, optimizer: torch.optim.Optimizer) -> str:
+    """Return what the optimizer's second moment forgets by."""
+    if trainer.args.adam_clock == "steps" or not trainer.trainopt.accumulation.varies:
+        return "forgets by optimizer steps, as in stock"
+    try:
+        setting = moment_setting(optimizer)
+    except LookupError as error:
+        return f"forgets by optimizer steps: {error}"
+    if setting is None:
+        return "none"
+    controller = trainer.trainopt.accumulation.controller
+    reference = controller.reference_steps
+    if setting.kind == "power":
+        return f"forgets by data, as if every step had {reference} micro-batches"
+    log_beta2 = setting.log_beta2(optimizer.param_groups[0], 0.0)
+    at = [
+        f"{decay_of_step(log_beta2, k / reference):.6g} at a k of {k}"
+        for k in dict.fromkeys([controller.minimum, reference, controller.maximum])
+    ]
+    return f"forgets by data: a decay of {', '.join(at)} a step"
 
 
 def _adapts(trainer: Trainer) -> bool:
