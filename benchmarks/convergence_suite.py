@@ -52,7 +52,7 @@ NOISE_SCALE = (("noise_scale", "surge"), ("half_noise_scale", "surge"), ("half_n
 RANKS_SEEDS = range(3)
 SEEDS = range(5)
 # Tasks on which no default was found, at two β2: rates of stock at k = 8.
-OTHERS = {"code": {0.95: (1e-3, 2e-3, 4e-3), 0.999: (2e-3,)}, "vit": {0.999: (5e-4, 1e-3, 2e-3), 0.95: (1e-3,)}}
+OTHERS = {"code": {0.95: (2e-3, 4e-3, 8e-3), 0.999: (4e-3,)}, "vit": {0.999: (5e-4, 1e-3, 2e-3), 0.95: (1e-3,)}}
 QUICK_SWEEP = {"language": {1: (3e-3,), 8: (2e-3,)}, "vision": {1: (3.5e-4,), 8: (1.4e-3,)}}
 
 Runs = Iterator[list[str]]

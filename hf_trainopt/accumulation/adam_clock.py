@@ -105,6 +105,8 @@ class AdamClockPart(Part):
         """
         if self.clock is not None and self._step_begun == step:
             self.clock.take_back()
+            self._step_begun = None
+            self._committed_state = self._state()  # it may be known only as a checkpoint of that step is written
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.clock is not None:
