@@ -73,6 +73,9 @@ def test_values_are_read_as_what_they_replace(text, name, value):
         ("resid_pdrop=much", "no number"),
         ("scale_attn_weights=perhaps", "neither true nor false"),
         ("n_embd=8,n_embd=16", "given twice"),
+        ("n_embd=8,hidden_size=16", "given twice"),
+        ("model_type=llama", "chosen by"),
+        ("use_return_dict=1", "cannot be set"),
     ],
 )
 def test_what_does_not_fit_is_said(text, reason):

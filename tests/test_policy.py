@@ -15,6 +15,7 @@ from hf_trainopt.accumulation import (
     RampPolicy,
     limit_change,
 )
+from hf_trainopt.accumulation.policy import growth_of
 
 
 def noise(value: float, resolved: bool = True) -> NoiseScale:
@@ -69,6 +70,26 @@ def test_the_batch_grows_with_a_decayed_rate_as_far_as_it_pays(cost, noise_scale
     assert found >= peak * (1 - 1e-9)
     best = max(GRID, key=gain_per_second)
     assert found == pytest.approx(best, rel=0.011)
+
+
+@given(cost=st.floats(0.01, 50), noise_scale=st.floats(0.1, 1e3), decay=st.floats(0.01, 1.0))
+def test_the_growth_is_what_is_not_there_at_the_peak(cost, noise_scale, decay):
+    policy = GoodputPolicy(step_cost=cost)
+    seen = observe(noise=noise(noise_scale * 4.0), learning_rate_decay=decay)
+    growth = growth_of(policy, seen)
+    assert growth >= 1.0
+    assert policy(seen) == pytest.approx(growth * policy.without_annealing(seen))
+    assert growth_of(policy, observe(noise=noise(noise_scale * 4.0))) == pytest.approx(1.0)
+    assert growth_of(GoodputPolicy(step_cost=cost, anneals=False), seen) == 1.0
+    assert growth_of(NoiseScalePolicy(), seen) == 1.0
+    assert growth_of(policy, observe()) is None
+
+
+def test_micro_batches_that_are_all_alike_have_no_noise():
+    """Their trace is zero up to rounding, of either sign."""
+    for trace in (0.0, -1e-18):
+        seen = observe(noise=noise(trace), learning_rate_decay=0.1)
+        assert GoodputPolicy(step_cost=0.1)(seen) == 0.0
 
 
 def test_a_schedule_that_ends_at_zero_has_an_end_to_the_growth():

@@ -297,19 +297,17 @@ def test_what_annealing_adds_to_a_batch_keeps_the_noise_of_the_schedule(adaptive
     power = 2 if adaptive else 1
     for wanted in (1.0, 2.5, 8.0):
         at_wanted = batch_scaling_factor("surge", wanted, 8, noise, adaptive)
-        for k in (wanted, 2 * wanted, 5 * wanted):
-            factor = batch_scaling_factor("surge", k, 8, noise, adaptive, unannealed_steps=wanted)
-            assert factor**power / k == pytest.approx(at_wanted**power / wanted)
-    # A batch that is not larger than k* has nothing of it; below one micro-batch there is no batch.
-    assert batch_scaling_factor("surge", 2, 8, noise, adaptive, 5.0) == batch_scaling_factor(
-        "surge", 2, 8, noise, adaptive
-    )
-    assert batch_scaling_factor("surge", 2, 8, noise, adaptive, 0.3) == batch_scaling_factor(
-        "surge", 2, 8, noise, adaptive, 1.0
+        for growth in (1.0, 2.0, 5.0):
+            factor = batch_scaling_factor("surge", growth * wanted, 8, noise, adaptive, growth=growth)
+            assert factor**power / growth == pytest.approx(at_wanted**power)
+    # There is no batch of less than one micro-batch.
+    assert batch_scaling_factor("surge", 2, 8, noise, adaptive, 7.0) == batch_scaling_factor(
+        "surge", 2, 8, noise, adaptive, 2.0
     )
     for rule in ("none", "sqrt", "linear"):
-        plain = batch_scaling_factor(rule, 6, 8, noise, adaptive)
-        assert batch_scaling_factor(rule, 6, 8, noise, adaptive, unannealed_steps=2.0) == plain
+        assert batch_scaling_factor(rule, 6, 8, noise, adaptive, growth=3.0) == batch_scaling_factor(
+            rule, 6, 8, noise, adaptive
+        )
 
 
 def test_auto_takes_the_noise_scale_where_it_is_measured():
@@ -378,7 +376,7 @@ class Places(TrainerCallback):
             "base": rate.factor(),
             "noise": rate.transfer_noise,
             "kept": rate.keeps_noise,
-            "wanted": rate.unannealed_steps,
+            "growth": rate.growth,
             "k": controller.next_window_steps,
             "scale": self.trainer.lr_scheduler.scale,
             "running": controller.noise.value if controller.noise is not None else None,
@@ -403,8 +401,24 @@ def test_rates_are_transferred_by_the_noise_at_their_peak(tmp_path, warmup):
     # Not before the rate has begun to fall, nor in the first tenth of the data.
     assert kept[0]["progress"] >= max(0.1, warmup)
     assert all(place["noise"] == place["running"] for place in places.seen if not place["kept"] and place["resolved"])
-    assert all(place["wanted"] is not None for place in kept[1:])  # the policy sees it a window later
+    # The batch grows as the rate falls, and not before.
+    assert kept[-1]["growth"] > 1.5
+    assert {place["growth"] for place in places.seen if place["progress"] < warmup} <= {1.0}
     for place in places.seen:
         noise = None if place["noise"] is None else place["noise"] / 3  # micro-batches of 3
-        factor = batch_scaling_factor("surge", place["k"], 3, noise, True, place["wanted"])
+        factor = batch_scaling_factor("surge", place["k"], 3, noise, True, place["growth"])
         assert place["scale"] == factor
+
+
+def test_a_batch_that_has_not_grown_is_not_taken_for_one_that_has(tmp_path):
+    """k is above k* for other reasons too: bounds, probes, rounding. At k = k_ref the rate is the user's."""
+    places = Places()
+    args = arguments(
+        tmp_path, gradient_accumulation_steps=4, min_accumulation_steps=4, optimizer_step_cost=0.02,
+        noise_scale_interval=1, num_train_epochs=4, lr_scheduler_type="constant", warmup_steps=0,
+    )  # fmt: skip
+    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), callbacks=[places]))
+    places.trainer = trainer
+    trainer.train()
+    assert any(place["resolved"] for place in places.seen)
+    assert {(place["k"], place["scale"]) for place in places.seen} == {(4, 1.0)}

@@ -2,8 +2,11 @@
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from ..core.part import Part
 from .schedule import DataIndexedLR
@@ -11,6 +14,9 @@ from .second_moment import SecondMomentClock, moment_setting, steps_taken
 
 
 logger = logging.getLogger(__name__)
+
+# Optimizer -> (steps, reference windows) that it has come to: `train` may be called again, or another Trainer have it.
+_REACHED: "weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, float]]" = weakref.WeakKeyDictionary()
 
 
 class AdamClockPart(Part):
@@ -29,6 +35,7 @@ class AdamClockPart(Part):
         self._loaded_state: dict[str, Any] | None = None
         self._committed_state: dict[str, Any] | None = None
         self._step_begun: int | None = None
+        self._not_taken: int | None = None
 
     # ---- A run -----------------------------------------------------------------------------------------------------
 
@@ -61,28 +68,34 @@ class AdamClockPart(Part):
             return
         if setting is None:
             return
-        self.clock = SecondMomentClock(inner, setting, *self._start(steps_taken(inner)))
+        self.clock = SecondMomentClock(inner, setting, *self._start(inner))
         self._hooks = [
             inner.register_step_pre_hook(self._before_step),
             inner.register_step_post_hook(self._after_step),
         ]
         self._committed_state = self._state()
 
-    def _start(self, steps: int | None) -> tuple[int, float | None]:
+    def _start(self, optimizer: torch.optim.Optimizer) -> tuple[int, float | None]:
         """Return the steps that the optimizer has taken, and the reference windows in them if known."""
-        saved = self._loaded_state
-        if steps is None:
-            steps = saved["steps"] if saved is not None else self.trainer.state.global_step
-        if saved is not None and saved["steps"] == steps:
-            return steps, saved["windows"]
-        return steps, None  # stock's, or written when every step had the β2 of the recipe
+        steps, saved = steps_taken(optimizer), self._loaded_state
+        known = None if saved is None else (saved["steps"], saved["windows"])
+        if known is None and self.parts.resumed_from is None:
+            known = _REACHED.get(optimizer)
+        if known is None:  # stock's, or written when every step had the β2 of the recipe
+            return (self.trainer.state.global_step if steps is None else steps), None
+        if steps is None or steps == known[0]:
+            return known
+        # Its state isn't the one of that run (not saved, or begun anew): windows as there are on average.
+        return steps, known[1] * steps / known[0] if known[0] else None
 
     def _leave(self) -> None:
         for hook in self._hooks:
             hook.remove()
         if self.clock is not None:
             self.clock.put_back()
-        self.clock, self._hooks, self._committed_state, self._step_begun = None, [], None, None
+            _REACHED[self.clock.optimizer] = self.clock.steps, self.clock.windows
+        self.clock, self._hooks, self._committed_state = None, [], None
+        self._step_begun = self._not_taken = None
 
     # ---- A step ----------------------------------------------------------------------------------------------------
 
@@ -94,16 +107,21 @@ class AdamClockPart(Part):
         self.clock.begin_step(accumulation.last_window[0] / accumulation.reference_steps, factor)
 
     def _after_step(self, *_: Any) -> None:
-        self.clock.end_step()
-        self._step_begun = self.trainer.state.global_step
+        step = self.trainer.state.global_step
+        is_taken = self._not_taken != step
+        self.clock.end_step(is_taken)
+        self._step_begun = step if is_taken else None
 
     def was_skipped(self, step: int) -> None:
-        """Take back a step that the optimizer was called for and hasn't taken.
+        """Leave out a step for which the optimizer is called, and which it doesn't take.
 
         Args:
-            step: Optimizer steps before it.
+            step: Optimizer steps before it. It may be over or yet to come.
         """
-        if self.clock is not None and self._step_begun == step:
+        if self.clock is None:
+            return
+        self._not_taken = step
+        if self._step_begun == step:
             self.clock.take_back()
             self._step_begun = None
             self._committed_state = self._state()  # it may be known only as a checkpoint of that step is written

@@ -28,7 +28,7 @@ class LearningRatePart(Part):
     Attributes:
         transfer_noise: B_noise in samples that rates are transferred by, `None` while it is unknown.
         keeps_noise: Whether that stays as it is from here on.
-        unannealed_steps: k* of the policy, as last known; `None` where it has none.
+        growth: By which factor the batch has grown in place of a lower rate, as last known.
     """
 
     name = "learning_rate"
@@ -41,7 +41,7 @@ class LearningRatePart(Part):
     def _restart(self, state: dict[str, Any]) -> None:
         self.transfer_noise: float | None = state.get("noise")  # in samples; of the transfer
         self.keeps_noise: bool = state.get("noise_is_kept", False)
-        self.unannealed_steps: float | None = state.get("unannealed_steps")
+        self.growth: float = state.get("growth", 1.0)
         self._last_factor: float = state.get("last_factor", 0.0)
 
     @property
@@ -100,15 +100,15 @@ class LearningRatePart(Part):
             return 1.0
         return scheduler.factor(self.parts.accumulation.cursor.reference_position)
 
-    def move_on(self, factor: float, unannealed_steps: float) -> None:
+    def move_on(self, factor: float, growth: float) -> None:
         """Take in a finished window, and place the schedule for the next one; every rank calls it alike.
 
         Args:
             factor: `factor()`, now that the window's data are consumed.
-            unannealed_steps: k* of the policy, 0 where it has none.
+            growth: Of the batch because of the decayed rate, 0 while it isn't known.
         """
         # While the noise scale is not resolved the policy holds k: what k is made of stays as it was, too.
-        self.unannealed_steps = unannealed_steps or self.unannealed_steps
+        self.growth = growth or self.growth
         if not self.keeps_noise:
             noise, cursor = self.parts.accumulation.controller.noise, self.parts.accumulation.cursor
             if noise is not None and noise.resolved:
@@ -129,7 +129,7 @@ class LearningRatePart(Part):
             accumulation.reference_steps,
             None if self.transfer_noise is None else self.transfer_noise / controller.micro_batch_samples,
             is_adaptive_optimizer(self.trainer.optimizer),
-            self.unannealed_steps,
+            self.growth,
         )
         scheduler.set_position(accumulation.cursor.reference_position, factor)
 
@@ -146,7 +146,7 @@ class LearningRatePart(Part):
             self._committed_state = {
                 "noise": self.transfer_noise,
                 "noise_is_kept": self.keeps_noise,
-                "unannealed_steps": self.unannealed_steps,
+                "growth": self.growth,
                 "last_factor": self._last_factor,
             }
 

@@ -29,7 +29,7 @@ from .loss_division import LossDivision
 from .mean_loss import MeanLoss
 from .measurement import WindowMeasurement
 from .noise_scale import NoiseScaleTracker, WindowStatistics, noise_logs
-from .policy import AccumulationPolicy, FixedPolicy, unannealed_steps
+from .policy import AccumulationPolicy, FixedPolicy, growth_of
 from .schedule import NOISE_SCALING_RULES, DataIndexedLR
 from .sums import POLICY_FAILED, Proposal, with_counted_items
 from .timing import StepTimer
@@ -338,7 +338,7 @@ class AccumulationPart(Part):
             return Proposal()
         try:
             observation = self.controller.observe(self.cursor.progress, learning_rate_factor)
-            return Proposal(self.controller.decide(observation), unannealed_steps(self.policy, observation) or 0.0)
+            return Proposal(self.controller.decide(observation), growth_of(self.policy, observation) or 0.0)
         except Exception as error:
             return Proposal(POLICY_FAILED, failure=error)
 

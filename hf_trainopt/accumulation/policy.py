@@ -50,13 +50,13 @@ class Observation:
 AccumulationPolicy = Callable[[Observation], float | None]
 
 
-def unannealed_steps(policy: AccumulationPolicy, observation: Observation) -> float | None:
-    """Return the k of a policy that lets the batch grow as the rate decays, had the rate not decayed.
+def growth_of(policy: AccumulationPolicy, observation: Observation) -> float | None:
+    """Return by which factor a policy lets the batch grow because the rate has decayed, at least 1.
 
-    A policy tells it by a method `without_annealing`. `None` where there is none, or it isn't known yet.
+    A policy tells it by a method `growth`; without one it is 1. `None` while it isn't known.
     """
-    ask = getattr(policy, "without_annealing", None)
-    return None if ask is None else ask(observation)
+    ask = getattr(policy, "growth", None)
+    return 1.0 if ask is None else ask(observation)
 
 
 @dataclass(frozen=True)
@@ -114,18 +114,25 @@ class GoodputPolicy:
     step_cost: float | None = None
     anneals: bool = True
 
+    def __call__(self, observation: Observation) -> float | None:
+        best, growth = self.without_annealing(observation), self.growth(observation)
+        return None if best is None else best * growth
+
     def without_annealing(self, observation: Observation) -> float | None:
         """Return k*, the best k at the peak of the rate; `None` while that isn't known."""
         cost, noise = self._cost(observation), observation.noise_in_micro_batches
-        return None if noise is None or cost is None else math.sqrt(cost * noise)
+        # The trace of micro-batches that are all alike is zero up to rounding, of either sign.
+        return None if noise is None or cost is None else math.sqrt(cost * max(noise, 0.0))
 
-    def __call__(self, observation: Observation) -> float | None:
+    def growth(self, observation: Observation) -> float | None:
+        """Return k/k*, at least 1; `None` while that isn't known."""
         best = self.without_annealing(observation)
-        if best is None or not self.anneals:
-            return best
+        if best is None or not self.anneals or best == 0:
+            return None if best is None else 1.0
         cost, noise = self._cost(observation), observation.noise_in_micro_batches
         decay = max(observation.learning_rate_decay, 1e-3)
-        return math.sqrt(cost**2 + cost * ((2 - decay) * noise + 2 * best) / decay) - cost
+        k = math.sqrt(cost**2 + cost * ((2 - decay) * noise + 2 * best) / decay) - cost
+        return max(k / best, 1.0)
 
     def _cost(self, observation: Observation) -> float | None:
         """Return r."""

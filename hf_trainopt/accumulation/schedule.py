@@ -38,7 +38,7 @@ def batch_scaling_factor(
     reference_steps: int,
     noise_in_micro_batches: float | None,
     adaptive: bool,
-    unannealed_steps: float | None = None,
+    growth: float = 1.0,
 ) -> float:
     r"""Factor on the learning rate for a batch of k instead of k_ref micro-batches.
 
@@ -47,8 +47,8 @@ def batch_scaling_factor(
     - `"none"`: 1.
     - `"sqrt"`: √κ (Malladi et al. 2022, arXiv 2205.10287, for Adam where noise dominates).
     - `"linear"`: κ (Goyal et al. 2017, arXiv 1706.02677, for SGD).
-    - `"surge"`: transfer, then annealing. Of the batch, k* = min(k, `unannealed_steps`) micro-batches are there for
-      their own sake, and k/k* take the place of a lower rate.
+    - `"surge"`: transfer, then annealing. The batch has grown by the factor g = `growth` in place of a lower rate;
+      without that it would have k* = max(k/g, 1) micro-batches.
 
       *Transfer* from k_ref to k*: s(k*)/s(k_ref), where s(B) = 2/(√(B_noise/B) + √(B/B_noise)) is the best rate of
       updates by sign, for Adam and its kin (Li et al. 2024, arXiv 2405.14578). It rises up to the noise scale; its
@@ -65,10 +65,10 @@ def batch_scaling_factor(
         reference_steps: k_ref.
         noise_in_micro_batches: B_noise in micro-batches over all ranks, or `None`.
         adaptive: Whether the optimizer is Adam-like (anything but SGD).
-        unannealed_steps: k that the policy would choose if the rate had not decayed, in micro-batches; `None`: k.
+        growth: g, at least 1.
 
     Returns:
-        The factor. It is 1.0 at k = k_ref, but where a part of k is there in place of a lower rate.
+        The factor. It is 1.0 at k = k_ref, but where the batch has grown.
     """
     ratio = accumulation_steps / reference_steps
     if rule == "none":
@@ -80,7 +80,7 @@ def batch_scaling_factor(
     if rule not in NOISE_SCALING_RULES:
         raise ValueError(f"lr_batch_scaling is '{rule}'; choose one of {', '.join(BATCH_SCALING_RULES)}.")
     power = 0.5 if adaptive else 1.0
-    wanted = accumulation_steps if unannealed_steps is None else min(accumulation_steps, max(unannealed_steps, 1.0))
+    wanted = max(accumulation_steps / growth, 1.0)
     annealing = (accumulation_steps / wanted) ** power
     if wanted == reference_steps:
         return annealing

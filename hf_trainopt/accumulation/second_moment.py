@@ -14,7 +14,8 @@ n. The quotient
 
 turns one into the other exactly: m/(√(v/(1 − β2^u)) + ε) = ρ·m/(√(v/(1 − β2(κ_n)ⁿ)) + ρ·ε). So the step is taken at a
 rate of ρη and at ρε. Nothing in the optimizer's state is touched, neither its moments nor its step count, which may be
-a number, a tensor on the device or shared: a checkpoint is what stock writes. β1 stays per step.
+a number, a tensor on the device or shared: a checkpoint is what stock writes. β1 stays per step. Of a parameter that
+had no gradient in some steps (an expert, a layer that was unfrozen) n is another, and ρ is that of the others.
 
 Decoupled weight decay is forgetting as well: AdamW forgets its past updates within 1/(ηλ) steps. That stays the same
 in data with λ·κ/f, where the rate was scaled by f (Bergsma et al. 2025, arXiv 2505.13738, section 3); divided by ρ,
@@ -56,10 +57,13 @@ def bias_ratio(log_beta2: float, batch_ratio: float, windows: float, steps: int)
 
 # ---- What optimizers call it ----------------------------------------------------------------------------------------
 
-# Lower-case names of classes. Their `betas` hold no second moment, or they have none at all: there is nothing to do.
+# Lower-case names of classes. They keep no second moment, or `betas` hold none: there is nothing to do.
 WITHOUT_SECOND_MOMENT = ("sgd", "lion", "rprop", "asgd", "muon", "signum", "lars")
-# Those whose averages are weighted by the rate or by their own step count, so that β2 is not all of their clock.
-WITH_A_CLOCK_OF_THEIR_OWN = ("schedulefree", "prodigy", "dadapt", "adan", "lomo", "sophia")
+# Averages that are weighted by the rate, steps that are normalised, rules that change with β2 and the step count: β2
+# is not all of their clock.
+WITH_A_CLOCK_OF_THEIR_OWN = (
+    "schedulefree", "prodigy", "dadapt", "adan", "lomo", "sophia", "radam", "lamb", "came",
+)  # fmt: skip
 # No division by 1 − β2ⁿ.
 WITHOUT_BIAS_CORRECTION = ("adamax", "adopt", "rmsprop", "adagrad", "novograd")
 
@@ -106,20 +110,26 @@ def moment_setting(optimizer: Optimizer) -> MomentSetting | None:
     Raises:
         LookupError: It has one, or may have, and its clock can't be set from outside.
     """
-    name = type(optimizer).__name__.lower()
+    name, groups = type(optimizer).__name__.lower(), optimizer.param_groups
+    have_betas = [isinstance(group.get("betas"), tuple | list) and len(group["betas"]) >= 2 for group in groups]
+    if type(optimizer).__module__.startswith("torchao"):
+        raise LookupError("it is compiled for the values of its settings, and would be again at every step")
     if any(word in name for word in WITHOUT_SECOND_MOMENT):
+        if "muon" in name and any(have_betas):
+            raise LookupError("only some of its groups are Adam's")
         return None
-    groups = optimizer.param_groups
     if any(word in name for word in WITH_A_CLOCK_OF_THEIR_OWN):
         raise LookupError("its averages follow a clock of their own")
     if "adafactor" in name:
         for key in ("decay_rate", "beta2_decay"):  # transformers', torch's
-            if all(key in group for group in groups):
+            if all(key in group and float(group[key]) < 0 for group in groups):
                 return MomentSetting(key, "power")
-    if all(isinstance(group.get("betas"), tuple | list) and len(group["betas"]) >= 2 for group in groups):
+        raise LookupError("its decay isn't written as a negative power of the step")
+    if all(have_betas):
         flags = [group.get("bias_correction", group.get("correct_bias", True)) for group in groups]
         corrects = all(flags) and not any(word in name for word in WITHOUT_BIAS_CORRECTION)
-        decouples = all(group.get("decoupled_weight_decay", "adamw" in name) for group in groups)
+        by_class = "adamw" in name or bool(getattr(optimizer, "adam_w_mode", False))
+        decouples = all(group.get("decoupled_weight_decay", by_class) for group in groups)
         return MomentSetting("betas", "betas", corrects, decouples)
     if "rmsprop" in name and all("alpha" in group for group in groups):
         return MomentSetting("alpha", "decay")
@@ -180,11 +190,12 @@ class SecondMomentClock:
             new["weight_decay"] = group["weight_decay"] * weight_decay
         return new
 
-    def end_step(self) -> None:
-        """Put the groups back after a step, and count it."""
+    def end_step(self, was_taken: bool = True) -> None:
+        """Put the groups back after a step, and count it if it was taken."""
         self.put_back()
-        self._before = self.steps, self.windows
-        self.steps, self.windows = self.steps + 1, self.windows + self._batch_ratio
+        if was_taken:
+            self._before = self.steps, self.windows
+            self.steps, self.windows = self.steps + 1, self.windows + self._batch_ratio
 
     def put_back(self) -> None:
         """Give the groups what they had before `begin_step`."""

@@ -100,7 +100,7 @@ def with_counted_items(statistics: WindowStatistics, num_items_in_batch: float) 
 # order of its fields. The first two come from rank 0, the fourth too unless the model is sharded: the others add 0.
 SUMMED = (
     "next_accumulation_steps",
-    "unannealed_steps",
+    "growth",
     "num_samples",
     "gradient_square_norm",
     *(field.name for field in fields(LocalSums)),
@@ -116,12 +116,12 @@ class Proposal:
 
     Attributes:
         next_k: k, or `POLICY_FAILED`.
-        unannealed_steps: k* of `batch_scaling_factor`; 0 where the policy has none.
+        growth: g of `batch_scaling_factor`; 0 while it isn't known.
         failure: What went wrong.
     """
 
     next_k: int = 0
-    unannealed_steps: float = 0.0
+    growth: float = 0.0
     failure: Exception | None = None
 
 
@@ -130,14 +130,14 @@ def pack_sums(
 ) -> torch.Tensor:
     """Pack what ranks add up, in the order of `SUMMED`; float64 on the CPU."""
     parts = astuple(sums) if sums is not None else (0.0,) * len(fields(LocalSums))
-    proposed = (proposal.next_k, proposal.unannealed_steps)
+    proposed = (proposal.next_k, proposal.growth)
     return torch.tensor([*proposed, num_samples, gradient_square_norm, *parts], dtype=torch.float64)
 
 
 def unpack_sums(vector: list[float]) -> tuple[Proposal, WindowStatistics]:
     """Unpack the sum over ranks: what rank 0 has proposed, and the statistics of the window."""
     named = dict(zip(SUMMED, vector, strict=True))
-    proposal = Proposal(round(named.pop("next_accumulation_steps")), named.pop("unannealed_steps"))
+    proposal = Proposal(round(named.pop("next_accumulation_steps")), named.pop("growth"))
     for name in ("num_samples", "num_micro_batches"):
         named[name] = round(named[name])
     return proposal, WindowStatistics(**named)

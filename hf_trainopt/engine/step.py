@@ -48,7 +48,7 @@ def take_step(parts: Parts, stock_step: StockStep, model: torch.nn.Module, windo
     if agreed.proposal.next_k == POLICY_FAILED:
         raise proposal.failure or RuntimeError("accumulation_policy has failed on rank 0, which says how.")
     accumulation.finish_window(window, agreed.loss, agreed.proposal.next_k, agreed.statistics, divided_by, rate)
-    parts.learning_rate.move_on(rate, agreed.proposal.unannealed_steps)
+    parts.learning_rate.move_on(rate, agreed.proposal.growth)
     timer.restart()
     return loss
 

@@ -19,7 +19,10 @@ def config_with(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
     Raises:
         ValueError: A name or a value does not fit the config.
     """
-    return type(config)(**_parsed(config, overrides))
+    try:
+        return type(config)(**_parsed(config, overrides))
+    except AttributeError as error:  # a property, which follows from the others
+        raise ValueError(f"something there cannot be set ({error})") from error
 
 
 def _parsed(config: PreTrainedConfig, overrides: str) -> dict[str, Any]:
@@ -31,9 +34,12 @@ def _parsed(config: PreTrainedConfig, overrides: str) -> dict[str, Any]:
             raise ValueError(f"'{pair}' is not of the form name=value")
         if not hasattr(config, name):
             raise ValueError(f"there is no {name}")
-        if name in values:
+        if name == "model_type":
+            raise ValueError("model_type is what the config is chosen by")
+        own = config.attribute_map.get(name, name)  # `hidden_size` is GPT-2's `n_embd`
+        if own in values:
             raise ValueError(f"{name} is given twice")
-        values[name] = _value(name, text, getattr(config, name))
+        values[own] = _value(name, text, getattr(config, name))
     return values
 
 

@@ -150,7 +150,8 @@ def sweep_arms(
             is the same at every k. None: the given one.
 
     Raises:
-        ValueError: The arguments lack one of the two, or the file of `--config` has what must be set.
+        ValueError: The arguments lack one of the two, a β2 is out of range, or the file of `--config` has what must be
+            set.
     """
     fixed = sorted(set(_IN_STEPS) & {n for n in config_names(stock.arguments) if value_of(stock.arguments, n) is None})
     if fixed:
@@ -173,14 +174,17 @@ def sweep_arms(
     for k in steps:
         base = _at(stock.arguments, reference, k)
         second = [beta2 ** (k / reference) if text == SAME_IN_DATA else float(text) for text in betas2]
+        if any(not 0 <= number < 1 for number in second):
+            raise ValueError("β2 is not within [0, 1)")
         for value in chosen:
             arm = ArmSpec(f"{STOCK}, k = {k}, rate {value:g}", (*base, "--learning_rate", f"{value:g}"))
-            arms += [_with_beta2(arm, f"{number:.6g}") for number in dict.fromkeys(second)] or [arm]
+            arms += [_with_beta2(arm, number) for number in dict.fromkeys(second)] or [arm]
     return arms
 
 
-def _with_beta2(arm: ArmSpec, value: str) -> ArmSpec:
-    return ArmSpec(f"{arm.name}, β2 {value}", (*without(arm.arguments, {"adam_beta2"}), "--adam_beta2", value))
+def _with_beta2(arm: ArmSpec, value: float) -> ArmSpec:
+    given = (*without(arm.arguments, {"adam_beta2"}), "--adam_beta2", repr(value))
+    return ArmSpec(f"{arm.name}, β2 {value:.8g}", given)
 
 
 def _at(arguments: Sequence[str], reference: int, k: int) -> tuple[str, ...]:

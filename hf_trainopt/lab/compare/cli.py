@@ -226,7 +226,7 @@ def best_fixed(arguments: argparse.Namespace, executor: "Executor", script_argum
         raise ValueError(
             f"--sweep '{arguments.sweep}' takes whole numbers and --sweep_learning_rates "
             f"'{arguments.sweep_learning_rates}' numbers or factors such as 0.5x, divided by commas"
-            + (f"; --sweep_adam_beta2 '{arguments.sweep_adam_beta2}' numbers or 'data'." if betas2 else ".")
+            + (f"; --sweep_adam_beta2 '{arguments.sweep_adam_beta2}' numbers in [0, 1) or 'data'." if betas2 else ".")
         ) from error
     if min(steps) < 1:
         raise ValueError(f"--sweep '{arguments.sweep}' has a k below 1.")
@@ -248,7 +248,7 @@ def best_fixed(arguments: argparse.Namespace, executor: "Executor", script_argum
     _, winner = (max if target.greater_is_better else min)(ended, key=lambda pair: pair[0])
     k = arms_of.value_of(winner.arguments, "gradient_accumulation_steps")
     rate = arms_of.value_of(winner.arguments, "learning_rate")
-    beta2 = f", β2 {arms_of.value_of(winner.arguments, 'adam_beta2')}" if betas2 else ""
+    beta2 = f", β2 {float(arms_of.value_of(winner.arguments, 'adam_beta2')):.6g}" if betas2 else ""
     arm = ArmSpec(f"{BEST} (k = {k}, rate {rate}{beta2})", winner.arguments)
     executor.alias(arm, winner, seed=0)
     return arm
