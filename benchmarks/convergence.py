@@ -33,7 +33,7 @@ RESULTS = HERE / "results" / "convergence"
 STOCK = "fixed"
 NUM_EVALUATIONS = 20
 # Evaluations along the way are on a part of the validation data, the last one on all.
-CURVE_SAMPLES = {"language": 100, "vision": 500, "code": 100, "vit": 500}
+CURVE_SAMPLES = {"language": 100, "vision": 500, "code": 100}
 
 
 def record_path(options: argparse.Namespace) -> Path:

@@ -25,7 +25,7 @@ from hf_trainopt.metrics.targets import Crossing, Evaluation, first_crossing
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("language", "vision")
-MICRO_BATCH = {"language": 4, "vision": 16, "code": 4, "vit": 16}
+MICRO_BATCH = {"language": 4, "vision": 16, "code": 4}
 TARGET_LABELS = (("first target", "bottom"), ("second target", "top"))
 # Share of its data at which the loss of a run of seed 0 becomes a target.
 SHARES = {"eight": 0.8, "best": 0.9}

@@ -54,7 +54,7 @@ def measure(name: str, rounds: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tasks", nargs="+", default=["language", "vision", "code", "vit"])
+    parser.add_argument("--tasks", nargs="+", default=["language", "vision", "code"])
     options = parser.parse_args()
     result = json.loads(COSTS.read_text()) if COSTS.exists() else {"tasks": {}}
     for name in options.tasks:
