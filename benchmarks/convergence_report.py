@@ -129,7 +129,7 @@ def sweep_table(records: list[dict], task: str) -> str:
         tried = sorted((r for r in runs if (r["k"], r["adam_beta2"]) == (k, beta2)), key=lambda r: r["learning_rate"])
         cells = [f"{r['learning_rate']:g}: {r['eval_loss']:.3f}" for r in tried]
         in_data = " (as k = 8 in data)" if k != REFERENCE and beta2 == beta2_in_data(task, k) else ""
-        rows.append([k, f"{beta2:.4g}{in_data}", ", ".join(cells), f"{min(r['eval_loss'] for r in tried):.3f}"])
+        rows.append([k, f"{beta2:.6g}{in_data}", ", ".join(cells), f"{min(r['eval_loss'] for r in tried):.3f}"])
     return table(["k", "β2", "final loss by learning rate", "best"], rows)
 
 
