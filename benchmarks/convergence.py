@@ -143,23 +143,24 @@ HISTORY = ("step", "loss", "learning_rate", "accumulation_steps", "noise_scale",
 
 def ours(options: argparse.Namespace, common: dict, parts: dict, clock):
     """Return our Trainer under the policy that is asked for."""
-    from candidates import CANDIDATES
-
     from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 
-    policy = CANDIDATES[options.policy]() if options.policy in CANDIDATES else None
-    extra = {"optimizer_step_cost": options.step_cost} if options.policy == "goodput" else {}
-    if options.policy == "ramp":
+    policy, extra = options.policy, {}
+    if policy == "goodput":
+        extra["optimizer_step_cost"] = options.step_cost
+    elif policy == "ramp":
         extra["accumulation_ramp"] = "0:1,0.4:2,0.7:4"
+    elif policy == "half_noise_scale":
+        policy, extra = "noise_scale", {"noise_scale_ratio": 0.5}
     args = EfficientTrainingArguments(
         **common,
-        accumulation_policy=options.policy if policy is None else "goodput",
+        accumulation_policy=policy,
         lr_batch_scaling=options.rule,
         adam_clock=options.clock,
         measurements="throughput",
         **extra,
     )
-    return EfficientTrainer(args=args, accumulation_policy=policy, callbacks=[clock], **parts)
+    return EfficientTrainer(args=args, callbacks=[clock], **parts)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -51,8 +51,8 @@ PARTS_OF_DEFAULT = (("surge", "steps"), ("none", "tokens"), ("sqrt", "tokens"))
 NOISE_SCALE = (("noise_scale", "surge"), ("half_noise_scale", "surge"), ("half_noise_scale", "sqrt"))
 RANKS_SEEDS = range(3)
 SEEDS = range(5)
-# A task on which no default was found: β2, and rates of stock at k = 8.
-OTHERS = {"code": {0.95: (2e-3, 4e-3, 8e-3)}}
+# Tasks on which no default was found, and rates of stock at k = 8.
+OTHERS = {"code": (2e-3, 4e-3, 8e-3)}
 QUICK_SWEEP = {"language": {1: (3e-3,), 8: (2e-3,)}, "vision": {1: (3.5e-4,), 8: (1.4e-3,)}}
 
 Runs = Iterator[list[str]]
@@ -119,6 +119,9 @@ def sweep(results: Path, quick: bool) -> Runs:
             for half_life, rates in of_half_life.items():
                 for rate in rates:
                     yield stock(task, k, rate, beta2=beta2_in_data(task, k, half_life))
+    for task, rates in ({} if quick else OTHERS).items():
+        for rate in rates:
+            yield stock(task, REFERENCE, rate)
 
 
 def paired(results: Path, quick: bool) -> Runs:
@@ -136,18 +139,13 @@ def paired(results: Path, quick: bool) -> Runs:
 
 
 def others(results: Path, quick: bool) -> Runs:
-    """Tasks that no default was found on: stock at k = 8 over rates, then ours and stock at k = 1 at its best one."""
-    for task, rates_of in ({} if quick else OTHERS).items():
-        for beta2, rates in rates_of.items():
-            for rate in rates:
-                yield stock(task, REFERENCE, rate, beta2=beta2)
+    """Tasks that no default was found on: ours on either clock and stock at k = 1, at the best rate of k = 8."""
     records = load(results)
-    for task, rates_of in ({} if quick else OTHERS).items():
-        rate = recipe(records, task)["learning_rate"] if any(r["task"] == task for r in records) else None
-        for beta2 in rates_of if rate is not None else ():
-            yield adaptive(task, rate, beta2=beta2)
-            yield adaptive(task, rate, clock="steps", beta2=beta2)
-            yield stock(task, 1, rate, beta2=float(f"{beta2 ** (1 / REFERENCE):.6g}"))
+    for task in () if quick else OTHERS:
+        rate = recipe(records, task)["learning_rate"]
+        yield adaptive(task, rate)
+        yield adaptive(task, rate, clock="steps")
+        yield stock(task, 1, rate, beta2=beta2_in_data(task, 1))
 
 
 def ablations(results: Path, quick: bool) -> Runs:

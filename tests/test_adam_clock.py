@@ -282,6 +282,19 @@ def test_steps_are_the_other_clock(tmp_path):
     assert set(seen) == {None}
 
 
+def train_and_count(trainer) -> list[int]:
+    """Train; return the steps on the clock at the end of it."""
+    counted = []
+
+    class See(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            counted.append(trainer.trainopt.adam_clock.clock.steps)
+
+    trainer.add_callback(See())
+    trainer.train()
+    return counted
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 def test_a_skipped_step_does_not_count(tmp_path, optim):
     """Fused Adam is called for it and told on the device; the others aren't called."""
@@ -296,14 +309,7 @@ def test_a_skipped_step_does_not_count(tmp_path, optim):
 
     args = arguments(tmp_path, gradient_accumulation_steps=4, optim=optim, max_skipped_windows=3)
     trainer = quiet(Bad(model=tiny_gpt2(), args=args, train_dataset=Rows(), sequence=[1, 2, 3]))
-    counted = []
-
-    class See(TrainerCallback):
-        def on_train_end(self, *args, **kwargs):
-            counted.append(trainer.trainopt.adam_clock.clock.steps)
-
-    trainer.add_callback(See())
-    trainer.train()
+    counted = train_and_count(trainer)
     assert trainer.trainopt.skipped_steps.count.total == 2
     assert counted == [steps_taken(trainer.optimizer.optimizer)] == [trainer.state.global_step - 2]
 
@@ -315,14 +321,7 @@ def test_an_overflow_of_fp16_does_not_count(tmp_path, monkeypatch, optim):
     cls = type("Hot", (HalfTrainer,), {"scaler": {"init_scale": 2.0**24}})
     args = arguments(tmp_path, precision="fp16", optim=optim, optimizer_step_cost=1.0, gradient_accumulation_steps=4)
     trainer = quiet(cls(model=tiny_gpt2(), args=args, train_dataset=Rows(60)))
-    counted = []
-
-    class See(TrainerCallback):
-        def on_train_end(self, *args, **kwargs):
-            counted.append(trainer.trainopt.adam_clock.clock.steps)
-
-    trainer.add_callback(See())
-    trainer.train()
+    counted = train_and_count(trainer)
     skipped = [line["skipped_steps"] for line in trainer.state.log_history if "skipped_steps" in line][-1]
     assert skipped >= 3
     assert counted == [steps_taken(trainer.optimizer.optimizer)] == [trainer.state.global_step - skipped]
@@ -388,14 +387,7 @@ def test_a_bad_loss_with_good_gradients_under_a_scaler_does_not_count(tmp_path, 
 
     args = arguments(tmp_path, precision="fp16", optim=optim, optimizer_step_cost=1.0, gradient_accumulation_steps=2)
     trainer = quiet(Bad(model=tiny_gpt2(), args=args, train_dataset=Rows(60)))
-    counted = []
-
-    class See(TrainerCallback):
-        def on_train_end(self, *args, **kwargs):
-            counted.append(trainer.trainopt.adam_clock.clock.steps)
-
-    trainer.add_callback(See())
-    trainer.train()
+    counted = train_and_count(trainer)
     assert trainer.trainopt.skipped_steps.count.total >= 1
     assert counted == [steps_taken(trainer.optimizer.optimizer)]
 

@@ -61,7 +61,7 @@ class AdamClockPart(Part):
         except LookupError as error:
             logger.warning(
                 "adam_clock='tokens' has no effect on %s: %s. Its averages forget by optimizer steps, whatever k is; "
-                "adam_clock='steps' says so without this warning.",
+                "set adam_clock='steps' to silence this warning.",
                 type(inner).__name__,
                 error,
             )

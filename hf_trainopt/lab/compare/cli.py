@@ -75,8 +75,8 @@ def add_parser(subparsers: Any, **options: Any) -> None:
     )
     parser.add_argument(
         "--sweep_adam_beta2",
-        help="adam_beta2 of that search, such as 0.95,data,0.999; 'data' is the given one with its half-life in data "
-        "kept at every k; default: the given one",
+        help="values of adam_beta2 in that search, such as 0.95,data,0.999; 'data' keeps the half-life of the given "
+        "one in data at every k; default: the given one",
     )
     parser.add_argument("--ablate", action="store_true", help="more arms: each of our parts alone")
     parser.add_argument("--threads", type=int, help="CPU threads of a run; default: PyTorch's own")
@@ -214,9 +214,8 @@ def best_fixed(arguments: argparse.Namespace, executor: "Executor", script_argum
     Raises:
         ValueError: A number cannot be read, or no run of the search has ended with the metric.
     """
-    betas2: list[str] = []
+    betas2 = [text.strip() for text in (arguments.sweep_adam_beta2 or "").split(",") if text.strip()]
     try:
-        betas2 = [text.strip() for text in (arguments.sweep_adam_beta2 or "").split(",") if text.strip()]
         steps = [int(text) for text in arguments.sweep.split(",")]
         rates = [text.strip() for text in arguments.sweep_learning_rates.split(",")]
         swept = arms_of.sweep_arms(arms_of.stock_arm(script_arguments), steps, rates, betas2)
