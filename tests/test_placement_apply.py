@@ -307,7 +307,7 @@ def test_evaluation_and_no_grad_are_untouched(monkeypatch):
         model = build(name)
         expected = loss_of(model.eval(), 0)
         with apply_placement(model, plan_of(model, "all")), monkeypatch.context() as patch:
-            patch.setattr("hf_trainopt.placement.recompute.regions.checkpoint", None)  # calling it would raise
+            patch.setattr("hf_trainopt.placement.recompute.segments.Frame", None)  # calling it would raise
             assert torch.equal(loss_of(model.eval(), 0), expected)
             model.train()
             with torch.no_grad():

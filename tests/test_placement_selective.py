@@ -323,7 +323,7 @@ def test_saved_outputs_are_freed():
                     caches.append(weakref.ref(contexts[0]._cache))
                     return contexts
 
-                patch.setattr("hf_trainopt.placement.recompute.regions.selective_contexts", spy)
+                patch.setattr("hf_trainopt.placement.recompute.segments.selective_contexts", spy)
                 loss = place(Stage(), saved_ops)(x).sum()
             assert sorted(caches[0]().outputs) == list(saved_ops)
             if ending == "backward":
@@ -353,7 +353,7 @@ def test_saved_outputs_are_freed_while_they_are_used():
             caches.append(contexts[0])
             return contexts
 
-        patch.setattr("hf_trainopt.placement.recompute.regions.selective_contexts", spy)
+        patch.setattr("hf_trainopt.placement.recompute.segments.selective_contexts", spy)
         loss = place(EndsInProduct(between), (0, 1))(torch.randn(2, 4)).sum()
     loss.backward(retain_graph=True)
     assert left == [[0], [1]]  # in the forward pass, 1 is still to come; in the recomputation, 0 is used up

@@ -55,6 +55,7 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
         "meta_device_safe_creation_ops": ((), "Builds models on the meta device, as from_pretrained does."),
     },
     "torch": {
+        "_foreach_copy_": (None, "Copies the buffers of a layer with one kernel."),
         "_check_tensor_all_with": (None, "Assertions on values (image tokens of LLaVA); replaced during a replay."),
     },
     "torch._subclasses.fake_tensor": {
@@ -77,13 +78,7 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
         "_execution_engine": (None, "Reads gradients at the end of a backward pass, before they are clipped."),
     },
     "torch.utils.checkpoint": {
-        "_CheckpointFrame": (
-            ("recompute_fn", "early_stop", "unpack_error_cb", "metadata_fn"),
-            "What recomputes saved tensors. `checkpoint` takes one function; a run of stages is put together from "
-            "several calls, so its frame is made and entered by hand (`save_inputs`, `recompute_fn`).",
-        ),
-        "_checkpoint_hook": (("frame",), "Context in which saved tensors go to a frame."),
-        "_NoopSaveInputs": (None, "Holds the inputs of a frame in torch before 2.12."),
+        "_CheckpointFrame": ((), "Replaced while a model is looked at, to see whether it checkpoints by itself."),
     },
     "torch.utils._python_dispatch": {
         "_disable_current_modes": ((), "Compares activation functions on real numbers while tensors are fake."),
@@ -112,7 +107,6 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
 # Private names that not all supported versions have: name -> (package, first version, first version without it).
 VERSIONS: dict[str, tuple[str, str | None, str | None]] = {
     "_defer_fsdp_gradient_reduction": ("transformers", "5.23", None),
-    "torch.utils.checkpoint._NoopSaveInputs": ("torch", None, "2.12"),
 }
 
 # What a change of precision in a run reads and sets on objects of Accelerate and PyTorch: class -> name -> why.

@@ -5,14 +5,12 @@ in its docstring.
 """
 
 import warnings
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
-from torch.utils.checkpoint import _CheckpointFrame
 from transformers import Trainer
 from transformers.distributed.fsdp import is_fsdp_managed_module
 
@@ -110,16 +108,3 @@ def check_sharding_at_load(model: torch.nn.Module) -> None:
 def deferred_fsdp_reduction(trainer: Trainer) -> AbstractContextManager:
     """Return `no_sync` for a model that `check_sharding_at_load` has let through."""
     return trainer._defer_fsdp_gradient_reduction()
-
-
-def save_frame_inputs(frame: _CheckpointFrame, inputs: Sequence[torch.Tensor]) -> None:
-    """Hand a frame of `torch.utils.checkpoint` the inputs that it recomputes from. Goes with torch 2.12.
-
-    Before 2.12 a frame kept them as the saved tensors of an autograd node.
-    """
-    if Version("2.12") <= TORCH:
-        frame.save_inputs(*inputs)
-    else:
-        from torch.utils.checkpoint import _NoopSaveInputs
-
-        frame.input_saver = _NoopSaveInputs.apply(torch.empty((0,), requires_grad=True), *inputs)

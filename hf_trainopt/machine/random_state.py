@@ -2,11 +2,12 @@
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def devices_of(values: Iterable[Any]) -> list[torch.device]:
@@ -29,15 +30,11 @@ class HostRandomState:
         random.setstate(self._python)
         np.random.set_state(self._numpy)
 
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """Make the block see these states; put the generators back at its end."""
-        outside = HostRandomState()
-        self.restore()
-        try:
-            yield
-        finally:
-            outside.restore()
+    def is_current(self) -> bool:
+        """Return whether the generators are in these states now."""
+        (_, key, position, *normal), (_, own_key, own_position, *own_normal) = np.random.get_state(), self._numpy
+        same = (position, *normal) == (own_position, *own_normal) and np.array_equal(key, own_key)
+        return same and random.getstate() == self._python
 
 
 class TorchRandomState:
@@ -64,6 +61,14 @@ class TorchRandomState:
         for backend, which, state in self._devices:
             backend.set_rng_state(state, *which)
 
+    def is_current(self) -> bool:
+        """Return whether the generators are in these states now; false also where a dispatch mode hides it."""
+        if is_in_torch_dispatch_mode():  # of fake tensors, which have no values
+            return False
+        now = [(self._cpu, torch.get_rng_state())]
+        now += [(state, backend.get_rng_state(*which)) for backend, which, state in self._devices]
+        return all(torch.equal(one, other) for one, other in now)
+
 
 class RandomState:
     """The states of the generators of Python, NumPy, the CPU and `devices`, as they are now."""
@@ -78,15 +83,19 @@ class RandomState:
 
 
 class CallState:
-    """Random number generators and autocast as they are before a call, so that it can be made again.
+    """Random number generators, autocast and the default device as they are before a call, so that it can be repeated.
 
     Args:
         devices: Devices of the arguments; the CPU is always included.
+
+    Attributes:
+        devices: As given.
     """
 
     def __init__(self, devices: list[torch.device]):
         self.devices = devices
-        self._random = RandomState(devices)
+        self._host: HostRandomState | None = HostRandomState()
+        self._torch: TorchRandomState | None = TorchRandomState(devices)
         kinds = {"cpu", *(device.type for device in devices)}
         self._autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
@@ -94,6 +103,14 @@ class CallState:
             if torch.amp.is_autocast_available(kind)
         ]
         self._autocast_cache = torch.is_autocast_cache_enabled()
+        self._default_device = torch.get_default_device()
+
+    def finish(self) -> None:
+        """Drop the generators that the call didn't use: call after it. Setting them takes the host long."""
+        if self._host.is_current():
+            self._host = None
+        if self._torch.is_current():
+            self._torch = None
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -101,15 +118,37 @@ class CallState:
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled, self._autocast_cache))
-            self._random.restore()
+            if self._default_device.type != "cpu":
+                stack.enter_context(self._default_device)
+            for state in (self._host, self._torch):
+                if state is not None:
+                    state.restore()
             yield
 
 
 @contextlib.contextmanager
 def forked_random_state(devices: Iterable[torch.device]) -> Iterator[None]:
     """Put the generators of Python, NumPy, the CPU and `devices` back at the end of the block, whatever ends it."""
-    outside = RandomState(devices)
+    with _put_back([RandomState(devices)]):
+        yield
+
+
+@contextlib.contextmanager
+def forked_for_calls(calls: Sequence[CallState]) -> Iterator[None]:
+    """Put the generators that some calls used back at the end of a block that repeats them, whatever ends it."""
+    outside: list[HostRandomState | TorchRandomState] = []
+    if any(call._host is not None for call in calls):
+        outside.append(HostRandomState())
+    if any(call._torch is not None for call in calls):
+        outside.append(TorchRandomState(dict.fromkeys(device for call in calls for device in call.devices)))
+    with _put_back(outside):
+        yield
+
+
+@contextlib.contextmanager
+def _put_back(states: "Sequence[HostRandomState | TorchRandomState | RandomState]") -> Iterator[None]:
     try:
         yield
     finally:
-        outside.restore()
+        for state in states:
+            state.restore()

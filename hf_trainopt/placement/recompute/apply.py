@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_trainopt.placement.plan.plan import PlacementPlan, describe, runs_of
-from hf_trainopt.placement.recompute.regions import Enter, ForwardOverride, Region, activation_modules
+from hf_trainopt.placement.recompute.regions import Enter, ForwardOverride, activation_modules
 from hf_trainopt.placement.recompute.segments import Run, RunMember
 
 
@@ -94,11 +94,11 @@ class AppliedPlacement:
                     function = modules[name].get_submodule(inner)
                     if function not in shared:
                         shared.add(function)
-                        self._enter_at(function, Region(f"{name}.{inner}" if inner else name))
+                        self._enter_at(function, RunMember(Run([f"{name}.{inner}" if inner else name]), 0))
             elif name in runs:
                 self._enter_at(modules[name], RunMember(*runs[name]))
             elif choice.recompute != "none":
-                self._enter_at(modules[name], Region(name, choice.saved_ops))
+                self._enter_at(modules[name], RunMember(Run([name], choice.saved_ops), 0))
 
 
 def apply_placement(model: nn.Module, plan: PlacementPlan, strict_logits: bool = False) -> AppliedPlacement:

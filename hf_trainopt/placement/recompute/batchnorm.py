@@ -13,6 +13,7 @@ they changed in it.
 """
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from torch import nn
 
 # Elements up to which a buffer is always copied: far above the channels of any norm, far below a causal mask.
 SMALL_BUFFER = 65536
+# Bytes.
+ALIGNMENT = 512
 
 
 @dataclass
@@ -56,19 +59,23 @@ class BufferKeeper:
         Returns:
             `None` if there are no buffers.
         """
-        entries = []
-        copies: dict[int, torch.Tensor] = {}  # buffers that modules share stay shared
-        for owner in module.modules():
-            for name, buffer in owner._buffers.items():
-                if buffer is None:
-                    continue
-                copy = None
-                if buffer.numel() <= SMALL_BUFFER or name not in self._constant.get(owner, ()):
-                    if id(buffer) not in copies:
-                        copies[id(buffer)] = buffer.detach().clone()
-                    copy = copies[id(buffer)]
-                entries.append(_Copied(owner, name, buffer, _version(buffer), copy))
-        return BufferSnapshot(self, entries) if entries else None
+        entries = [
+            _Copied(owner, name, buffer, _version(buffer), None)
+            for owner in module.modules()
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
+        if not entries:
+            return None
+        changing = [
+            entry
+            for entry in entries
+            if entry.buffer.numel() <= SMALL_BUFFER or entry.name not in self._constant.get(entry.owner, ())
+        ]
+        copies = copied({id(entry.buffer): entry.buffer for entry in changing})  # what modules share stays shared
+        for entry in changing:
+            entry.copy = copies[id(entry.buffer)]
+        return BufferSnapshot(self, entries)
 
     def _sort(self, entries: list[_Copied]) -> list[_Copied]:
         """Return the entries that a recomputation must start from."""
@@ -110,17 +117,36 @@ class BufferSnapshot:
         Early stopping ends a recomputation with an exception, and a region can be recomputed more than once (two
         backward passes over a retained graph), so the copies are copied again.
         """
-        fresh: dict[int, torch.Tensor] = {}
+        fresh = copied({id(entry.copy): entry.copy for entry in self._entries})
         present = [(entry.owner, entry.name, entry.owner._buffers[entry.name]) for entry in self._entries]
         try:
             for entry in self._entries:
-                if id(entry.copy) not in fresh:
-                    fresh[id(entry.copy)] = entry.copy.clone()
                 entry.owner._buffers[entry.name] = fresh[id(entry.copy)]
             yield
         finally:
             for owner, name, buffer in present:
                 owner._buffers[name] = buffer
+
+
+def copied(tensors: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Return copies of tensors. A layer's buffers are small and many, so one kernel copies those of one kind."""
+    copies: dict[int, torch.Tensor] = {}
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for key, tensor in tensors.items():
+        if tensor.is_contiguous() and tensor.numel() <= SMALL_BUFFER:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(key)
+        else:
+            copies[key] = tensor.detach().clone()
+    for (dtype, device), keys in kinds.items():
+        # Aligned as the allocator aligns: which kernel an operator takes, and so its rounding, can depend on that.
+        unit = ALIGNMENT // dtype.itemsize
+        sizes = [math.ceil(tensors[key].numel() / unit) * unit for key in keys]
+        pieces = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+        for key, piece in zip(keys, pieces, strict=True):
+            copies[key] = piece[: tensors[key].numel()].view(tensors[key].shape).detach()
+        with torch.no_grad():
+            torch._foreach_copy_([copies[key] for key in keys], [tensors[key] for key in keys])
+    return copies
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -1,25 +1,20 @@
-"""Checkpointed regions: what is recomputed together, and how a module's calls are led into its region."""
+"""Calls of modules: how they are led into a checkpointed region, and what is needed to make them again."""
 
 import copy
 import inspect
 import pickle
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_trainopt.machine.random_state import HostRandomState
 from hf_trainopt.placement.errors import FilledCacheError
-from hf_trainopt.placement.recompute.batchnorm import BufferKeeper
-from hf_trainopt.placement.recompute.selective import selective_contexts
 
 
 # What a region is called with: the function (bound to its module), the module, its arguments.
@@ -46,9 +41,7 @@ _FILLED_CACHE = (
 class Call:
     """One call of a function, split into tensors and the rest, so that a region can keep the tensors its own way.
 
-    Tensors in keyword arguments are treated like positional ones. `torch.utils.checkpoint` would hold them by closure:
-    without a check that they were not modified, and, if no other argument is a tensor on the device, without keeping
-    the state of the device's random number generator.
+    Tensors in keyword arguments are treated like positional ones.
 
     The first call gets the arguments themselves (a list that the function appends to must be the caller's list), a
     later one gets containers made anew.
@@ -58,9 +51,11 @@ class Call:
         self._function = function
         self._first: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
         leaves, self._structure = tree_flatten((args, kwargs))
-        self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self._others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        self.tensors = [leaves[place] for place in self._places]
+        for place in self._places:
+            leaves[place] = None
+        self._others = leaves
 
     def take_tensors(self) -> list[torch.Tensor]:
         """Return the tensors and forget them, so that only the region keeps them."""
@@ -78,61 +73,11 @@ class Call:
         return self._function(*args, **kwargs)
 
 
-class _All(AbstractContextManager):
-    """Several contexts as one that can be entered again: a region can be recomputed more than once."""
-
-    def __init__(self, *makers: Callable[[], AbstractContextManager]):
-        self._makers = makers
-
-    def __enter__(self):
-        with ExitStack() as stack:
-            for make in self._makers:
-                stack.enter_context(make())
-            self._stack = stack.pop_all()
-
-    def __exit__(self, *exception):
-        return self._stack.__exit__(*exception)
-
-
-class Region:
-    """The calls of one module as checkpointed regions (non-reentrant), each call one of its own.
-
-    Args:
-        stage: Name of the module, for errors.
-        saved_ops: Compute-bound operators whose outputs are kept; none: only the inputs are kept.
-    """
-
-    def __init__(self, stage: str, saved_ops: Sequence[int] = ()):
-        self.stage = stage
-        self.saved_ops = tuple(saved_ops)
-        self._buffers = BufferKeeper()
-
-    def __call__(self, function, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call `function` and keep what the region keeps.
-
-        Raises:
-            RuntimeError: `torch.compile` is tracing, or a key-value cache would be updated twice.
-        """
-        refuse_compiling(self.stage)
-        call = Call(function, *without_cache(module, self.stage, args, kwargs))
-        snapshot = self._buffers.take(module)
-        storing, reusing = nullcontext(), nullcontext()
-        if self.saved_ops:
-            storing, reusing = selective_contexts(self.saved_ops, self.stage)
-        # `preserve_rng_state` knows PyTorch's generators only.
-        recomputing = [HostRandomState().restored, lambda: reusing]
-        if snapshot is not None:
-            recomputing.insert(0, snapshot.restored)
-        output = checkpoint(
-            call,
-            *call.take_tensors(),
-            use_reentrant=False,
-            preserve_rng_state=True,
-            context_fn=lambda: (storing, _All(*recomputing)),
-        )
-        if snapshot is not None:
-            snapshot.finish()
-        return output
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in a value, in a fixed order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def refuse_compiling(stage: str) -> None:

@@ -1,9 +1,8 @@
-"""Runs: the calls of several consecutive modules as one checkpointed region.
+"""Runs: the calls of consecutive modules as one checkpointed region. A stage on its own is a run of one.
 
-PyTorch's checkpoint takes one function. The stages of a run are called one by one from the model's own forward, which
-stays as it is, so the region is put together from their calls: PyTorch's frame (which takes the place of saved tensors
-and recomputes them) is entered for each call and left after it, and each call is recorded so that they can be replayed
-in order.
+The stages of a run are called one by one from the model's own forward, which stays as it is, so the region is put
+together from their calls: its frame is entered for each call and left after it, and each call is recorded so that they
+can be replayed in order.
 Nothing is entered between two calls: what the model computes there is saved as usual, and an exception there leaves
 nothing behind.
 
@@ -14,21 +13,24 @@ its own. So gradients are right whatever the model does; only memory can be more
 
 import logging
 import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import _checkpoint_hook, _CheckpointFrame
 
-from hf_trainopt.core.versions import save_frame_inputs
-from hf_trainopt.machine.random_state import CallState, devices_of, forked_random_state
+from hf_trainopt.machine.random_state import CallState, devices_of, forked_for_calls
 from hf_trainopt.placement.recompute.batchnorm import BufferKeeper, BufferSnapshot
-from hf_trainopt.placement.recompute.regions import Call, refuse_compiling, without_cache
+from hf_trainopt.placement.recompute.frame import Frame
+from hf_trainopt.placement.recompute.regions import Call, refuse_compiling, tensors_of, without_cache
+from hf_trainopt.placement.recompute.selective import selective_contexts
 
 
 logger = logging.getLogger(__name__)
+
+_NOTHING = (nullcontext(), nullcontext())
 
 
 class _Seen:
@@ -86,10 +88,17 @@ class _Recorded:
     arguments: list[_Input | _Output | _Held]
     state: CallState
     buffers: BufferSnapshot | None
+    reusing: AbstractContextManager
+
+    def finish(self) -> None:
+        """Drop what the call has turned out not to need: call after the forward pass."""
+        self.state.finish()
+        if self.buffers is not None:
+            self.buffers.finish()
 
 
 class _Replay:
-    """Makes the recorded calls again: what PyTorch's frame calls to recompute. Does not refer to the frame."""
+    """Makes the recorded calls again. Does not refer to the frame."""
 
     def __init__(self):
         self.calls: list[_Recorded] = []
@@ -98,13 +107,13 @@ class _Replay:
         needed = {
             argument for recorded in self.calls for argument in recorded.arguments if isinstance(argument, _Output)
         }
-        devices = list({device: None for recorded in self.calls for device in recorded.state.devices})
         outputs: dict[_Output, torch.Tensor] = {}
-        with forked_random_state(devices):
+        with forked_for_calls([recorded.state for recorded in self.calls]):
             for number, recorded in enumerate(self.calls):
                 result = self._call(recorded, inputs, outputs)
-                tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-                for index, tensor in enumerate(tensors):
+                if not needed:
+                    continue
+                for index, tensor in enumerate(tensors_of(result)):
                     if (output := _Output(number, index)) in needed:
                         outputs[output] = tensor
 
@@ -116,21 +125,21 @@ class _Replay:
                 tensors.append(inputs[argument.index])
             else:
                 tensors.append(outputs[argument] if isinstance(argument, _Output) else argument.get())
-        # The random state is set for each call, since the model may have drawn between two of them.
-        with recorded.state.restored():
-            if recorded.buffers is None:
-                return recorded.call(*tensors)
-            with recorded.buffers.restored():
-                return recorded.call(*tensors)
+        with ExitStack() as stack:
+            if recorded.buffers is not None:
+                stack.enter_context(recorded.buffers.restored())
+            # The random state is set for each call, since the model may have drawn between two of them.
+            stack.enter_context(recorded.state.restored())
+            stack.enter_context(recorded.reusing)
+            return recorded.call(*tensors)
 
 
 class _Open:
     """A region that later stages can still join."""
 
-    def __init__(self, inputs: list[torch.Tensor]):
+    def __init__(self, stage: str, inputs: list[torch.Tensor]):
         self.replay = _Replay()
-        self.frame = _CheckpointFrame(self.replay, True, None, _metadata)
-        save_frame_inputs(self.frame, inputs)
+        self.frame = Frame(stage, self.replay, inputs)
         self.last = -1
         self.inputs = [_Seen(tensor) for tensor in inputs]
         self.outputs: dict[_Output, _Seen] = {}
@@ -150,16 +159,18 @@ class Run:
 
     Args:
         stages: Names of the stages in the order in which the model calls them.
+        saved_ops: Compute-bound operators whose outputs are kept as well. Only of a run of one stage.
     """
 
-    def __init__(self, stages: list[str]):
+    def __init__(self, stages: Sequence[str], saved_ops: Sequence[int] = ()):
         self.stages = list(stages)
+        self.saved_ops = tuple(saved_ops)
         self._buffers = BufferKeeper()
         self._open: _Open | None = None
         self._warned = False
 
     def __deepcopy__(self, memo: dict) -> "Run":
-        return Run(self.stages)
+        return Run(self.stages, self.saved_ops)
 
     def call(self, position: int, function, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a stage and record the call.
@@ -176,21 +187,20 @@ class Run:
         if region is not None and region.last < position:
             arguments = [region.find(tensor, stage) for tensor in tensors]
         if not any(isinstance(argument, _Output) for argument in arguments):
-            region = _Open(tensors)
+            region = _Open(stage, tensors)
             arguments = [_Input(index) for index in range(len(tensors))]
             if position > 0:
                 self._warn(stage)
-        state = CallState(devices_of(tensors))
-        snapshot = self._buffers.take(module)
-        with _checkpoint_hook(region.frame):
+        storing, reusing = selective_contexts(self.saved_ops, stage) if self.saved_ops else _NOTHING
+        recorded = _Recorded(call, arguments, CallState(devices_of(tensors)), self._buffers.take(module), reusing)
+        # Before the call: a model that computes gradients in its forward pass has the region recomputed there.
+        region.replay.calls.append(recorded)
+        with region.frame.storing(), storing:
             output = call(*tensors)
-        if snapshot is not None:
-            snapshot.finish()
-        region.replay.calls.append(_Recorded(call, arguments, state, snapshot))
+        recorded.finish()
         if position + 1 < len(self.stages):
             number = len(region.replay.calls) - 1
-            leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-            region.outputs |= {_Output(number, index): _Seen(leaf) for index, leaf in enumerate(leaves)}
+            region.outputs |= {_Output(number, index): _Seen(leaf) for index, leaf in enumerate(tensors_of(output))}
             region.last = position
             self._open = region
         return output
@@ -213,8 +223,3 @@ class RunMember:
 
     def __call__(self, function, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.run.call(self.position, function, module, args, kwargs)
-
-
-def _metadata(tensor: torch.Tensor) -> dict[str, Any]:
-    """What must not differ between a saved tensor and its recomputation."""
-    return {"shape": tensor.shape, "dtype": tensor.dtype, "device": tensor.device}
