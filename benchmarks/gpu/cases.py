@@ -12,6 +12,8 @@ from hf_trainopt.placement.show.models import ModelRequest
 
 
 BUDGETS = ("75%", "50%", "35%", "25%")
+# How many of the cases are timed; all of them have their peaks measured.
+TIMED = 3
 # The one that `torch.compile` is compared with: plans along its whole frontier.
 COMPILED = "gpt2-small-bf16"
 FRONTIER_POINTS = 8
