@@ -43,7 +43,7 @@ What the first run took on an H100, 475 s in all:
 
 imports       26 s  From a cold disk, before the first stage could start. Preparing exactness took another 44 s of CPU
                     (imports and plans), of which the stage before hid a few seconds only. Now two stages start ahead,
-                    and plans are made beside the checks that need none.
+                    and its plans are made by `plans`.
 environment    5 s  All of it.
 exactness     99 s  44 s of them were spent waiting for its own preparation. 12 checks of `Trainer` runs took 24 s, 52
                     checks of placements 31 s. It was cut before out of memory, fp16, resuming and one rank; these now

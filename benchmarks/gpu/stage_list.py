@@ -52,7 +52,7 @@ STAGES = (
 )  # fmt: skip
 # One record more than can come back: it runs when it is named, and in a rehearsal.
 ON_REQUEST = ("memory_expandable",)
-NEEDS_PLANS = ("memory", "memory_expandable", "time")
+NEEDS_PLANS = ("exactness", "memory", "memory_expandable", "time")
 
 
 def chosen_stages(text: str | None, rehearse: bool) -> list[Stage]:

@@ -6,14 +6,10 @@ that gives other bits each time.
 """
 
 import contextlib
-import json
 import math
-import multiprocessing
 import os
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,11 +21,11 @@ import test_resume
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from common import Context, DeviceStep, Record, release, with_device
+from cases import exactness_cases, wait_for_plans
+from common import Context, DeviceStep, Record, release
 from helpers import AnyK, Rows, arguments, free_port, quiet, tiny_gpt2, weights_equal
 from oom_helpers import Memory, Recording
-from placement_cases import Case, _gpt2, _llama, _timm
-from placement_measure import all_plans
+from placement_cases import Case
 from test_varying_k import statistics_and_twin, window_gradients
 from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
@@ -41,34 +37,17 @@ from hf_trainopt.placement.plan.plan import PlacementPlan
 from hf_trainopt.placement.plan.policies import named_choices
 from hf_trainopt.placement.plan.stages import find_stages
 from hf_trainopt.placement.recompute.apply import apply_placement
-from hf_trainopt.placement.show.models import ModelRequest
 
 
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
-BUDGETS = ("75%", "50%")
 
 
 # ---- What is compared ----------------------------------------------------------------------------------------------
 
 
-def prepare(context: Context) -> dict[str, Future]:
-    """Let the plans be made in processes of their own, beside the checks that need none."""
+def run(context: Context, record: Record, prepared: Any) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    waiting = placement_cases(context)
-    workers = max(1, min(len(waiting), (os.cpu_count() or 1) - 2))
-    # Forked: they inherit what is imported. This process has not started CUDA yet.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
-    return {case.name: pool.submit(plans_of, case) for case in waiting}
-
-
-def plans_of(case: Case) -> list[dict[str, Any]]:
-    """Return the plans of a case, made with one thread."""
-    torch.set_num_threads(1)
-    return all_plans(case, budgets=BUDGETS, allowed=("none",))
-
-
-def run(context: Context, record: Record, prepared: dict[str, Future]) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     checks = Checks(context, record)
     fixed_is_stock(checks)
@@ -77,11 +56,11 @@ def run(context: Context, record: Record, prepared: dict[str, Future]) -> None:
     overflows(checks)
     resuming(checks)
     one_rank_checks(checks)
-    for case in placement_cases(context):
+    for case in exactness_cases(context):
         try:
-            plans = prepared[case.name].result(timeout=max(1.0, context.left))
-        except Exception:
-            record.fail(f"{case.name}: plans", traceback.format_exc())
+            plans = wait_for_plans(context, case.name, max(1.0, context.left - 1))["plans"]
+        except RuntimeError as error:
+            record.fail(f"{case.name}: plans", str(error))
             continue
         plans = [entry for entry in plans if any(map(context.wants, placement_names(case, entry)))]
         if plans:
@@ -278,34 +257,6 @@ def resuming(checks: Checks) -> None:
 
 
 # ---- Placement -----------------------------------------------------------------------------------------------------
-
-
-def placement_cases(context: Context) -> list[Case]:
-    """Return small models of four kinds, in the precisions that take other attention kernels."""
-    width, layers, length, vocabulary = context.pick((256, 6, 256, 4096), (32, 3, 24, 211))
-    gpt2 = f"n_layer={layers},n_embd={width},n_head=4,vocab_size={vocabulary},n_positions={length}"
-    llama = (
-        f"num_hidden_layers={layers},hidden_size={width},intermediate_size={2 * width},num_attention_heads=4,"
-        f"num_key_value_heads=2,vocab_size={vocabulary},max_position_embeddings={length},attention_dropout=0.1"
-    )
-    shape = {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
-    vit = ModelRequest(
-        timm_model="vit_tiny_patch16_224",
-        model_args=json.dumps(shape | {"drop_path_rate": 0.1, "attn_drop_rate": 0.1}),
-    )
-    resnet = context.pick("resnet50", "resnet10t")
-    bf16 = {"autocast_dtype": torch.bfloat16}
-    rows = context.pick(8, 3)
-    found = [
-        _gpt2("gpt2 with dropout, fp32", "", gpt2, rows, length),
-        _gpt2("gpt2 with dropout, bf16", "", gpt2, rows, length, **bf16),
-        _timm(f"{resnet} with BatchNorm, fp32", "", resnet, context.pick(32, 4), context.pick(96, 32)),
-        _llama("llama type, bf16", "", llama, rows, length, **bf16),
-        Case("vit, fp32", "", vit, rows, image_size=context.pick(96, 32)),
-    ]
-    if context.on_gpu:
-        found.append(_timm("resnet50 with BatchNorm, bf16", "", resnet, 32, 96, **bf16))
-    return [with_device(case, context.spec) for case in found]
 
 
 def placement_names(case: Case, entry: dict[str, Any]) -> tuple[str, str]:
