@@ -388,6 +388,15 @@ def test_memory_and_time_have_all_models_and_plans(rehearsal):
     assert times["loops of the Trainer"]["windows"]["median"] > 0
 
 
+@pytest.mark.parametrize("name", [stage.name for stage in gpu_run.STAGES])
+def test_every_part_of_a_second_run_replaces_that_of_the_first(rehearsal, name):
+    later = read(rehearsal, name)
+    earlier = later | {"date": "first", "parts": {part: {"part_s": 0, "old": True} for part in later["parts"]}}
+    both = merge.merged(earlier, later)
+    assert both["parts"] == later["parts"]
+    assert (both["status"], len(both["runs"])) == ("ok", 2)
+
+
 @pytest.mark.parametrize("task", ["language", "vision"])
 def test_arms_have_losses_and_a_target(rehearsal, task):
     record = read(rehearsal, task)
