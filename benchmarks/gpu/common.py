@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,15 +38,23 @@ class Context:
         output: Folder of the records.
         folder: Folder that the stages share, for plans.
         rehearse: Whether all is done on the CPU at toy size.
+        checks: Exactness makes only the checks whose names contain one of these; empty: all.
+        arms: Number, name or label of the arms to run; empty: all.
     """
 
     name: str
     output: Path
     folder: Path
     rehearse: bool
+    checks: tuple[str, ...] = ()
+    arms: tuple[str, ...] = ()
     prepared_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
+
+    def wants(self, name: str) -> bool:
+        """Return whether a check is asked for."""
+        return not self.checks or any(text in name for text in self.checks)
 
     def begin(self, seconds: float) -> None:
         """Start the clock."""
@@ -147,7 +154,7 @@ class Record:
         self.context = context
         self.values: dict[str, Any] = {
             "stage": context.name, "rehearsal": context.rehearse, "status": "running",
-            "date": date.today().isoformat(),
+            "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
             "seconds_given": round(context.seconds, 1), "prepared_s": round(context.prepared_s, 2), "device": None,
             "versions": versions(), "checks": {}, "errors": {}, "skipped": [], "parts": {},
         }  # fmt: skip

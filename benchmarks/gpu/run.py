@@ -1,11 +1,12 @@
 """Everything that needs a GPU, in one call of nine minutes; with `--rehearse` all of it on a CPU at toy size.
 
-    python benchmarks/gpu/run.py --output DIR [--rehearse] [--stages environment,exactness] [--minutes 9]
+    python benchmarks/gpu/run.py --output DIR [--rehearse] [--minutes 9] [--stages environment,time:60]
+                                 [--checks TEXT,TEXT] [--arms "language=NAME; NAME"]
 
 Writes `DIR/<stage>.json` as results come, and `DIR/summary.json`; at most 8 files. Each stage is a process of its own
 with a time limit of its own. A stage that fails, hangs or dies leaves a record that says why and keeps what it had
-measured. Time that a stage leaves unused goes to the stages after it. A process imports its packages while the stage
-before it still runs, and waits for its turn before it touches the GPU: two stages never share it.
+measured. Time that a stage leaves unused goes to the stages after it. The next two stages import their packages and
+prepare on the CPU while a stage runs, and wait for their turn before they touch the GPU: two stages never share it.
 
 Data: the folder that `HF_TRAINOPT_DATA` names, by default `../shared/data`, with `wikitext-2/`, `cifar10/` and
 `gpt2-tokenizer/`. At full size missing data, or a missing GPU, is an error before anything starts. The rehearsal makes
@@ -25,26 +26,35 @@ then calls the tool `run` (in a git worktree `.git` is a file: take `$(git rev-p
 
 The tree is 5 MB and the data are 31 MB, so both fit into the 64 MiB that travel. Nothing is installed there. Then
 
-    mkdir -p benchmarks/results/gpu && cp FILES_AT/*.json benchmarks/results/gpu/
+    python benchmarks/gpu/merge.py FILES_AT
     python benchmarks/gpu/report.py
 
-A second try runs what failed: `--stages exactness,time --minutes 3`.
+`merge.py` adds the new records to those in `benchmarks/results/gpu/`: a second try runs only what is missing, and what
+it measures replaces only its own part.
 
-What the stages were sized for (an H100 SXM: 989 TFLOP/s in bf16 dense, 67 in fp32, 3.35 TB/s by NVIDIA's data sheet;
-798 TFLOP/s and 3.0 TB/s were seen on the lent machine). Nothing below has run yet; the times are estimates:
+A second try names its stages in the order in which they run. A stage with seconds gets those and no more; what is left
+goes to the stages without:
 
-environment   60 s  Imports from a cold disk and start-up of CUDA, 10 to 40 s; 60 products of 8192³ (1.1 TFLOP each,
-                    in bf16 0.0014 s); copies of 2 GiB.
-exactness     75 s  Tiny models: time is launches and Python. Some 60 short trainings of 1 s at most.
-memory        65 s  5 models, 6 to 12 plans each, 3 steps of 0.06 to 0.25 s a plan: 10 s a model, with building it.
-time          95 s  GPT-2 Small: 12 plans, 5 rounds of 4 steps of 0.06 s: 18 s; loops of the Trainer 16 s; ResNet-50
-                    and Llama 7 s each; `torch.compile` of GPT-2 Small 40 s for one value; GPT-2 Small in fp32 if
-                    there is time.
-language     195 s  GPT-2 Small, 2,390 blocks of 1024 tokens, 3 epochs: 900 micro-batches of 8. The roofline says
-                    0.044 s for each; at 0.06 s, with 20 evaluations, 55 to 60 s an arm: 3 arms.
-vision        50 s  ResNet-50 at 96²: 896 micro-batches of 64. The roofline says 0.005 s, launches some 0.018 s:
-                    18 to 22 s an arm: 2 arms.
-plans               On the CPU beside the first two stages: 5 models, 5 to 20 s of a core each.
+    --minutes 5.1 --stages exactness:85,time:60,memory_expandable:28,vision:60,language
+    --checks "out of memory,fp16: windows,fp16 is left,killed and resumed,nccl,SyncBatchNorm,is none to the bit"
+    --arms "vision=ours, defaults, seed 0" --arms "language=stock, k = 1; ours, memory_budget 75%"
+
+What the first run took on an H100, 475 s in all:
+
+imports       26 s  From a cold disk, before the first stage could start. Preparing exactness took another 44 s of CPU
+                    (imports and plans), of which the stage before hid a few seconds only. Now two stages start ahead,
+                    and its plans are made by `plans`.
+environment    5 s  All of it.
+exactness     99 s  44 s of them were spent waiting for its own preparation. 12 checks of `Trainer` runs took 24 s, 52
+                    checks of placements 31 s. It was cut before out of memory, fp16, resuming and one rank; these now
+                    come before the placements.
+memory        52 s  10 to 16 s a model; half of it is looking for the least limit. ViT was left out.
+time          94 s  GPT-2 Small 15 s for 2 rounds of 11 placements, the loops 9 s for one round, ResNet-50 7 s for 2
+                    rounds, Llama 7 s for the warm-up only. It was cut while `torch.compile` ran.
+language     151 s  75 s an arm, 2 arms.
+vision        48 s  45 s an arm, 1 arm.
+plans         40 s  On the CPU beside the first stages: 5 models, 10 to 40 s of a core each.
+memory_expandable   Has not run yet. Three models, five plans of each.
 """
 
 import argparse
@@ -52,6 +62,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -59,62 +70,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from stage_list import DATA_FILES, ON_REQUEST, STAGES, Stage, chosen_arms, chosen_stages
 
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
-DATA_FILES = {
-    "language": ("wikitext-2/train.txt", "wikitext-2/valid.txt", "gpt2-tokenizer/vocab.json",
-                 "gpt2-tokenizer/merges.txt"),
-    "vision": ("cifar10/train.parquet", "cifar10/test.parquet"),
-}  # fmt: skip
 # A stage with less time than this is not started.
 LEAST_SECONDS = 5.0
-# What a stage is told is less than what it gets by this share: it can end by itself.
-GRACE = 0.06
-LOG_CHARACTERS = 6000
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One process with one record.
-
-    Args:
-        name: Name of the record.
-        seconds: Its limit in a run of nine minutes; scaled in others.
-        background: Runs beside the others, on the CPU, from the start.
-        environment: Variables of its process.
-    """
-
-    name: str
-    seconds: float
-    background: bool = False
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-# Most valuable first.
-STAGES = (
-    # No GPU for it to see: planning needs none, and must take no memory there.
-    Stage("plans", 400, background=True, environment={"CUDA_VISIBLE_DEVICES": ""}),
-    Stage("environment", 60),
-    # cuBLAS gives the same bits only with workspaces of a fixed size.
-    Stage("exactness", 75, environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
-    Stage("memory", 65),
-    Stage("time", 95),
-    Stage("language", 195),
-    Stage("vision", 50),
-)
+# What a stage is told is less than what it gets by this share, and by so many seconds at most: it can end by itself.
+GRACE, MOST_GRACE = 0.06, 3.0
+# How many stages import and prepare while another one has the GPU.
+AHEAD = 2
 REHEARSAL_SECONDS = {"plans": 400, "exactness": 240}
-NEEDS_PLANS = ("memory", "time")
+LOG_CHARACTERS = 6000
 
 
 def stage_command(stage: Stage, options: argparse.Namespace, folder: Path) -> list[str]:
     """Return the command of a stage's process."""
     words = [sys.executable, str(HERE / "stage.py"), stage.name, "--output", str(options.output)]
-    return [*words, "--folder", str(folder), *(["--rehearse"] if options.rehearse else [])]
+    words += ["--folder", str(folder), *(["--rehearse"] if options.rehearse else [])]
+    if stage.name == "exactness":
+        words += [f"--check={text}" for text in options.checks]
+    return [*words, *(f"--arm={text}" for text in options.arms.get(stage.name, ()))]
 
 
 class Running:
@@ -138,10 +118,11 @@ class Running:
             )  # fmt: skip
 
     def go(self, limit: float) -> None:
-        """Let it work for so many seconds."""
+        """Let it work for so many seconds, counted from now even if it is not ready yet."""
         self.started, self.limit = time.monotonic(), limit
         with contextlib.suppress(OSError):  # it has died already; its exit code says so
-            self.process.stdin.write(f"go {limit * (1 - GRACE):.1f}\n".encode())
+            until = self.started + limit - min(MOST_GRACE, GRACE * limit)
+            self.process.stdin.write(f"go {until:.2f}\n".encode())
             self.process.stdin.flush()
 
     @property
@@ -262,8 +243,8 @@ class Session:
                         continue
                     running.go(limit)
                     print(f"{stage.name}: started, {limit:.0f} s at most, {self.left:.0f} s left", flush=True)
-                    if index + 1 < len(foreground):
-                        self._start(foreground[index + 1], Path(folder))
+                    for coming in foreground[index + 1 : index + 1 + AHEAD]:
+                        self._start(coming, Path(folder))
                     self._close(running, running.wait())
                 for stage in background:
                     running = self.running[stage.name]
@@ -276,8 +257,12 @@ class Session:
 
     def _limit(self, waiting: Sequence[Stage], scale: float) -> float:
         """Return the seconds of the first of the stages that wait: its own, and what the others do not need."""
-        others = sum(stage.seconds for stage in waiting[1:]) * scale
-        return min(self.left, max(waiting[0].seconds * scale, self.left - others, LEAST_SECONDS))
+        own, *others = (
+            stage.seconds * scale if stage.exact_seconds is None else stage.exact_seconds for stage in waiting
+        )
+        if waiting[0].exact_seconds is not None:
+            return min(self.left, own)
+        return min(self.left, max(own, self.left - sum(others), LEAST_SECONDS))
 
     def _start(self, stage: Stage, folder: Path) -> Running:
         if stage.name not in self.running:
@@ -343,33 +328,29 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder of the records")
     parser.add_argument("--rehearse", action="store_true", help="all of it on a CPU at toy size, in two minutes")
     names = [stage.name for stage in STAGES if not stage.background]
-    parser.add_argument("--stages", default=",".join(names), help=f"which, with commas; default: {','.join(names)}")
+    parser.add_argument(
+        "--stages", help=f"in which order, with commas: NAME, or NAME:SECONDS for no more than that; default: all but "
+        f"{', '.join(ON_REQUEST)} (a rehearsal: all of {','.join(names)})"
+    )  # fmt: skip
+    parser.add_argument(
+        "--checks", default="", help="exactness: only checks whose names contain one of these texts, with commas"
+    )
+    parser.add_argument(
+        "--arms", action="append", default=[], metavar="TASK=NAME;NAME",
+        help="only these arms of language or vision, in this order: number, name, or name and seed; may be repeated"
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it; default: 9")
     return parser
-
-
-def chosen_stages(names: str) -> list[Stage]:
-    """Return the stages that are named, and the planning that they need.
-
-    Raises:
-        ValueError: There is no such stage.
-    """
-    asked = [name.strip() for name in names.split(",") if name.strip()]
-    known = [stage.name for stage in STAGES]
-    unknown = [name for name in asked if name not in known]
-    if unknown or not asked:
-        raise ValueError(f"--stages: {', '.join(unknown) or 'nothing'}; choose out of {', '.join(known)}.")
-    if any(name in asked for name in NEEDS_PLANS):
-        asked.append("plans")
-    return [stage for stage in STAGES if stage.name in asked]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     options.output = options.output.resolve()
+    options.checks = [text.strip() for text in options.checks.split(",") if text.strip()]
     try:
-        stages = chosen_stages(options.stages)
+        stages = chosen_stages(options.stages, options.rehearse)
+        options.arms = chosen_arms(options.arms, options.rehearse)
     except ValueError as error:
         parser.error(str(error))
     if not options.rehearse:
@@ -388,14 +369,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head = {
         "rehearsal": options.rehearse,
         "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
-        "command": " ".join(
+        "command": shlex.join(
             ["python", "benchmarks/gpu/run.py", *(arguments if arguments is not None else sys.argv[1:])]
         ),
         "minutes": options.minutes,
         "card": found,
     }
     if options.rehearse:  # what takes long at toy size is something else
-        stages = [dataclasses.replace(stage, seconds=REHEARSAL_SECONDS.get(stage.name, 60)) for stage in stages]
+        stages = [
+            dataclasses.replace(stage, seconds=REHEARSAL_SECONDS.get(stage.name, 60), exact_seconds=None)
+            for stage in stages
+        ]
     session = Session(
         stages, options.output, 60 * options.minutes, lambda stage, folder: stage_command(stage, options, folder), head
     )

@@ -2,12 +2,15 @@
 
     python benchmarks/gpu/stage.py NAME --output DIR --folder SHARED [--rehearse]
 
-Started by `run.py`, which writes `go SECONDS` to its standard input. Nothing touches the GPU before that line.
+Started by `run.py`, which writes `go UNTIL` to its standard input: by when it must have ended, on the monotonic clock
+that all processes share. If it is still importing or preparing then, that comes off its time. Nothing touches the GPU
+before that line.
 """
 
 import argparse
 import contextlib
 import ctypes
+import gc
 import importlib
 import signal
 import sys
@@ -36,8 +39,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--check", action="append", default=[])
+    parser.add_argument("--arm", action="append", default=[])
     options = parser.parse_args()
-    context = Context(options.name, options.output, options.folder, options.rehearse)
+    context = Context(
+        options.name, options.output, options.folder, options.rehearse, tuple(options.check), tuple(options.arm)
+    )
     module, prepared, failure = None, None, None
     try:
         module = importlib.import_module(f"stages.{MODULES.get(options.name, options.name)}")
@@ -47,10 +54,13 @@ def main() -> int:
             context.prepared_s = time.monotonic() - started
     except Exception:
         failure = traceback.format_exc()
-    word, _, seconds = sys.stdin.readline().strip().partition(" ")
+    # What was imported stays: no later collection needs to look at its million objects again.
+    gc.collect()
+    gc.freeze()
+    word, _, until = sys.stdin.readline().strip().partition(" ")
     if word != "go":
         return 0  # not needed any more
-    context.begin(float(seconds))
+    context.begin(float(until) - time.monotonic())
     record = Record(context)
     if failure is not None:
         record.fail("prepare", failure)

@@ -6,11 +6,9 @@ that gives other bits each time.
 """
 
 import contextlib
-import json
 import math
 import os
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,11 @@ import test_resume
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from common import Context, DeviceStep, Record, release, with_device
+from cases import exactness_cases, wait_for_plans
+from common import Context, DeviceStep, Record, release
 from helpers import AnyK, Rows, arguments, free_port, quiet, tiny_gpt2, weights_equal
 from oom_helpers import Memory, Recording
-from placement_cases import Case, _gpt2, _llama, _timm
-from placement_measure import all_plans
+from placement_cases import Case
 from test_varying_k import statistics_and_twin, window_gradients
 from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
@@ -39,53 +37,35 @@ from hf_trainopt.placement.plan.plan import PlacementPlan
 from hf_trainopt.placement.plan.policies import named_choices
 from hf_trainopt.placement.plan.stages import find_stages
 from hf_trainopt.placement.recompute.apply import apply_placement
-from hf_trainopt.placement.show.models import ModelRequest
 
 
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
-BUDGETS = ("75%", "50%")
 
 
 # ---- What is compared ----------------------------------------------------------------------------------------------
 
 
-def prepare(context: Context) -> dict[str, list[dict[str, Any]] | str]:
-    """Make the plans, or note why there are none, while the stage before has the GPU."""
+def run(context: Context, record: Record, prepared: Any) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    found: dict[str, list[dict[str, Any]] | str] = {}
-    for case in placement_cases(context):
-        try:
-            found[case.name] = all_plans(case, budgets=BUDGETS, allowed=("none",))
-        except Exception:
-            found[case.name] = traceback.format_exc()
-    return found
-
-
-def run(context: Context, record: Record, prepared: dict[str, list[dict[str, Any]] | str]) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     checks = Checks(context, record)
     fixed_is_stock(checks)
     wandering_k(checks)
-    for case in placement_cases(context):
-        plans = prepared[case.name]
-        if isinstance(plans, str):
-            record.fail(f"{case.name}: plans", plans)
-            continue
-        with record.part(case.name):
-            placements(checks, case, plans)
     out_of_memory(checks)
     overflows(checks)
     resuming(checks)
-    alone = None
-    with record.part("a run without a process group"), tempfile.TemporaryDirectory() as folder:
-        reset_accelerate()
-        alone = varying_k_run(checks, Path(folder)).model
-    with process_group(checks) as backend:
-        if backend is not None:
-            if alone is not None:
-                one_rank(checks, backend, alone)
-            sync_batch_norm(checks)
+    one_rank_checks(checks)
+    for case in exactness_cases(context):
+        try:
+            plans = wait_for_plans(context, case.name, max(1.0, context.left - 1))["plans"]
+        except RuntimeError as error:
+            record.fail(f"{case.name}: plans", str(error))
+            continue
+        plans = [entry for entry in plans if any(map(context.wants, placement_names(case, entry)))]
+        if plans:
+            with record.part(case.name):
+                placements(checks, case, plans)
 
 
 class Checks:
@@ -116,6 +96,8 @@ class Checks:
             repeats: The same of stock with itself, for a check that fails.
             deterministic: Whether kernels are told to be so.
         """
+        if not self.context.wants(name):
+            return
         if self.context.left < self.context.pick(3.0, 1.0):
             self.record.skip(name, "no time is left")
             return
@@ -277,32 +259,10 @@ def resuming(checks: Checks) -> None:
 # ---- Placement -----------------------------------------------------------------------------------------------------
 
 
-def placement_cases(context: Context) -> list[Case]:
-    """Return small models of four kinds, in the precisions that take other attention kernels."""
-    width, layers, length, vocabulary = context.pick((256, 6, 256, 4096), (32, 3, 24, 211))
-    gpt2 = f"n_layer={layers},n_embd={width},n_head=4,vocab_size={vocabulary},n_positions={length}"
-    llama = (
-        f"num_hidden_layers={layers},hidden_size={width},intermediate_size={2 * width},num_attention_heads=4,"
-        f"num_key_value_heads=2,vocab_size={vocabulary},max_position_embeddings={length},attention_dropout=0.1"
-    )
-    shape = {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
-    vit = ModelRequest(
-        timm_model="vit_tiny_patch16_224",
-        model_args=json.dumps(shape | {"drop_path_rate": 0.1, "attn_drop_rate": 0.1}),
-    )
-    resnet = context.pick("resnet50", "resnet10t")
-    bf16 = {"autocast_dtype": torch.bfloat16}
-    rows = context.pick(8, 3)
-    found = [
-        _gpt2("gpt2 with dropout, fp32", "", gpt2, rows, length),
-        _gpt2("gpt2 with dropout, bf16", "", gpt2, rows, length, **bf16),
-        _timm(f"{resnet} with BatchNorm, fp32", "", resnet, context.pick(32, 4), context.pick(96, 32)),
-        _llama("llama type, bf16", "", llama, rows, length, **bf16),
-        Case("vit, fp32", "", vit, rows, image_size=context.pick(96, 32)),
-    ]
-    if context.on_gpu:
-        found.append(_timm("resnet50 with BatchNorm, bf16", "", resnet, 32, 96, **bf16))
-    return [with_device(case, context.spec) for case in found]
+def placement_names(case: Case, entry: dict[str, Any]) -> tuple[str, str]:
+    """Return the names of the two checks of a plan."""
+    labels = ", ".join([entry["placement"], *entry["also"]])
+    return f"{case.name}: {labels} is none to the bit", f"{case.name}: {labels} agrees with none, default kernels"
 
 
 def placements(checks: Checks, case: Case, plans: Sequence[dict[str, Any]]) -> None:
@@ -351,8 +311,8 @@ def placements(checks: Checks, case: Case, plans: Sequence[dict[str, Any]]) -> N
             part |= {"choices": plan.counts(), "steps": steps, "finite": all(map(_finite, unplaced()[: 2 * steps]))}
             return same(unplaced(), trained(plan)) and part["finite"]
 
-        labels = ", ".join([entry["placement"], *entry["also"]])
-        checks.equal(f"{case.name}: {labels} is none to the bit", equal, lambda *_: same(trained(None), trained(None)))
+        same_bits, agrees = placement_names(case, entry)
+        checks.equal(same_bits, equal, lambda *_: same(trained(None), trained(None)))
         if case.autocast_dtype is None:
             continue
 
@@ -363,7 +323,7 @@ def placements(checks: Checks, case: Case, plans: Sequence[dict[str, Any]]) -> N
 
         # On an H100 another kernel of attention (cuDNN's) runs by default than the deterministic one (flash). Masks of
         # dropout that differ would make the gradients differ by a good part of themselves.
-        checks.equal(f"{case.name}: {labels} agrees with none, default kernels", close, deterministic=False)
+        checks.equal(agrees, close, deterministic=False)
 
 
 CLOSE = 1e-2
@@ -504,9 +464,9 @@ def overflows(checks: Checks) -> None:
 
 
 @contextlib.contextmanager
-def process_group(checks: Checks) -> Iterator[str | None]:
-    """Context with a process group of one rank: NCCL on a GPU, gloo on a CPU; `None` if there can be none."""
-    backend, opened = "nccl" if checks.context.on_gpu else "gloo", None
+def process_group(checks: Checks, backend: str) -> Iterator[bool]:
+    """Context with a process group of one rank; whether it could be opened."""
+    opened = False
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": str(free_port())}  # fmt: skip
     with mock.patch.dict(os.environ, variables):
@@ -515,8 +475,8 @@ def process_group(checks: Checks) -> Iterator[str | None]:
             value = torch.ones(4, device=checks.device)
             torch.distributed.all_reduce(value)
             part["backend"] = torch.distributed.get_backend()
-            checks.record.check(f"{backend}: all_reduce on one rank", bool((value == 1).all()))
-            opened = backend
+            checks.record.check(all_reduce_name(backend), bool((value == 1).all()))
+            opened = True
         try:
             yield opened
         finally:
@@ -537,13 +497,44 @@ def varying_k_run(checks: Checks, folder: Path, **kwargs: Any) -> AnyK:
     return trainer
 
 
+def one_rank_checks(checks: Checks) -> None:
+    """Make the checks that need a process group, if they are asked for."""
+    backend = backend_of(checks)
+    if not any(map(checks.context.wants, (all_reduce_name(backend), one_rank_name(backend), SYNC_NAME))):
+        return
+    alone = None
+    with checks.record.part("a run without a process group"), tempfile.TemporaryDirectory() as folder:
+        reset_accelerate()
+        alone = varying_k_run(checks, Path(folder)).model
+    with process_group(checks, backend) as opened:
+        if opened and alone is not None:
+            one_rank(checks, backend, alone)
+        if opened:
+            sync_batch_norm(checks)
+
+
+def backend_of(checks: Checks) -> str:
+    return "nccl" if checks.context.on_gpu else "gloo"
+
+
+def all_reduce_name(backend: str) -> str:
+    return f"{backend}: all_reduce on one rank"
+
+
+def one_rank_name(backend: str) -> str:
+    return f"{backend}: a run with varying k on one rank of DDP is that without, to the bit"
+
+
+SYNC_NAME = "SyncBatchNorm: every placement is none to the bit, running statistics too"
+
+
 def one_rank(checks: Checks, backend: str, alone: torch.nn.Module) -> None:
     def equal(folder, part):
         ours = varying_k_run(checks, folder, ddp_backend=backend)
         wrapped = part["wrapped_in"] = type(ours.model_wrapped).__name__
         return wrapped == "DistributedDataParallel" and weights_equal(ours.model, alone)
 
-    checks.equal(f"{backend}: a run with varying k on one rank of DDP is that without, to the bit", equal)
+    checks.equal(one_rank_name(backend), equal)
 
 
 class OwnKernel(torch.nn.SyncBatchNorm):
@@ -590,4 +581,4 @@ def sync_batch_norm(checks: Checks) -> None:
             for a, b in zip(stored, train(policy), strict=True)
         )
 
-    checks.equal("SyncBatchNorm: every placement is none to the bit, running statistics too", equal)
+    checks.equal(SYNC_NAME, equal)

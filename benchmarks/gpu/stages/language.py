@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from arms import Headline, arms_of, run_arms
+from arms import Headline, run_arms
 from common import Context, Record
 from data import language_tokens, token_blocks
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -41,7 +41,7 @@ def run(context: Context, record: Record, prepared: Any) -> None:
             "warmup_steps": 0.05, "lr_scheduler_type": "cosine_with_min_lr",
             "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "per_device_eval_batch_size": 8,
         },
-        build=build, everything=everything, source=source, seconds=context.pick(60.0, 1.0),
+        build=build, everything=everything, source=source, seconds=context.pick(76.0, 1.0),
         planning_seconds=context.pick(20.0, 1.0), tokens_per_sample=length,
     )  # fmt: skip
-    run_arms(context, record, task, arms_of(context.pick(6e-4, 3e-3), more_seeds=context.pick(2, 0)))
+    run_arms(context, record, task)

@@ -1,11 +1,13 @@
 """Predicted peaks against the allocator's, and what comes on top of them: context, workspaces, fragmentation."""
 
 import contextlib
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 from cases import cases, wait_for_plans
 from common import Context, DeviceStep, Record, peak_of, release, synchronize
+from placement_cases import Case
 
 from hf_trainopt.placement.plan.plan import PlacementPlan
 
@@ -18,9 +20,24 @@ LIMITED = ("none", "50%", "floor")
 
 
 def run(context: Context, record: Record, prepared: Any) -> None:
+    measure_cases(context, record, cases(context))
+
+
+def measure_cases(
+    context: Context, record: Record, waiting: Sequence[Case], only: Container[str] = (),
+    limited: Container[str] = LIMITED,
+) -> None:  # fmt: skip
+    """Measure the plans of all cases.
+
+    Args:
+        context: Of the stage.
+        record: Where the peaks are noted.
+        waiting: The cases, most valuable first.
+        only: Names of the plans to measure; empty: all.
+        limited: Names of the plans for which the least limit is looked for.
+    """
     with record.part("context") as part:
         part |= what_the_context_takes(context)
-    waiting = cases(context)
     for index, case in enumerate(waiting):
         if context.left < context.pick(6.0, 1.0):
             record.skip(case.name, f"{context.left:.0f} s are left")
@@ -29,14 +46,20 @@ def run(context: Context, record: Record, prepared: Any) -> None:
             plans = wait_for_plans(context, case.name, context.left - 2)
             # A case may take more than its share while there is time; none takes all that is left.
             share = context.left / (len(waiting) - index)
-            measure(context, record, case, plans["plans"], part, min(context.left, 1.5 * share))
+            entries = [
+                entry
+                for entry in plans["plans"]
+                if not only or any(name in only for name in [entry["placement"], *entry["also"]])
+            ]
+            measure(context, record, case, entries, part, min(context.left, 1.5 * share), limited)
     with record.part("context at the end") as part:
         part |= what_the_context_takes(context)
 
 
 def measure(
-    context: Context, record: Record, case: Any, plans: list[dict[str, Any]], part: dict[str, Any], seconds: float
-) -> None:
+    context: Context, record: Record, case: Case, plans: list[dict[str, Any]], part: dict[str, Any], seconds: float,
+    limited: Container[str],
+) -> None:  # fmt: skip
     """Measure the peak of each plan of a case, in so many seconds at most."""
     part["title"], part["plans"] = case.title, []
     until = context.left - seconds
@@ -60,7 +83,7 @@ def measure(
             found["measured_over_predicted"] = found["peak_bytes"] / found["predicted_bytes"]
             if "reserved_bytes" in found:
                 found["reserved_over_predicted"] = found["reserved_bytes"] / found["predicted_bytes"]
-            if entry["placement"] in LIMITED and context.on_gpu:
+            if context.on_gpu and any(name in limited for name in [entry["placement"], *entry["also"]]):
                 found["runs_within"] = least_limit(step, found["predicted_bytes"])
         record.check(
             f"{case.name}, {entry['placement']}: at most {TOLERANCE} of the prediction",

@@ -1,4 +1,4 @@
-"""Makes the plans that memory and time are measured of, on the CPU, several cases at a time."""
+"""Makes the plans that exactness, memory and time need, on the CPU, several cases at a time."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import torch
-from cases import BUDGETS, COMPILED, FRONTIER_POINTS, cases, save_plans
+from cases import BUDGETS, COMPILED, EXACTNESS_BUDGETS, FRONTIER_POINTS, cases, exactness_cases, save_plans
 from common import Context, Record
 from placement_cases import Case
 from placement_measure import all_plans
@@ -18,12 +18,13 @@ from hf_trainopt.machine.costs import DEVICES
 
 def run(context: Context, record: Record, prepared: Any) -> None:
     torch.set_num_threads(1)
-    waiting = cases(context)
+    waiting, small = cases(context), exactness_cases(context)
     # Two cores are for the stage that has the GPU.
-    workers = max(1, min(len(waiting), (os.cpu_count() or 1) - 2))
+    workers = max(1, min(len(waiting) + len(small), (os.cpu_count() or 1) - 2))
     # Forked: they inherit what is imported. No GPU is to be seen here, so that none is in a state that forking breaks.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        running = {pool.submit(plans_of, context, case): case for case in waiting}
+        running = {pool.submit(small_plans_of, case): case for case in small}
+        running |= {pool.submit(plans_of, context, case): case for case in waiting}
         for done in as_completed(running):
             name = running[done].name
             try:
@@ -32,6 +33,8 @@ def run(context: Context, record: Record, prepared: Any) -> None:
                 values = {"error": traceback.format_exc()}
                 record.fail(name, values["error"])
             save_plans(context, name, values)
+            if running[done] in small:  # no page shows them
+                continue
             record.values["parts"][name] = values | {
                 "plans": [
                     {key: value for key, value in entry.items() if key != "plan"} for entry in values.get("plans", [])
@@ -54,9 +57,14 @@ def with_gpu_rules(record: Record, case: Case) -> None:
     record.check(name, found)
 
 
+def small_plans_of(case: Case) -> dict[str, Any]:
+    """Return the plans that the exactness checks follow."""
+    return {"plans": all_plans(case, budgets=EXACTNESS_BUDGETS, allowed=("none",))}
+
+
 def plans_of(context: Context, case: Case) -> dict[str, Any]:
     """Return the plans of a case, with and without rewrites, and what was predicted for them."""
-    started = time.process_time()
+    began, started = time.monotonic(), time.process_time()
     toy_points, full_points = 1, FRONTIER_POINTS
     points = context.pick(full_points, toy_points) if case.name == COMPILED else 0
     plans = all_plans(case, budgets=context.pick(BUDGETS, BUDGETS[:2]), points=points)
@@ -65,4 +73,5 @@ def plans_of(context: Context, case: Case) -> dict[str, Any]:
         "device": case.device,
         "plans": plans,
         "cpu_s": round(time.process_time() - started, 2),
+        "part_s": round(time.monotonic() - began, 2),
     }

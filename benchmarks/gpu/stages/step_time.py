@@ -1,4 +1,4 @@
-"""Step times under each placement, against the roofline, stock checkpointing and `torch.compile`; what the loop costs.
+"""Step times under each placement, against the roofline, stock checkpointing and `torch.compile`; where the time goes.
 
 Plans take turns, in an order that shifts from round to round. Seconds are between device events.
 """
@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 import transformers
-from cases import COMPILED, cases, wait_for_plans
+from cases import TIMED, cases, wait_for_plans
 from common import Context, DeviceStep, Record, peak_of, release, spread, synchronize, timed
 from overhead import INTERVAL, LOOPS, MEASURED, STOCK, WINDOWS
 from placement_cases import Case
+from run import REPOSITORY
 from tasks import TokenBlocks
+from where import where_time_goes
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.accumulation import controller
@@ -36,27 +38,34 @@ def run(context: Context, record: Record, prepared: Any) -> None:
     transformers.logging.set_verbosity_error()
     ceilings = measured_ceilings(context)
     record.values["measured_ceilings"] = ceilings
-    first, *others = cases(context)
-    assert first.name == COMPILED
-    with record.part(first.name) as part:
-        time_case(context, record, first, part, context.pick(18.0, context.left), ceilings)
-    with record.part("loops of the Trainer") as part:
-        loops(context, record, part, context.pick(16.0, context.left))
-    for number, case in enumerate(others[:3]):
-        # What compiling takes is not known: what is short comes first.
-        if number == 2:
-            compile_part(context, record, first)
+    waiting = cases(context)[:TIMED]
+    for case in waiting:
+        where_time_goes(context, record, case)
+    for index, case in enumerate(waiting):
         if context.left < context.pick(6.0, 1.0):
             record.skip(case.name, f"{context.left:.0f} s are left")
             continue
         with record.part(case.name) as part:
-            time_case(context, record, case, part, min(context.left - 2, context.pick(7.0, 60.0)), ceilings)
+            # A case may take more than its share while there is time.
+            share = context.pick(1.3 * context.left / (len(waiting) - index), 60.0)
+            time_case(context, record, case, part, min(context.left - 2, share), ceilings)
+    if context.left < context.pick(12.0, 1.0):
+        record.skip("loops of the Trainer", f"{context.left:.0f} s are left")
+    else:
+        with record.part("loops of the Trainer") as part:
+            loops(context, record, part, context.pick(16.0, context.left))
+    # Last: what compiling takes is not known, and what is cut off in the middle loses nothing else.
+    compile_part(context, record, waiting[0])
 
 
 def measured_ceilings(context: Context) -> dict[str, float]:
-    """Return what `environment` has measured: FLOP/s in bf16, bytes/s; empty without it."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        parts = json.loads((context.output / "environment.json").read_text())["parts"]
+    """Return what `environment` has measured, in this run or in an earlier one; empty without it."""
+    folders = [context.output] if context.rehearse else [context.output, REPOSITORY / "benchmarks/results/gpu"]
+    found = next((path for folder in folders if (path := folder / "environment.json").exists()), None)
+    if found is None:
+        return {}
+    with contextlib.suppress(ValueError, KeyError):
+        parts = json.loads(found.read_text())["parts"]
         return {
             "bf16_flops": 1e12 * parts["matrix products"]["teraflops"]["bfloat16"]["median"],
             "fp32_flops": 1e12 * parts["matrix products"]["teraflops"]["float32"]["median"],
@@ -93,7 +102,7 @@ def time_case(
     step.make_states()
     contexts = {entry["placement"]: PlacementPlan.from_dict(entry["plan"]) for entry in entries}
     taken: dict[str, list[float]] = {name: [] for name in [*contexts, STOCK_CHECKPOINTING]}
-    names, repeats = list(taken), context.pick(3, 1)
+    names, repeats = list(taken), context.pick(2, 1)
     if context.on_gpu:  # a round is not broken off
         predicted = sum(
             entry["baseline_seconds"] * (1 + entry["extra_time_ratio"] + entry["rewritten_time_ratio"])
@@ -104,7 +113,7 @@ def time_case(
             record.skip(case.name, f"{context.left:.0f} s are left, a round takes {needed:.0f} s")
             return
     rounds = 0
-    for number in range(-1, context.pick(6, 1)):  # the first warms up
+    for number in range(-1, context.pick(3, 1)):  # the first warms up
         started = context.left
         for turn in range(len(names)):
             name = names[(turn + number) % len(names)]

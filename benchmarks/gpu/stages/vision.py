@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from arms import Headline, arms_of, run_arms
+from arms import Headline, run_arms
 from common import Context, Record
 from data import image_data, images
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
@@ -43,12 +43,7 @@ def run(context: Context, record: Record, prepared: Any) -> None:
             "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.01},
             "per_device_eval_batch_size": context.pick(500, 32),
         },
-        build=build, everything=everything, source=source, seconds=context.pick(22.0, 1.0),
+        build=build, everything=everything, source=source, seconds=context.pick(46.0, 1.0),
         planning_seconds=context.pick(15.0, 1.0), metric="accuracy", learns=context.on_gpu,
     )  # fmt: skip
-    run_arms(
-        context,
-        record,
-        task,
-        arms_of(context.pick(1.4e-3, 3e-3), more_seeds=context.pick(1, 0), budget=context.pick("75%", "95%")),
-    )
+    run_arms(context, record, task)
