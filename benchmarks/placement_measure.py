@@ -88,7 +88,7 @@ def all_plans(
 
 def chain_bytes(planner: PlacementPlanner, plan: PlacementPlan) -> int | None:
     """Return what the solver's chain of stages says the peak of a plan is."""
-    chain, names = planner.chains[plan.rewrites], list(plan.stages)
+    chain, names = planner.chains()[plan.rewrites], list(plan.stages)
     path, index = [], 0
     while index < len(names):
         choice, stop = plan.stages[names[index]], index + 1

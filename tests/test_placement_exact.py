@@ -51,7 +51,7 @@ def plans_of(name: str) -> list[PlacementPlan]:
     floor, baseline = planner.floor.peak_bytes, planner.baseline.peak_bytes
     plans.append(planner.for_budget(max(2**20, floor + (baseline - floor) // 3)))
     ((rewrites, profile),) = planner.profiles.items()
-    chain, rng, path = planner.chains[rewrites], random.Random(0), []
+    chain, rng, path = planner.chains()[rewrites], random.Random(0), []
     while not path or path[-1].stop < chain.num_stages:
         start = path[-1].stop if path else 0
         path.append(rng.choice([s for s in chain.segments if s.start == start and s.stop <= start + 3]))

@@ -1,5 +1,6 @@
 """Replays against real steps, the chain against replays, and the plans that come out of them."""
 
+import dataclasses
 import random
 from contextlib import contextmanager, nullcontext
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_trainopt.machine.costs import DEVICES, FORMULAS
+from hf_trainopt.machine.costs import DEVICES, FORMULAS, op_cost
 from hf_trainopt.placement.plan.budget import gib, parse_budget
 from hf_trainopt.placement.plan.candidate import rank_of
 from hf_trainopt.placement.plan.chain import build_chain, choices_of
@@ -411,10 +412,12 @@ def test_allowed_rewrites():
 
 
 def test_solver_uses_selective_choices():
-    planner = PlacementPlanner(gpt2(width=64), tokens(rows=16), StepSetup(), memory_rewrites="none")
+    """Where the device limits a step, not the host, which takes longer over selective recomputation than it saves."""
+    setup = StepSetup(device=dataclasses.replace(DEVICES["a100"], host_s=0.0))
+    planner = PlacementPlanner(gpt2(width=64), tokens(rows=16), setup, memory_rewrites="none")
     kinds = {choice.recompute for plan in planner.frontier(8) for choice in plan.stages.values()}
     assert {"none", "selective", "full"} <= kinds
-    ((_, chain),) = planner.chains.items()
+    ((_, chain),) = planner.chains().items()
     assert solve(chain, planner.floor.peak_bytes - 1) is None
 
 
@@ -654,3 +657,36 @@ def test_loss_of_models_and_tuples():
     model.eval()
     assert torch.equal(model_loss(model, batch), model(**batch).loss)
     assert torch.equal(model_loss(model, {**batch, "return_dict": False}), model(**batch).loss)
+
+
+def test_a_step_takes_the_time_of_the_device_or_of_the_host():
+    """The host issues every operator and, where layers are recomputed, handles what autograd saves."""
+    model, batch = gpt2(num_layers=2), tokens(rows=8, length=64)
+    stages = find_stages(model)
+    slow = dataclasses.replace(DEVICES["h100"], host_s=1.0, launch_s=0.0)
+    replayer = StepReplayer(model, batch, StepSetup(device=slow), stages)
+    stored = replayer.replay_choices({}).cost
+    assert stored.seconds == stored.host_seconds > 100 > stored.device_seconds
+    full = replayer.replay_choices(dict.fromkeys(stages, FULL)).cost
+    selective = replayer.replay_choices(dict.fromkeys(stages, StageChoice("selective", (0, 1)))).cost
+    assert stored.seconds < full.seconds < selective.seconds
+    assert selective.device_seconds < full.device_seconds
+    fast = StepReplayer(model, batch, StepSetup(device=dataclasses.replace(slow, host_s=0.0)), stages)
+    assert fast.replay_choices({}).cost.seconds == fast.replay_choices({}).cost.device_seconds > 0
+
+
+@pytest.mark.parametrize(("width", "dtype", "aligned"), [
+    (50257, torch.bfloat16, False), (50304, torch.bfloat16, True), (50257, torch.float32, True),
+])  # fmt: skip
+def test_tensor_cores_are_slow_on_rows_that_are_not_aligned(width, dtype, aligned):
+    """GPT-2's vocabulary in half precision: the logits' rows don't begin at multiples of 16 bytes."""
+    spec = DEVICES["h100"]
+    a, b = torch.empty(1024, 768, dtype=dtype, device="meta"), torch.empty(width, 768, dtype=dtype, device="meta").t()
+    cost = op_cost(torch.ops.aten.mm.default, (a, b), {}, torch.mm(a, b), spec)
+    assert cost.device_seconds == spec.seconds(cost.flops, cost.num_bytes, dtype, aligned)
+
+
+def test_plans_for_gpus_count_the_workspaces_of_cublas():
+    model, batch = gpt2(num_layers=2), tokens(rows=8)
+    replay = StepReplayer(model, batch, StepSetup(device=DEVICES["h100"]), find_stages(model)).replay_choices({})
+    assert replay.peak_by_kind()["workspace"] == 2 * 32 * 2**20  # benchmarks/gpu.md

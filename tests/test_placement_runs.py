@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -491,8 +492,13 @@ def test_a_model_of_which_only_the_head_is_trained(tmp_path):
 # ---- What a plan claims --------------------------------------------------------------------------------------------
 
 
-def test_the_gap_holds_against_all_plans_there_are():
-    planner = PlacementPlanner(gpt2(num_layers=2), tokens(12, 24), CPU, memory_rewrites="none")
+@pytest.mark.parametrize(
+    "host_s", [None, 0.0, 3e-6, 5e-6, 15e-6], ids=["CPU", "device limits", "either", "either, rather the host", "host"]
+)
+def test_the_gap_holds_against_all_plans_there_are(host_s):
+    """All plans of two layers, on a CPU and where the GPU, its host or now one and now the other limits a step."""
+    setup = CPU if host_s is None else StepSetup(device=replace(DEVICES["a100"], host_s=host_s))
+    planner = PlacementPlanner(gpt2(num_layers=2), tokens(12, 24), setup, memory_rewrites="none")
     ((_, profile),) = planner.profiles.items()
     options = [list(stage.options) for stage in profile.stages]
     run_of_both = tuple(StageChoice("full", run=0) for _ in profile.stages)

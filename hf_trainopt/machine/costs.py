@@ -25,6 +25,9 @@ class DeviceSpec:
         launch_s: Seconds that an operator takes at least.
         efficiency: Share of `flops` that is reached.
         measured: Where operators are timed in place of the roofline.
+        host_s: Seconds that the host takes to issue an operator; 0 where the host is the device.
+        workspace: Bytes that cuBLAS takes from the allocator for each thread that multiplies matrices, and keeps. A
+            training step has two: the backward pass runs on a thread of its own.
     """
 
     name: str
@@ -34,16 +37,41 @@ class DeviceSpec:
     launch_s: float = 4e-6
     efficiency: float = 0.75
     measured: MeasuredOps | None = field(default=None, compare=False, repr=False)
+    host_s: float = 0.0
+    workspace: int = 0
 
-    def seconds(self, flops: float, num_bytes: float, dtype: torch.dtype) -> float:
-        """Return the time of an operator that is bound by arithmetic or by memory, whichever takes longer."""
+    def seconds(self, flops: float, num_bytes: float, dtype: torch.dtype, aligned: bool = True) -> float:
+        """Return the time of an operator that is bound by arithmetic or by memory, whichever takes longer.
+
+        Args:
+            flops: Multiplications and additions.
+            num_bytes: Read and written.
+            dtype: Of the numbers.
+            aligned: Whether tensor cores can load the matrices: each row begins at a multiple of 16 bytes.
+        """
         peak = self.flops.get(dtype) or self.flops[torch.float32]
-        return self.launch_s + max(flops / (self.efficiency * peak), num_bytes / self.bandwidth)
+        efficiency = self.efficiency if aligned else self.efficiency / UNALIGNED
+        return self.launch_s + max(flops / (efficiency * peak), num_bytes / self.bandwidth)
 
 
-def _spec(name: str, fp32: float, half: float, bandwidth: float) -> DeviceSpec:
+# On an H100, three products with GPT-2's vocabulary of 50257 ran at 95 to 146 TFLOP/s in bf16, where aligned ones
+# reach three quarters of 989 (benchmarks/gpu.md, "Where the time goes").
+UNALIGNED = 6.0
+# The H100's host (a Xeon, one virtual machine): steps that the host limits took 14 to 17 µs for each operator.
+HOST_S = 15e-6
+# cuDNN's take the host longer: ResNet-50 took 33 µs for each of its operators.
+HEAVY = 4.0
+HEAVY_OPS = frozenset(
+    {"convolution", "_convolution", "cudnn_convolution", "convolution_backward", "native_batch_norm",
+     "cudnn_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "native_batch_norm_backward",
+     "cudnn_batch_norm_backward", "batch_norm_backward"}
+)  # fmt: skip
+
+
+def _spec(name: str, fp32: float, half: float, bandwidth: float, workspace: int = 4096 * 2 + 16 * 8) -> DeviceSpec:
+    """Args: `workspace` in KiB, PyTorch's default: 32 MiB on Hopper, else 8.1 MiB."""
     rates = {torch.float32: fp32 * 1e12, torch.float16: half * 1e12, torch.bfloat16: half * 1e12}
-    return DeviceSpec(name, "cuda", rates, bandwidth * 1e9)
+    return DeviceSpec(name, "cuda", rates, bandwidth * 1e9, host_s=HOST_S, workspace=workspace * 1024)
 
 
 # Dense tensor-core rates, float32 without TF32 as PyTorch's default has it (vendors' data sheets; TFLOP/s, GB/s).
@@ -56,8 +84,8 @@ DEVICES: dict[str, DeviceSpec] = {
         _spec("a100", 19.5, 312, 2039),
         _spec("l4", 30.3, 121, 300),
         _spec("l40s", 91.6, 362, 864),
-        _spec("h100", 66.9, 989, 3350),
-        _spec("h200", 66.9, 989, 4800),
+        _spec("h100", 66.9, 989, 3350, 32768),
+        _spec("h200", 66.9, 989, 4800, 32768),
         _spec("rtx3090", 35.6, 71, 936),
         _spec("rtx4090", 82.6, 165, 1008),
         DeviceSpec(
@@ -79,18 +107,39 @@ class Cost:
     Args:
         flops: Multiplications and additions of matrix products, convolutions and attention.
         num_bytes: Bytes read and written.
-        seconds: Time on the device.
+        device_seconds: Time on the device.
+        host_seconds: Time that the host takes to issue them.
     """
 
     flops: int = 0
     num_bytes: int = 0
-    seconds: float = 0.0
+    device_seconds: float = 0.0
+    host_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time of a step that consists of these: the device waits for the host, or the host for the device."""
+        return max(self.device_seconds, self.host_seconds)
+
+    def mixed(self, share: float) -> float:
+        """Return a mean of both times, which is never above `seconds`; `share` is the device's weight."""
+        return share * self.device_seconds + (1 - share) * self.host_seconds
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.num_bytes + other.num_bytes, self.seconds + other.seconds)
+        return Cost(
+            self.flops + other.flops,
+            self.num_bytes + other.num_bytes,
+            self.device_seconds + other.device_seconds,
+            self.host_seconds + other.host_seconds,
+        )
 
     def __sub__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops - other.flops, self.num_bytes - other.num_bytes, self.seconds - other.seconds)
+        return Cost(
+            self.flops - other.flops,
+            self.num_bytes - other.num_bytes,
+            self.device_seconds - other.device_seconds,
+            self.host_seconds - other.host_seconds,
+        )
 
 
 # Allocations and questions about tensors: no kernel runs.
@@ -155,8 +204,9 @@ def op_cost(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, sp
         spec: The device.
     """
     packet = func._overloadpacket
+    host = spec.host_s * (HEAVY if packet.__name__ in HEAVY_OPS else 1.0)
     if func.is_view or packet in _FREE or func.namespace == "prim":
-        return Cost()
+        return Cost(host_seconds=host)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
     num_bytes = sum(_nbytes(tensor) for tensor in tensors) + sum(_nbytes(tensor) for tensor in outputs)
@@ -164,7 +214,22 @@ def op_cost(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, sp
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     seconds = spec.measured.seconds(func, args, kwargs) if spec.measured is not None else None
-    return Cost(flops, num_bytes, spec.seconds(flops, num_bytes, dtype) if seconds is None else seconds)
+    if seconds is None:
+        aligned = packet not in _PRODUCTS or all(map(is_aligned, [*tensors, *outputs]))
+        seconds = spec.seconds(flops, num_bytes, dtype, aligned)
+    return Cost(flops, num_bytes, seconds, host)
+
+
+_PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_")
+)
+
+
+def is_aligned(matrix: torch.Tensor) -> bool:
+    """Return whether the rows of a matrix of 16-bit numbers begin at multiples of 16 bytes; others are fine always."""
+    if matrix.dim() < 2 or matrix.element_size() != 2:
+        return True
+    return all(stride % 8 == 0 for stride in matrix.stride()[-2:] if stride != 1)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

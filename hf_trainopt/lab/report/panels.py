@@ -24,7 +24,7 @@ _LOG_FROM = 20.0
 _KINDS = {
     "parameters": "parameters", "buffers": "parameters", "gradients": "gradients", "communication": "gradients",
     "optimizer": "optimizer state", "inputs": "activations", "activations": "activations", "loss": "loss",
-    "temporary": "loss",
+    "workspace": "loss", "temporary": "loss",
 }  # fmt: skip
 
 

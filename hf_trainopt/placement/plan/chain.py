@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..simulate.replay import Replay
+from ...machine.costs import Cost
+from ..simulate.replay import SAVED_TENSORS, Replay
 from .plan import FULL, STORE, StageChoice
 from .solver import Chain, Segment
 
@@ -24,8 +25,7 @@ class OptionProfile:
         backward_delta: Change of bytes over its backward pass.
         backward_peak: Most bytes in its backward pass beyond those at its beginning.
         holds_output: Whether its output is kept for its own backward pass.
-        extra_seconds: Time beyond storing everything.
-        extra_flops: FLOPs beyond storing everything.
+        extra: Cost beyond storing everything.
     """
 
     choice: StageChoice
@@ -34,8 +34,7 @@ class OptionProfile:
     backward_delta: int
     backward_peak: int
     holds_output: bool
-    extra_seconds: float
-    extra_flops: int
+    extra: Cost
 
     def dominates(self, other: "OptionProfile") -> bool:
         """Whether this is nowhere worse than `other`."""
@@ -44,7 +43,8 @@ class OptionProfile:
             and self.forward_delta + self.backward_peak <= other.forward_delta + other.backward_peak
             and self.forward_peak <= other.forward_peak
             and self.holds_output <= other.holds_output
-            and self.extra_seconds <= other.extra_seconds
+            and self.extra.device_seconds <= other.extra.device_seconds
+            and self.extra.host_seconds <= other.extra.host_seconds
         )
 
 
@@ -56,8 +56,7 @@ class StageProfile:
         name: Module name.
         boundary_bytes: Size of its output.
         after_delta: Bytes that the code between it and the next stage leaves behind.
-        forward_seconds: Time of its forward pass.
-        forward_flops: FLOPs of its forward pass.
+        again: Cost of its forward pass within a recomputation.
         options: Choice -> profile; `STORE` is among them.
         joined: Whether it takes an output of the stage before it as it is, so that both can be of one run.
     """
@@ -65,8 +64,7 @@ class StageProfile:
     name: str
     boundary_bytes: int
     after_delta: int
-    forward_seconds: float
-    forward_flops: int
+    again: Cost
     options: Mapping[StageChoice, OptionProfile]
     joined: bool = True
 
@@ -83,8 +81,7 @@ class ChainProfile:
         head_delta: Change of bytes over that time.
         fixed_peak: Peak of what no choice changes, in bytes: what comes before the first stage, its backward pass, the
             optimizer's step.
-        seconds: Time of the step that recomputes nothing.
-        flops: FLOPs of that step.
+        cost: Cost of the step that recomputes nothing.
     """
 
     stages: Sequence[StageProfile]
@@ -92,8 +89,7 @@ class ChainProfile:
     head_peak: int
     head_delta: int
     fixed_peak: int
-    seconds: float
-    flops: int
+    cost: Cost
 
 
 def option_profile(replay: Replay, baseline: Replay, stage: str, choice: StageChoice) -> OptionProfile:
@@ -109,8 +105,7 @@ def option_profile(replay: Replay, baseline: Replay, stage: str, choice: StageCh
         backward.end_bytes - backward.start_bytes,
         backward.peak_bytes - backward.start_bytes,
         stage in replay.holds_output,
-        max(0.0, extra.seconds),
-        extra.flops,
+        replace(extra, device_seconds=max(0.0, extra.device_seconds), host_seconds=max(0.0, extra.host_seconds)),
     )
 
 
@@ -132,8 +127,7 @@ def chain_profile(baseline: Replay, options: Mapping[str, Mapping[StageChoice, O
                 name,
                 baseline.boundary_bytes[name],
                 delta,
-                forward.cost.seconds,
-                forward.cost.flops,
+                replace(forward.cost, host_seconds=(1 + SAVED_TENSORS) * forward.cost.host_seconds),
                 options[name],
                 name in baseline.joined,
             )
@@ -147,16 +141,16 @@ def chain_profile(baseline: Replay, options: Mapping[str, Mapping[StageChoice, O
         head.peak_bytes - head.start_bytes,
         head.end_bytes - head.start_bytes,
         max(section.peak_bytes for section in outside + sections[:before]),
-        sum(section.cost.seconds for section in sections),
-        sum(section.cost.flops for section in sections),
+        sum((section.cost for section in sections), Cost()),
     )
 
 
-def build_chain(profile: ChainProfile, *, max_run: int | None = None) -> Chain:
+def build_chain(profile: ChainProfile, share: float = 1.0, *, max_run: int | None = None) -> Chain:
     """Return the solver's chain: every option of every stage, and every run of up to `max_run` stages.
 
     Args:
         profile: The step.
+        share: Weight of the device's time against the host's, 0 to 1.
         max_run: Longest run that is looked at; `None`: all if there are at most 48 stages, else 2√L.
     """
     stages = profile.stages
@@ -168,7 +162,7 @@ def build_chain(profile: ChainProfile, *, max_run: int | None = None) -> Chain:
     left[count] = profile.head_delta
     for index in reversed(range(count)):
         left[index] = left[index + 1] + _net(stages, index)
-    touch = _TOUCH * profile.seconds
+    touch = _TOUCH * profile.cost.seconds
     segments = []
     for index, stage in enumerate(stages):
         for option in stage.options.values():
@@ -180,7 +174,7 @@ def build_chain(profile: ChainProfile, *, max_run: int | None = None) -> Chain:
                     index + 1,
                     option.forward_delta + stage.after_delta + stage.boundary_bytes,
                     max(option.forward_peak, backward),
-                    option.extra_seconds + touch * (option.choice != STORE),
+                    option.extra.mixed(share) + touch * (option.choice != STORE),
                     (option.choice,),
                 )
             )
@@ -188,7 +182,7 @@ def build_chain(profile: ChainProfile, *, max_run: int | None = None) -> Chain:
         for stop in range(start + 2, min(count, start + max_run) + 1):
             if not stages[stop - 1].joined or not all(FULL in stage.options for stage in stages[start:stop]):
                 break
-            segments.append(_run(stages, start, stop, left, touch))
+            segments.append(_run(stages, start, stop, left, touch, share))
     return Chain(count, tuple(segments), profile.before_bytes, profile.head_peak, profile.fixed_peak)
 
 
@@ -199,7 +193,9 @@ def _net(stages: Sequence[StageProfile], index: int) -> int:
     return option.forward_delta + option.backward_delta + before
 
 
-def _run(stages: Sequence[StageProfile], start: int, stop: int, left: Sequence[int], touch: float) -> Segment:
+def _run(
+    stages: Sequence[StageProfile], start: int, stop: int, left: Sequence[int], touch: float, share: float
+) -> Segment:
     """Return the segment in which stages `start` to `stop - 1` are recomputed together."""
     members = stages[start:stop]
     after = sum(stage.after_delta for stage in members)
@@ -218,13 +214,13 @@ def _run(stages: Sequence[StageProfile], start: int, stop: int, left: Sequence[i
         held = stage.boundary_bytes if option.holds_output else 0
         need = max(need, base + inside + option.forward_delta + held + later + option.backward_peak)
         inside += option.forward_delta + stage.boundary_bytes
-    seconds = sum(stage.forward_seconds for stage in members[:-1]) + members[-1].options[FULL].extra_seconds
+    again = sum((stage.again for stage in members[:-1]), Cost()) + members[-1].options[FULL].extra
     return Segment(
         start,
         stop,
         keep + after + members[-1].boundary_bytes,
         need,
-        seconds + touch * len(members),
+        again.mixed(share) + touch * len(members),
         (FULL,) * len(members),
     )
 

@@ -102,7 +102,7 @@ class OptionExplorer:
             if one is None:
                 return (0.0, index)
             freed = base.forward_delta - one.forward_delta
-            seconds = max(one.extra_seconds - base.extra_seconds, 1e-12)
+            seconds = max(one.extra.device_seconds - base.extra.device_seconds, 1e-12)
             return (freed / seconds, -index)
 
         order = sorted(every, key=worth, reverse=True)

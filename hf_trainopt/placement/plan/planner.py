@@ -72,6 +72,7 @@ class PlacementPlanner:
         self.progress("the step without recomputation")
         self.stages = self.baseline.order
         self._candidates: dict[Any, Candidate] = {}
+        self._chains: dict[float, dict[Rewrites, Chain]] = {}
         self._overestimate = 0
         self._add(dict.fromkeys(self.stages, STORE), self.allowed[0])
 
@@ -106,10 +107,13 @@ class PlacementPlanner:
             return False
         return True
 
-    @cached_property
-    def chains(self) -> dict[Rewrites, Chain]:
-        """Rewrites -> what the solver works on."""
-        return {rewrites: build_chain(profile) for rewrites, profile in self.profiles.items()}
+    def chains(self, share: float = 1.0) -> dict[Rewrites, Chain]:
+        """Return rewrites -> what the solver works on; `share` is the weight of the device's time."""
+        if share not in self._chains:
+            self._chains[share] = {
+                rewrites: build_chain(profile, share) for rewrites, profile in self.profiles.items()
+            }
+        return self._chains[share]
 
     def replay(self, stages: Mapping[str, StageChoice], rewrites: Rewrites = NO_REWRITES) -> Replay:
         """Return what one step takes under these choices."""
@@ -168,7 +172,7 @@ class PlacementPlanner:
     @cached_property
     def floor(self) -> Candidate:
         """The candidate with the least peak."""
-        least = {rewrites: least_peak(chain) for rewrites, chain in self.chains.items()}
+        least = {rewrites: least_peak(chain) for rewrites, chain in self.chains().items()}
         lowest = min(solution.peak_bytes for solution in least.values())
         for rewrites, solution in least.items():
             if solution.peak_bytes < 1.02 * lowest:  # what the replays could turn round
@@ -203,8 +207,7 @@ class PlacementPlanner:
         if self.floor.peak_bytes > budget:
             raise PlacementError(self._over_budget(memory_budget, budget))
         bound = self._search(budget)
-        fitting = [candidate for candidate in self._candidates.values() if candidate.peak_bytes <= budget]
-        best = min(fitting, key=lambda candidate: candidate.order)
+        best = self._best(budget)
         gap = None if bound is None else max(0.0, best.cost_seconds - bound) / self.step_seconds
         if gap is not None:
             gap = round(gap, 6) if gap > 1e-6 else 0.0
@@ -225,32 +228,59 @@ class PlacementPlanner:
     def _search(self, budget: int) -> float | None:
         """Add the candidates that the solver finds for a budget; return a bound on the cost from below, in seconds.
 
-        The bound is that of the solver for the budget and the most by which it was seen to count too many bytes;
-        `None` if it has no plan even so.
+        The solver adds up times, but a step takes the device's time or the host's, whichever is longer. So it first
+        looks for the least time of the device. If the host limits the plan that it finds, it looks for the least time
+        of the host, and if the device limits that one, for the least mean of both. No mean is above the longer of the
+        two times, so each search gives a bound.
+        """
+        bounds = []
+        for share in (1.0, 0.0, 0.5):
+            bounds.append(self._search_with(budget, share))
+            best = self._best(budget)
+            cost = None if best is None else self.replay(best.stages, best.rewrites).cost
+            host_limits = cost is not None and cost.host_seconds > cost.device_seconds
+            if host_limits == (share == 0.0):
+                break  # this plan has the least of the time that limits it
+        known = [bound for bound in bounds if bound is not None]
+        return max(0.0, *known) if known else None
+
+    def _best(self, budget: int) -> Candidate | None:
+        """Return the best of the candidates that fit."""
+        fitting = [candidate for candidate in self._candidates.values() if candidate.peak_bytes <= budget]
+        return min(fitting, key=lambda candidate: candidate.order, default=None)
+
+    def _search_with(self, budget: int, share: float) -> float | None:
+        """Search with one weight of the device's time.
+
+        The bound is the solver's, for the budget and the most by which it was seen to count too many bytes; `None` if
+        it has no plan even so.
         """
         found = []
-        for rewrites, chain in self.chains.items():
+        for rewrites, chain in self.chains(share).items():
             # Where the chain counts too many bytes, its least peak may be above a budget that can be met.
             limit = max(budget, least_peak(chain).peak_bytes)
             if limit <= 1.15 * budget:
-                found.append((rank_of(self._bound(rewrites, limit), rewrites), limit, rewrites))
+                found.append((rank_of(self._bound(rewrites, limit, share), rewrites), limit, rewrites))
         found.sort(key=lambda item: item[0])
         for rank, limit, rewrites in found:
-            fitting = [candidate.rank for candidate in self._candidates.values() if candidate.peak_bytes <= budget]
-            if fitting and min(fitting) <= rank:
+            best = self._best(budget)
+            if best is not None and best.rank <= rank:
                 break  # replayed already, and no later one is better
-            self._correct(budget, limit, rewrites)
-        bounds = [self._bound(rewrites, max(limit, budget + self._overestimate)) for _, limit, rewrites in found]
-        return max(0.0, min(bounds)) if bounds else None
+            self._correct(budget, limit, rewrites, share)
+        bounds = [
+            self._bound(rewrites, max(limit, budget + self._overestimate), share) for _, limit, rewrites in found
+        ]
+        return min(bounds) if bounds else None
 
-    def _bound(self, rewrites: Rewrites, limit: int) -> float:
+    def _bound(self, rewrites: Rewrites, limit: int, share: float) -> float:
         """Seconds that a step takes longer at least, with these rewrites and a peak within the limit."""
-        solution = solve(self.chains[rewrites], limit)
-        return solution.seconds - solution.gap_seconds + self._rewritten_seconds(rewrites)
+        solution = solve(self.chains(share)[rewrites], limit)
+        stored = self._stored(rewrites).cost
+        return solution.seconds - solution.gap_seconds + stored.mixed(share) - self.step_seconds
 
-    def _correct(self, budget: int, limit: int, rewrites: Rewrites) -> None:
+    def _correct(self, budget: int, limit: int, rewrites: Rewrites, share: float) -> None:
         """Replay what the solver finds for a budget with some rewrites, until it fits in truth as well."""
-        chain, tried = self.chains[rewrites], set()
+        chain, tried = self.chains(share)[rewrites], set()
         for _ in range(_CORRECTIONS):
             solution = solve(chain, limit)
             if solution is None:

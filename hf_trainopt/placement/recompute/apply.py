@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_trainopt.placement.plan.plan import PlacementPlan, describe, runs_of
-from hf_trainopt.placement.recompute.regions import Enter, ForwardOverride, activation_modules
+from hf_trainopt.placement.recompute.regions import ForwardOverride, activation_modules
 from hf_trainopt.placement.recompute.segments import Run, RunMember
 
 
@@ -73,7 +73,8 @@ class AppliedPlacement:
             lost.append(f"the forward pass of {len(missing)} of its modules was replaced")
         return lost
 
-    def _enter_at(self, module: nn.Module, enter: Enter) -> None:
+    def _enter_at(self, module: nn.Module, enter: RunMember) -> None:
+        enter.run.buffers.prepare(module)
         override = ForwardOverride(module, enter)
         self._overrides.append((module, override))
         module.__dict__["forward"] = override

@@ -1,11 +1,13 @@
 """Buffers that a forward pass changes (running statistics) are changed once, not again by the recomputation.
 
-Which buffers change cannot be told from the class: besides `nn.BatchNorm*d` and `nn.SyncBatchNorm` there are timm's
-EvoNorm, spectral normalization, codebooks, and modules of users. So nothing is looked up by class. All buffers of the
-region are copied before its forward pass, and the recomputation runs with copies of these copies in their place. It
-hence starts from the same values as the forward pass did, which matters where the output depends on them (spectral
-normalization iterates from its buffers; a batch norm with `momentum=None` counts batches), and what it changes is
-dropped.
+A batch norm that trains never reads its running statistics, so its recomputation runs with others in their place, and
+nothing is copied: a convolutional network has hundreds of them, and copying them takes the host longer than the GPU
+takes to recompute.
+
+Which other buffers change can't be told from the class: there are timm's EvoNorm, spectral normalization, codebooks,
+and modules of users. So all of them are copied before the region's forward pass, and the recomputation runs with
+copies of these copies in their place. It starts from the same values as the forward pass did, which matters where the
+output depends on them (spectral normalization iterates from its buffers), and what it changes is dropped.
 
 Copies of norm layers are some KiB. A causal mask or a codebook can be large, and the version counter of a tensor,
 which is free to read, tells whether it changed: large buffers are copied in the first call, and from then on only if
@@ -44,11 +46,29 @@ class _Copied:
         return self.owner._buffers.get(self.name) is not self.buffer or _version(self.buffer) != self.version
 
 
+# Batch norms whose output doesn't depend on their buffers while they train. By name: timm is no requirement.
+_BATCH_NORMS = {
+    *(f"torch.nn.modules.batchnorm.{name}" for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")),
+    "timm.layers.norm_act.BatchNormAct2d",
+}
+
+
+def only_writes(module: nn.Module) -> bool:
+    """Return whether a module that trains writes its buffers and never reads them for what it returns."""
+    cls = type(module)
+    return (
+        f"{cls.__module__}.{cls.__qualname__}" in _BATCH_NORMS
+        and module.track_running_stats
+        and "forward" not in module.__dict__
+    )
+
+
 class BufferKeeper:
     """Takes snapshots of the buffers of a region, and remembers which large ones never change."""
 
     def __init__(self):
         self._constant: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+        self._others: weakref.WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = weakref.WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict) -> "BufferKeeper":
         return BufferKeeper()
@@ -59,14 +79,17 @@ class BufferKeeper:
         Returns:
             `None` if there are no buffers.
         """
+        owners = [owner for owner in module.modules() if any(b is not None for b in owner._buffers.values())]
+        if not owners:
+            return None
+        written = [owner for owner in owners if owner.training and only_writes(owner)]
         entries = [
             _Copied(owner, name, buffer, _version(buffer), None)
-            for owner in module.modules()
+            for owner in owners
+            if owner not in written
             for name, buffer in owner._buffers.items()
             if buffer is not None
         ]
-        if not entries:
-            return None
         changing = [
             entry
             for entry in entries
@@ -75,7 +98,24 @@ class BufferKeeper:
         copies = copied({id(entry.buffer): entry.buffer for entry in changing})  # what modules share stays shared
         for entry in changing:
             entry.copy = copies[id(entry.buffer)]
-        return BufferSnapshot(self, entries)
+        return BufferSnapshot(self, entries, written)
+
+    def prepare(self, module: nn.Module) -> None:
+        """Make what recomputations write to, so that the first one takes no more memory than the others."""
+        for owner in filter(only_writes, module.modules()):
+            self.others(owner)
+
+    def others(self, owner: nn.Module) -> dict[str, torch.Tensor]:
+        """Return buffers that a module can write to in place of its own; always the same ones."""
+        found = self._others.setdefault(owner, {})
+        for name, buffer in owner._buffers.items():
+            other = found.get(name)
+            if buffer is not None and (
+                other is None
+                or (other.shape, other.dtype, other.device) != (buffer.shape, buffer.dtype, buffer.device)
+            ):
+                found[name] = torch.zeros_like(buffer)
+        return found
 
     def _sort(self, entries: list[_Copied]) -> list[_Copied]:
         """Return the entries that a recomputation must start from."""
@@ -98,9 +138,10 @@ class BufferKeeper:
 class BufferSnapshot:
     """The buffers of a region before one forward pass."""
 
-    def __init__(self, keeper: BufferKeeper, entries: list[_Copied]):
+    def __init__(self, keeper: BufferKeeper, entries: list[_Copied], written: list[nn.Module]):
         self._keeper = keeper
         self._entries = entries
+        self._written = written
 
     def finish(self) -> None:
         """Drop the copies of large buffers that did not change: call after the forward pass.
@@ -118,8 +159,12 @@ class BufferSnapshot:
         backward passes over a retained graph), so the copies are copied again.
         """
         fresh = copied({id(entry.copy): entry.copy for entry in self._entries})
+        others = {owner: self._keeper.others(owner) for owner in self._written}
         present = [(entry.owner, entry.name, entry.owner._buffers[entry.name]) for entry in self._entries]
+        present += [(owner, name, owner._buffers[name]) for owner, found in others.items() for name in found]
         try:
+            for owner, found in others.items():
+                owner._buffers.update(found)
             for entry in self._entries:
                 entry.owner._buffers[entry.name] = fresh[id(entry.copy)]
             yield
@@ -147,6 +192,10 @@ def copied(tensors: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         with torch.no_grad():
             torch._foreach_copy_([copies[key] for key in keys], [tensors[key] for key in keys])
     return copies
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -165,7 +165,7 @@ class Run:
     def __init__(self, stages: Sequence[str], saved_ops: Sequence[int] = ()):
         self.stages = list(stages)
         self.saved_ops = tuple(saved_ops)
-        self._buffers = BufferKeeper()
+        self.buffers = BufferKeeper()
         self._open: _Open | None = None
         self._warned = False
 
@@ -192,7 +192,7 @@ class Run:
             if position > 0:
                 self._warn(stage)
         storing, reusing = selective_contexts(self.saved_ops, stage) if self.saved_ops else _NOTHING
-        recorded = _Recorded(call, arguments, CallState(devices_of(tensors)), self._buffers.take(module), reusing)
+        recorded = _Recorded(call, arguments, CallState(devices_of(tensors)), self.buffers.take(module), reusing)
         # Before the call: a model that computes gradients in its forward pass has the region recomputed there.
         region.replay.calls.append(recorded)
         with region.frame.storing(), storing:

@@ -20,15 +20,15 @@ COLUMNS = {
     "gradients": ("gradients", "communication"),
     "optimizer": ("optimizer",),
     "activations": ("inputs", "activations"),
-    "loss, temp.": ("loss", "temporary"),
+    "loss, temp.": ("loss", "workspace", "temporary"),
 }
 
 OUTSIDE = "outside the stages"
 LOSS_HEAD = "loss head"
 
 NOT_COUNTED = (
-    "Not counted: workspaces of kernels, rounding and fragmentation of the allocator, the CUDA context. Leave 5 to "
-    "10 % of the device free for them."
+    "Not counted: cuDNN's workspaces, rounding and fragmentation of the allocator, the CUDA context (0.75 GiB). Leave "
+    "10 % of the device free for them if you set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, else 25 %."
 )
 
 

@@ -130,6 +130,12 @@ class Replay:
         return {kind: num_bytes for kind, num_bytes in kinds.items() if num_bytes}
 
 
+# What the host does besides issuing recomputed operators, as shares of its time for the forward pass: Python handles
+# each saved tensor, and in selective recomputation each operator, twice (fitted in benchmarks/gpu.md).
+SAVED_TENSORS = 1.0
+_HOST_OVERHEAD = {"full": SAVED_TENSORS, "selective": SAVED_TENSORS + 1.2}
+
+
 class StepReplayer:
     """Replays steps of one model on one batch under one plan after another.
 
@@ -285,6 +291,9 @@ class StepReplayer:
                 for parameter in self.model.parameters():
                     parameter.grad = None
         tracker.end()
+        for section in tracker.sections:
+            if section.phase == "forward" and (choice := plan.stages.get(section.stage)) is not None:
+                section.cost.host_seconds *= 1 + _HOST_OVERHEAD.get(choice.recompute, 0.0)
         holds = frozenset(
             stage for stage, section in tracker.boundary_ends if section.phase == "backward" and section.stage == stage
         )
@@ -322,8 +331,10 @@ class StepReplayer:
             for name, parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
                 tracker.count([parameter.grad], "gradients", owner(name))
+        self._workspace = torch.empty(2 * device.workspace, dtype=torch.uint8)
+        tracker.count([self._workspace], "workspace")
         if self.setup.world_size > 1:
-            self._buckets = [torch.zeros_like(parameter) for _, parameter in trained]
+            self._buckets = [torch.zeros_like(p) for _, p in trained]
             tracker.count(self._buckets, "communication")
         return tracker
 

@@ -17,7 +17,8 @@ from ..recompute.selective import is_compute_op
 
 # What bytes are for.
 KINDS = (
-    "parameters", "buffers", "inputs", "optimizer", "gradients", "communication", "activations", "loss", "temporary",
+    "parameters", "buffers", "inputs", "optimizer", "gradients", "communication", "activations", "loss", "workspace",
+    "temporary",
 )  # fmt: skip
 
 Key = tuple[str, str]
