@@ -11,6 +11,7 @@ from helpers import Rows, arguments, free_port, quiet, skip_without_scripts, tin
 
 from hf_trainopt import EfficientTrainer, cli
 from hf_trainopt.lab.doctor.probe import examine
+from hf_trainopt.lab.doctor.sections import unaligned_weights
 
 
 TESTS = Path(__file__).resolve().parent
@@ -201,3 +202,14 @@ def test_a_budget_that_cannot_be_met_leaves_the_rest_to_be_seen(tmp_path, capsys
     shown = capsys.readouterr().out
     assert "This run would end before it trains" in shown
     assert shown.index("Memory") < shown.index("This run would end")
+
+
+def test_matrices_that_tensor_cores_multiply_slowly_are_named():
+    """GPT-2's vocabulary of 50257: its products took a fifth of a step on an H100 (benchmarks/gpu.md)."""
+    model = tiny_gpt2(vocab_size=61)
+    (line,) = unaligned_weights(model)
+    assert line.startswith("transformer.wte.weight (61 x ")
+    assert "61 isn't a multiple of 8" in line
+    assert "resize_token_embeddings(pad_to_multiple_of=64)" in line
+    model.resize_token_embeddings(pad_to_multiple_of=64)
+    assert unaligned_weights(model) == []

@@ -59,7 +59,7 @@ def test_tables_are_printed(written):
         "total under the chosen plan",
         "Named policies",
         f"--checkpoint_placement {folder}/plan.json",
-        "Not counted: workspaces",
+        "Not counted: cuDNN",
     ):
         assert expected in " ".join(text.split())
     assert text.count("→") == 1

@@ -532,6 +532,8 @@ def one_rank(checks: Checks, backend: str, alone: torch.nn.Module) -> None:
     def equal(folder, part):
         ours = varying_k_run(checks, folder, ddp_backend=backend)
         wrapped = part["wrapped_in"] = type(ours.model_wrapped).__name__
+        part["distributed_type"] = str(ours.accelerator.distributed_type)
+        part["bit_equal"] = weights_equal(ours.model, alone)
         return wrapped == "DistributedDataParallel" and weights_equal(ours.model, alone)
 
     checks.equal(one_rank_name(backend), equal)

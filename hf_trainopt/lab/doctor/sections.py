@@ -18,7 +18,7 @@ from ...accumulation.second_moment import decay_of_step, moment_setting
 from ...placement.plan.budget import gib
 from ...placement.show.render import time_words
 from ...reliability.losses import obstacle_to_skipping
-from .memory import MemoryForecast, device_memory
+from .memory import MemoryForecast, allocator_settings, device_memory
 
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,28 @@ def precision(trainer: Trainer) -> Lines:
         if choice.fallback is not None:
             lines.append(("if fp16 overflows", f"left for {choice.fallback}"))
     weights = sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters() if p.requires_grad})
-    return [*lines, ("trained weights", " and ".join(weights))]
+    lines.append(("trained weights", " and ".join(weights)))
+    if trainer.args.device.type == "cuda" and (mixed in ("fp16", "bf16") or weights in (["float16"], ["bfloat16"])):
+        lines += [("slow", line) for line in unaligned_weights(trainer.model)]
+    return lines
+
+
+def unaligned_weights(model: torch.nn.Module) -> list[str]:
+    """Return a line for each large matrix that tensor cores multiply slowly in 16 bits: a side is no multiple of 8."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lines = []
+    for name, parameter in model.named_parameters():
+        odd = [side for side in parameter.shape if side % 8]
+        if parameter.dim() == 2 and odd and parameter.numel() >= 0.01 * total:
+            remedy = ""
+            embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+            if embeddings is not None and embeddings.weight is parameter:
+                remedy = "; model.resize_token_embeddings(pad_to_multiple_of=64) fixes that"
+            lines.append(
+                f"{name} ({' x '.join(map(str, parameter.shape))}): {odd[0]} isn't a multiple of 8, and products with it "
+                f"ran at a sixth of the speed on an H100{remedy}"
+            )
+    return lines
 
 
 def memory_of_a_step(trainer: Trainer, memory: MemoryForecast) -> Lines:
@@ -254,6 +275,11 @@ def memory_of_a_step(trainer: Trainer, memory: MemoryForecast) -> Lines:
         lines.append(("peak of a step", f"{gib(peak)}, by the plan"))
     else:
         lines.append(("peak of a step", f"not known: {memory.obstacle or 'no plan was made'}"))
+    if args.device.type == "cuda" and "expandable_segments:True" not in allocator_settings():
+        lines.append(
+            ("allocator", "PyTorch's default, which can reserve a quarter more than tensors take; "
+             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True reserves less")
+        )  # fmt: skip
     available = device_memory(args.device)
     if available is not None:
         lines.append(("there is", f"{gib(available[0])} {available[1]}"))
