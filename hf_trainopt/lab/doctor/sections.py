@@ -244,8 +244,8 @@ def unaligned_weights(model: torch.nn.Module) -> list[str]:
             if embeddings is not None and embeddings.weight is parameter:
                 remedy = "; model.resize_token_embeddings(pad_to_multiple_of=64) fixes that"
             lines.append(
-                f"{name} ({' x '.join(map(str, parameter.shape))}): {odd[0]} isn't a multiple of 8, and products with it "
-                f"ran at a sixth of the speed on an H100{remedy}"
+                f"{name} ({' x '.join(map(str, parameter.shape))}): {odd[0]} isn't a multiple of 8, and products "
+                f"with it ran at a sixth of the speed on an H100{remedy}"
             )
     return lines
 
