@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from hf_trainopt.placement.recompute.frame import Frame
+from hf_trainopt.placement.recompute.frame import Frame, _Holder
 
 
 def layers(seed: int = 0) -> nn.Module:
@@ -131,6 +131,36 @@ def test_a_recomputation_that_differs_is_an_error(change):
     loss = framed(function, inputs()).sum()
     with pytest.raises(RuntimeError, match=r"stage 'layer' differs from its forward pass.*recompute='none'"):
         loss.backward()
+
+
+def test_a_tensor_that_no_gradient_needs_is_freed_with_its_place_in_the_graph():
+    """A frozen layer's input is saved, and nobody asks for it."""
+    found = []
+
+    def note(*_):
+        found.append(sum(type(thing) is _Holder and thing.tensor is not None for thing in gc.get_objects()))
+
+    class Frozen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            note()
+            return gradient * 2
+
+    def function(x):
+        return Frozen.apply(Frozen.apply(x.exp()).exp())
+
+    x = inputs()
+    x.register_hook(note)
+    framed(function, x).sum().backward()
+    # The second exp asks first. When the first Frozen comes, its own input and that of the first exp are there.
+    assert found == [0, 2, 0]
+    gc.collect()
+    assert not any(type(thing) is _Holder for thing in gc.get_objects())
 
 
 def test_nothing_is_left_of_frames():

@@ -109,11 +109,7 @@ class BufferKeeper:
         """Return buffers that a module can write to in place of its own; always the same ones."""
         found = self._others.setdefault(owner, {})
         for name, buffer in owner._buffers.items():
-            other = found.get(name)
-            if buffer is not None and (
-                other is None
-                or (other.shape, other.dtype, other.device) != (buffer.shape, buffer.dtype, buffer.device)
-            ):
+            if buffer is not None and (name not in found or _kind(found[name]) != _kind(buffer)):
                 found[name] = torch.zeros_like(buffer)
         return found
 

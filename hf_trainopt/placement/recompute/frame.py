@@ -27,12 +27,15 @@ class _Kept(torch.autograd.Function):
 
 
 class _Holder:
-    """Stands in autograd's graph for a saved tensor. Once it is gone, nobody needs the tensor any more."""
+    """Stands in autograd's graph for a saved tensor, and has it from the recomputation to its use.
 
-    __slots__ = ("__weakref__", "index")
+    Only the graph holds it. Once it is gone, nobody needs the tensor any more.
+    """
 
-    def __init__(self, index: int):
-        self.index = index
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self):
+        self.tensor: torch.Tensor | None = None
 
 
 class _Stop(Exception):
@@ -54,23 +57,23 @@ class Frame:
         self._kept = _Kept.apply(torch.empty(0, requires_grad=True), *inputs)  # its node lives as long as the tensor
         self._holders: list[weakref.ref[_Holder]] = []
         self._kinds: list[tuple[Any, ...]] = []
-        self._found: dict[int, torch.Tensor] = {}
 
     def storing(self) -> saved_tensors_hooks:
         """Return the context of the region's forward pass. It can be entered several times, for pieces of it."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> _Holder:
-        holder = _Holder(len(self._holders))
+        holder = _Holder()
         self._holders.append(weakref.ref(holder))
         self._kinds.append((tensor.shape, tensor.dtype, tensor.device))
         return holder
 
     def _unpack(self, holder: _Holder) -> torch.Tensor:
         # Nothing is found the first time, or if a graph that was retained is run backward again.
-        if holder.index not in self._found:
+        if holder.tensor is None:
             self._compute()
-        return self._found.pop(holder.index)
+        tensor, holder.tensor = holder.tensor, None
+        return tensor
 
     def _compute(self) -> None:
         """Compute the region again, as far as tensors of it are still needed.
@@ -78,8 +81,7 @@ class Frame:
         Raises:
             RuntimeError: It did not save the same tensors again.
         """
-        needed = {index for index, holder in enumerate(self._holders) if holder() is not None}
-        last = max(needed)
+        last = max(index for index, holder in enumerate(self._holders) if holder() is not None)
         count = 0
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -87,11 +89,11 @@ class Frame:
             index, count = count, count + 1
             # An operator that saves what it returns would hold itself: a cycle that nobody frees.
             tensor = tensor.detach() if tensor.requires_grad else tensor
-            if index in needed:
+            if (holder := self._holders[index]()) is not None:
                 kind = (tensor.shape, tensor.dtype, tensor.device)
                 if kind != self._kinds[index]:
                     raise RuntimeError(self._differs(f"tensor {index} was {self._kinds[index]}, and is {kind} now"))
-                self._found[index] = tensor
+                holder.tensor = tensor
             if index >= last:
                 raise _Stop
             return tensor
