@@ -2,7 +2,7 @@
 
 This is `torch.utils.checkpoint` without re-entrance, reduced to what a placement needs. PyTorch's own takes one
 function, so a run of stages could only be put together from its private parts; and it spends more time on the host
-for each saved tensor than many a kernel takes on the device (`python benchmarks/unit_costs.py` measures both).
+for each saved tensor than many a kernel takes on the device (`benchmarks/recompute_overhead.py` measures both).
 """
 
 import weakref
