@@ -29,7 +29,7 @@ HEAD = """<!-- Written by docs/generate.py: change that, or hf_trainopt/core/com
 hf_trainopt works with PyTorch {torch} and transformers {transformers}; with another version it warns once and goes on.
 It overrides public hooks of `Trainer`, calls `super()` in each, and passes on arguments that it doesn't know. The few
 private names that it touches are listed here with the reason. `tests/test_compat.py` fails as soon as one of them is
-gone or has other parameters, and as soon as one is touched that isn't listed.
+gone or has other parameters, or as soon as we touch one that isn't listed.
 
 ## Versions
 
@@ -65,7 +65,8 @@ MIDDLE = """
 ## What to do when something breaks
 
 - A warning about the version: install a tested one, `pip install -c constraints.txt .`.
-- An error inside `Trainer` after an upgrade: run `python -m pytest tests/test_compat.py`. What fails names what moved.
+- An error inside `Trainer` after an upgrade: run `python -m pytest tests/test_compat.py`. The failing test names the
+  change.
 - See whether the error stays with `accumulation_policy="fixed"`, `measurements="none"`, `max_skipped_windows=0` and no
   placement: then the loop is stock `Trainer`'s.
 
@@ -75,7 +76,7 @@ There are none.
 
 ## How it works
 
-Every part reads what it needs of transformers and PyTorch through public names and these.
+Apart from these names, every part uses the public interfaces of transformers and PyTorch only.
 """
 
 TAIL = """
@@ -88,7 +89,7 @@ TAIL = """
 
 - Private names change without notice. transformers and accelerate are held below their next major version
   (torch isn't).
-- Nothing ran on a GPU unless [benchmarks/gpu.md](../benchmarks/gpu.md) says so.
+- On a GPU, only torch 2.11 with transformers 5.17 ran, on one NVIDIA H100 ([benchmarks/gpu.md](../benchmarks/gpu.md)).
 - transformers before 5.17 isn't supported. On 5.3 about a hundred tests fail; 5.4 to 5.16 weren't tried. 4.x has a
   different training loop.
 
