@@ -24,7 +24,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "plan": Command("placement.show.cli", "choose the activations to store and to recompute, for a memory budget"),
-    "doctor": Command("lab.doctor.cli", "say what each part will do in a run, before any training"),
+    "doctor": Command("lab.doctor.cli", "say how each part will act in a run, before any training"),
     "compare": Command("lab.compare.cli", "run a training script with stock settings and with ours, and compare"),
     "report": Command("lab.report.cli", "show runs as a page, pictures and a table, from their output folders"),
 }

@@ -137,7 +137,7 @@ def check_names(cls: type, names: Mapping[str, Any]) -> None:
     # A subclass that only overrides methods has the __init__ that it needs; one with new fields or bases has not.
     adds_nothing = len(cls.__bases__) == 1 and not vars(cls).get("__annotations__")
     if "__dataclass_fields__" not in vars(cls) and not adds_nothing:
-        raise TypeError(f"{cls.__name__} is no dataclass of its own; put @dataclass before the class.")
+        raise TypeError(f"{cls.__name__} isn't a dataclass itself; put @dataclass before the class.")
     problems = []
     for name in names:
         if name in known:
@@ -219,7 +219,7 @@ def _check_mapping(name: str, value: Any, may_be_file: bool) -> None:
         try:
             json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is {value!r}, which is no JSON ({error}); {what}.") from None
+            raise ValueError(f"{name} is {value!r}, which isn't JSON ({error}); {what}.") from None
     elif may_be_file and isinstance(value, str):
         if not os.path.isfile(value):
             raise ValueError(f"{name} is {value!r}, but there is no such file; {what}.")

@@ -242,7 +242,7 @@ CLM = [
          **{f"{ACTIVATION_CHECKPOINTING}_kwargs": '{"use_reentrant": true}'}),
     case("optim='lomo'", "choose another optimizer", optim="lomo"),
     case("placement_stages", "mend it", checkpoint_placement="all", placement_stages="(["),
-    case("lr_scheduler_kwargs", "leave out what it does not take", lr_scheduler_type="cosine_with_restarts",
+    case("lr_scheduler_kwargs", "leave out the ones it doesn't take", lr_scheduler_type="cosine_with_restarts",
          lr_scheduler_kwargs='{"cycles": 3}'),
 ]  # fmt: skip
 
@@ -261,7 +261,7 @@ IMAGE = [
     case("--timm_model", "resnet50", timm_model="resnet51"),
     case("--model_name_or_path", "train from scratch", model_name_or_path="nobody/nothing", without=("timm_model",)),
     case("--model_args", "must be a JSON object", model_args="{bad"),
-    case("--model_args", "leave out what it does not know", model_args='{"foo": 1}'),
+    case("--model_args", "leave out the ones it doesn't know", model_args='{"foo": 1}'),
     case("--drop_rate is 2.0", "below 1", drop_rate=2),
     case("--image_size", "must be positive", image_size=0),
     case("--auto_augment", "such as rand-m9-mstd0.5", auto_augment="wild"),

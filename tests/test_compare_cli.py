@@ -424,7 +424,7 @@ def test_wrong_uses_say_what_to_do(monkeypatch, script, capsys, words, rest, mes
 
 def test_a_missing_script_and_arguments_for_plan_are_refused(capsys):
     assert main(["compare", "nowhere.py", "--", "--x"]) == 2
-    assert "there is no script nowhere.py" in capsys.readouterr().err
+    assert "can't find the script nowhere.py" in capsys.readouterr().err
     assert main(["plan", "--model_type", "gpt2", "--", "--x"]) == 2
     assert "'plan' takes nothing after --" in capsys.readouterr().err
 

@@ -169,7 +169,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert cli.main(["doctor", script, "--use_cpu", "--learning_rat", "1"]) == 2
     assert "did you mean --learning_rate?" in capsys.readouterr().err
     assert cli.main(["doctor", "none.py"]) == 2
-    assert "there is no script none.py" in capsys.readouterr().err
+    assert "can't find the script none.py" in capsys.readouterr().err
     assert cli.main(["doctor", "--launcher", "no-such-launcher", script]) == 2
     assert "cannot be started" in capsys.readouterr().err
 

@@ -283,7 +283,7 @@ def test_resuming_without_it_is_warned_of(tmp_path, caplog):
     train(whole)
     resumed = make(tmp_path / "resumed", auto_micro_batch=False, num_train_epochs=1)
     train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-    assert "had come down to micro-batches of 2 for want of memory" in caplog.text
+    assert "had come down to micro-batches of 2 to fit into memory" in caplog.text
 
 
 def test_another_run_of_the_same_trainer_begins_anew(tmp_path):

@@ -175,5 +175,5 @@ def test_a_class_of_arguments_that_lacks_its_decorator_is_told_so():
         pass
 
     assert "output_dir" in {field.name for field in fields(TrainingArguments)}
-    with pytest.raises(TypeError, match="Undecorated is no dataclass of its own; put @dataclass before the class"):
+    with pytest.raises(TypeError, match="Undecorated isn't a dataclass itself; put @dataclass before the class"):
         Undecorated(output_dir="x")

@@ -230,7 +230,7 @@ def test_image_model(capsys):
         ([*GPT2, "--checkpoint_placement", "half"], "checkpoint_placement is 'half'"),
         ([*GPT2, "--checkpoint_placement", "plan.json"], "is a plan already"),
         ([*GPT2, "--memory_rewrites", "tricks"], "memory_rewrites is 'tricks'"),
-        ([*GPT2, "--placement_stages", "("], "--placement_stages ( is no regular expression"),
+        ([*GPT2, "--placement_stages", "("], "--placement_stages ( isn't a regular expression"),
         ([*GPT2, "--placement_stages", "nothing"], "placement_stages='nothing' matches no module name"),
         ([*GPT2, "--output", "plan.json"], "--output needs a plan to write"),
         ([*GPT2, "--memory_budget", "50%", "--output", "no/such/plan.json"], "in a folder that does not exist"),

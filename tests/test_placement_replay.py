@@ -499,7 +499,7 @@ def test_stages_by_regular_expression():
     assert set(plan.stages) == set(find_stages(model, r"transformer\.h\.\d+\.mlp"))
     with pytest.raises(ValueError, match="matches no module name"):
         find_stages(model, "blocks")
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="isn't a regular expression"):
         find_stages(model, "(")
     with pytest.raises(ValueError, match="placement_stages"):
         find_stages(torch.nn.Linear(2, 2))
@@ -615,7 +615,7 @@ def test_plans_survive_a_file(tmp_path):
         assert values[key] is not None
     assert set(values["stages"]) == set(find_stages(gpt2()))
     for text, message in (
-        ("{", "is no placement plan"), ("[]", "holds a list"), ('{"format": 2}', "not a placement plan of format"),
+        ("{", "isn't a placement plan"), ("[]", "holds a list"), ('{"format": 2}', "not a placement plan of format"),
         ('{"format": 1}', "not a placement plan"), ('{"format": 1, "policy": "x", "stages": {"a": 3}}', "not a plac"),
     ):  # fmt: skip
         (tmp_path / "bad.json").write_text(text)

@@ -670,7 +670,7 @@ def resumed(tmp_path, caplog, model, **options):
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="hf_trainopt"):
         run(path, model=model, resume=str(path / "checkpoint-1"), **options)
-    return "The placement is that of the run that is resumed" in caplog.text
+    return "The placement is the resumed run's" in caplog.text
 
 
 def test_a_kept_plan_is_for_the_same_parameters_and_setup(tmp_path, caplog):
@@ -698,7 +698,7 @@ def test_a_kept_plan_that_is_broken_is_made_again(tmp_path, caplog):
     (checkpoint / STATE_NAME).write_text(json.dumps(state))
     (checkpoint / MANIFEST_NAME).unlink()  # an older checkpoint
     assert not resumed(tmp_path, caplog, gpt2)
-    assert "Another plan is made than that of the run" in caplog.text
+    assert "This plan differs from the resumed run's" in caplog.text
     assert PlacementPlan.load(tmp_path / "run" / PLAN_NAME).stages == first.placement_plan.stages
 
 

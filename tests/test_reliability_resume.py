@@ -92,7 +92,7 @@ FAULTS = {
     ),
     "stock: foreign state": (
         without_manifest(lambda folder: (folder / "trainer_state.json").write_text('{"mine": 1}')),
-        "trainer_state.json is not that of a Trainer",
+        "trainer_state.json wasn't written by a Trainer",
     ),
 }  # fmt: skip
 

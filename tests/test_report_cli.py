@@ -141,8 +141,8 @@ def test_a_given_target(folders, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere is no folder"),
-        (["."], "is no output folder of a run"),
+        (["nowhere"], "nowhere isn't a folder"),
+        (["."], "isn't the output folder of a run"),
         (["stock", "--baseline", "x"], "none of the runs; choose one of stock"),
         (["stock", "--formats", "pdf"], "choose from html, md, png"),
         (["stock", "--target_metric", "loss"], "go together"),

@@ -169,7 +169,7 @@ def test_a_file_that_is_none(folder, change):
 def test_records_that_are_none(folder):
     (folder / "records" / "ours-seed0.json").write_text("{}")
     comparison = read_comparison(folder)
-    assert "records/ours-seed0.json is no record of this version" in comparison.notes[0]
+    assert "records/ours-seed0.json isn't a record of this version" in comparison.notes[0]
     assert len(comparison.runs) == 5
 
 

@@ -104,12 +104,12 @@ def test_an_evaluation_after_training_is_in_the_table(tmp_path, with_state):
 @pytest.mark.parametrize("text", ["{", "[]", "nonsense", "[" * 100_000])
 def test_a_broken_state(tmp_path, text):
     (tmp_path / "trainer_state.json").write_text(text)
-    with pytest.raises(ValueError, match="no output folder of a run"):
+    with pytest.raises(ValueError, match="isn't the output folder of a run"):
         read_run(tmp_path)
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="isn't a folder"):
         read_run(tmp_path / "nowhere")
 
 

@@ -171,7 +171,7 @@ def test_a_plan_of_another_format_is_made_anew(tmp_path, caplog):
     (tmp_path / PLAN_NAME).unlink()
     trainer = make(tmp_path, **options)
     trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert "Another plan is made than that of the run that is resumed" in caplog.text
+    assert "This plan differs from the resumed run's" in caplog.text
     assert trainer.placement_plan.policy == "all"
 
 

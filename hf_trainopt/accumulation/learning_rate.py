@@ -74,7 +74,7 @@ class LearningRatePart(Part):
                 raise
             raise ValueError(
                 f"lr_scheduler_kwargs {args.lr_scheduler_kwargs} do not fit lr_scheduler_type="
-                f"'{args.lr_scheduler_type.value}' ({error}); leave out what it does not take."
+                f"'{args.lr_scheduler_type.value}' ({error}); leave out the ones it doesn't take."
             ) from error
         if not self._follows_data:
             if isinstance(scheduler, DataIndexedLR):  # the user's, of an earlier run in which k varied

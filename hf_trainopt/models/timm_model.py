@@ -87,8 +87,8 @@ def load_timm_model(
             model = TimmWrapperForImageClassification(config)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"{config.architecture} does not take --model_args {config.model_args} ({error}); leave out what "
-                "it does not know."
+                f"{config.architecture} does not take --model_args {config.model_args} ({error}); leave out "
+                "the ones it doesn't know."
             ) from error
         logger.info(f"Training new model from scratch - Total size={model.num_parameters() / 1e6:.2f}M params")
         return model

@@ -77,7 +77,7 @@ class OutOfMemoryPart(Part):
         if not self.is_on:
             if self._loaded_size is not None:
                 logger.warning(
-                    "The run that is resumed had come down to micro-batches of %d for want of memory; without "
+                    "The resumed run had come down to micro-batches of %d to fit into memory; without "
                     "auto_micro_batch=True it goes on with %d.",
                     self._loaded_size,
                     rank_batch_size(self.trainer),

@@ -40,14 +40,14 @@ class PlacementArgumentsMixin:
         metadata={
             "help": "Most memory that a training step may take on each device: '12GiB', '75%%' of what it would take "
             "without recomputation, or a number of bytes. Unset (the default): no limit. Set it where a run, or a "
-            "larger batch, does not fit: to the memory of the GPU less 5 to 10 %% for what no plan sees (kernel "
-            "workspaces, fragmentation, the CUDA context)."
+            "larger batch, doesn't fit: to the GPU's memory less 10 %% for cuDNN's workspaces, fragmentation and the "
+            "CUDA context, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; less 25 %% without."
         },
     )
     memory_rewrites: str = field(
         default="auto",
         metadata={
-            "help": "What saves memory without recomputation and changes results by rounding only. 'auto' (the "
+            "help": "Ways to save memory without recomputation that change results by rounding only. 'auto' (the "
             "default): the fused activation function and the chunked loss where they are cheaper than recomputing "
             "more for a memory_budget. Set 'none' for results that are to the bit those of a run "
             "without placement, or names out of fused_activations,chunked_loss to have these in any case."

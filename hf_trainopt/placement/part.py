@@ -190,7 +190,7 @@ class PlacementPart(Part):
         except ValueError as error:  # of another version, or cut short
             problem = error
         if problem is not None and not plans:
-            logger.warning("Another plan is made than that of the run that is resumed: %s", problem)
+            logger.warning("This plan differs from the resumed run's: %s", problem)
         return plans
 
     def state_dict(self) -> dict[str, Any] | None:

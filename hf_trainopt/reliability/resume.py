@@ -158,7 +158,7 @@ def find_fault_of_stock(folder: str) -> str | None:
     try:
         TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
     except (TypeError, AttributeError):
-        return f"{TRAINER_STATE_NAME} is not that of a Trainer"
+        return f"{TRAINER_STATE_NAME} wasn't written by a Trainer"
     return None
 
 

@@ -285,7 +285,7 @@ def create_transforms(data_config: dict[str, Any], **augmentation: Any) -> tuple
         if policy is None:
             raise
         raise ValueError(
-            f"--auto_augment {policy} is no policy of timm ({error}); give one such as rand-m9-mstd0.5 or original."
+            f"--auto_augment {policy} isn't a timm policy ({error}); give one such as rand-m9-mstd0.5 or original."
         ) from error
     return training, create_transform(**data_config, is_training=False)
 

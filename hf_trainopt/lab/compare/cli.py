@@ -64,7 +64,7 @@ def add_parser(subparsers: Any, **options: Any) -> None:
         "--target_share",
         type=float,
         default=0.8,
-        help="the target is what the baseline's first run reaches at this share of its data; default: 0.8",
+        help="the target is the value that the baseline's first run has at this share of its data; default: 0.8",
     )
     parser.add_argument("--greater_is_better", action=argparse.BooleanOptionalAction, help="default: by the name")
     parser.add_argument("--sweep", help="k of stock to search first, such as 1,2,4,8: its best becomes an arm")
@@ -80,7 +80,9 @@ def add_parser(subparsers: Any, **options: Any) -> None:
     )
     parser.add_argument("--ablate", action="store_true", help="more arms: each of our parts alone")
     parser.add_argument("--threads", type=int, help="CPU threads of a run; default: PyTorch's own")
-    parser.add_argument("--launcher", help="what starts a run: 'accelerate launch --num_processes 2'; default: python")
+    parser.add_argument(
+        "--launcher", help="command that starts a run: 'accelerate launch --num_processes 2'; default: python"
+    )
     parser.add_argument("--restart", action="store_true", help="make every run again")
     parser.set_defaults(run=run, script_arguments=[])
 
@@ -138,7 +140,7 @@ def write(folder: Path, result: Comparison, text: str) -> None:
 def check(arguments: argparse.Namespace) -> None:
     """Raise `ValueError` for what cannot be run."""
     if not arguments.script.is_file():
-        raise ValueError(f"there is no script {arguments.script}; name a Python file that trains with Trainer.")
+        raise ValueError(f"can't find the script {arguments.script}; name a Python file that trains with Trainer.")
     if arguments.seeds < 1:
         raise ValueError(f"--seeds is {arguments.seeds}; it must be at least 1.")
     if arguments.seeds > 1:

@@ -80,9 +80,9 @@ def load(path: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no record ({error}); remove it, or start anew with --restart.") from error
+        raise ValueError(f"{path} isn't a record ({error}); remove it, or start anew with --restart.") from error
     if not isinstance(values, dict) or values.get("format") != RECORD_FORMAT:
-        raise ValueError(f"{path} is no record of format {RECORD_FORMAT}; remove it, or start anew with --restart.")
+        raise ValueError(f"{path} isn't a record of format {RECORD_FORMAT}; remove it, or start anew with --restart.")
     return values
 
 

@@ -31,7 +31,7 @@ def add_parser(subparsers: Any, **options: Any) -> None:
         **options,
     )
     parser.add_argument(
-        "--launcher", help="what starts the run: 'accelerate launch --num_processes 2'; default: python"
+        "--launcher", help="command that starts the run: 'accelerate launch --num_processes 2'; default: python"
     )
     parser.add_argument("--json", action="store_true", help="write JSON to stdout instead of text")
     parser.add_argument("script", type=Path, help="run_clm.py, run_image.py, or your own that uses EfficientTrainer")
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> str:
     """
     if not arguments.script.is_file():
         raise ValueError(
-            f"there is no script {arguments.script}; name a Python file that trains with EfficientTrainer."
+            f"can't find the script {arguments.script}; name a Python file that trains with EfficientTrainer."
         )
     script = str(arguments.script)
     if arguments.launcher is None:

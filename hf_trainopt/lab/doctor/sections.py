@@ -115,7 +115,7 @@ def accumulation(trainer: Trainer) -> Lines:
     lines = [("policy", what)]
     controller = trainer.trainopt.accumulation.controller
     if controller is None:
-        return [*lines, ("k", f"{args.gradient_accumulation_steps}; the loop is that of stock Trainer, bit for bit")]
+        return [*lines, ("k", f"{args.gradient_accumulation_steps}; the loop is stock Trainer's, bit for bit")]
     if isinstance(policy, FixedPolicy):
         lines.append(("k", f"{controller.reference_steps}"))
     else:

@@ -19,7 +19,7 @@ def add_parser(subparsers: Any, **options: Any) -> None:
     """Add `report` to the subcommands of `hf-trainopt`."""
     parser = subparsers.add_parser(
         "report",
-        description="Show what runs have done, from their output folders alone: one HTML page that needs nothing "
+        description="Show how runs went, from their output folders alone: one HTML page that needs nothing "
         "else, a PNG picture for each part, and Markdown. Folders of EfficientTrainer, of stock Trainer, and of "
         "`hf-trainopt compare`.",
         epilog=EPILOG,
@@ -41,7 +41,7 @@ def add_parser(subparsers: Any, **options: Any) -> None:
     parser.add_argument("--target_metric", help="metric that time to target is measured on, such as eval_loss")
     parser.add_argument("--target_value", type=float, help="value to be reached; default: see docs/report.md")
     parser.add_argument("--greater_is_better", action=argparse.BooleanOptionalAction, help="default: by the name")
-    parser.add_argument("--title", help="heading; default: what is compared")
+    parser.add_argument("--title", help="heading; default: the task")
     parser.add_argument(
         "--formats",
         help=f"out of {', '.join(FORMATS)}, with commas; default: all, png only where matplotlib is installed",

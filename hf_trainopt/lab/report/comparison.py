@@ -217,7 +217,7 @@ def _read_records(folder: Path, notes: list[str]) -> Iterable[dict[str, Any]]:
             int(record["seed"])
             record["status"], record["log_history" if record["status"] == "finished" else "errors"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            notes.append(f"{RECORDS_NAME}/{path.name} is no record of this version and is left out.")
+            notes.append(f"{RECORDS_NAME}/{path.name} isn't a record of this version and is left out.")
             continue
         found.append({**record, "stem": path.stem})
     return sorted(found, key=lambda record: record["seed"])

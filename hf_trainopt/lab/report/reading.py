@@ -37,7 +37,7 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; pass the output_dir of a run.")
+        raise ValueError(f"{folder} isn't a folder; pass the output_dir of a run.")
     notes: list[str] = []
     state_path, state = _read_state(folder, notes)
     results = _read_results(folder, notes)
@@ -45,8 +45,8 @@ def read_run(folder: str | Path) -> Run:
     if state is None and not results and not events:
         detail = f" ({' '.join(notes)})" if notes else ""
         raise ValueError(
-            f"{folder} is no output folder of a run: there is neither {STATE_NAME} (in it or in a checkpoint-N) nor "
-            f"all_results.json{detail}."
+            f"{folder} isn't the output folder of a run: there is neither {STATE_NAME} (in it or in a "
+            f"checkpoint-N) nor all_results.json{detail}."
         )
     is_of_checkpoint = state_path is not None and state_path.parent != folder
     if state is None and events:
@@ -54,7 +54,7 @@ def read_run(folder: str | Path) -> Run:
     elif state is None:
         notes.append(f"There is no {STATE_NAME}, so that only the final results are known.")
     elif is_of_checkpoint:
-        notes.append(f"The log is that of {state_path.parent.name}: the run has not saved its state at the end.")
+        notes.append(f"The log comes from {state_path.parent.name}: the run has not saved its state at the end.")
     state = dict(state or {})
     history = state.pop("log_history", None)
     lines = [line for line in history if isinstance(line, dict)] if isinstance(history, list) else []

@@ -198,7 +198,7 @@ class PlacementPlan:
         except OSError as error:
             raise ValueError(f"no placement plan can be read at {path} ({error.strerror}); {_REMEDY}.") from error
         except ValueError as error:
-            raise ValueError(f"{path} is no placement plan ({error}); {_REMEDY}.") from error
+            raise ValueError(f"{path} isn't a placement plan ({error}); {_REMEDY}.") from error
         try:
             return cls.from_dict(values)
         except ValueError as error:

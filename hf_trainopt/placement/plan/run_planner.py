@@ -76,7 +76,7 @@ class RunPlanner:
         request = self._request(batch)
         for plan in resumed:
             if plan.details.get("request") == request:
-                logger.info("The placement is that of the run that is resumed.")
+                logger.info("The placement is the resumed run's.")
                 return plan
         available = available_rewrites(self.trainer.model)
         asked = check_rewrites(args.memory_rewrites)
@@ -148,7 +148,7 @@ class RunPlanner:
         differing = [f"{name} {made}, not {found[name]}" for name, made in made_for.items() if made != found[name]]
         if differing:
             logger.warning(
-                "The placement plan was made for %s: its peaks are not those of this run; make another one with "
+                "The placement plan was made for %s: its peaks don't hold for this run; make another one with "
                 "`hf-trainopt plan` or memory_budget.",
                 "; ".join(differing),
             )

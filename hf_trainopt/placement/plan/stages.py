@@ -28,7 +28,7 @@ def find_stages(model: nn.Module, pattern: str | None = None) -> list[str]:
             expression = re.compile(pattern)
         except re.error as error:
             raise PlacementError(
-                f"placement_stages is '{pattern}', which is no regular expression ({error}); mend it or leave it out."
+                f"placement_stages is '{pattern}', which isn't a regular expression ({error}); fix it or leave it out."
             ) from error
         names = _outermost(name for name, _ in model.named_modules() if name and expression.fullmatch(name))
         if not names:

@@ -165,7 +165,7 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"module '{name}'" if name else "the model"
         if module in _APPLIED or isinstance(module.__dict__.get("forward"), ForwardOverride):
-            raise ValueError(f"{where} holds a placement already; call undo() of what apply_placement returned first.")
+            raise ValueError(f"{where} holds a placement already; call undo() on apply_placement's result first.")
         if getattr(module, "gradient_checkpointing", False) is True:
             raise ValueError(
                 f"{where} uses activation checkpointing already; turn it off with "

@@ -87,8 +87,8 @@ def add_parser(subparsers: Any, **options: Any) -> None:
     choice = parser.add_argument_group("placement (as in EfficientTrainingArguments)")
     choice.add_argument(
         "--memory_budget",
-        help="what a step may take at most: 12GiB, 75%% (of the peak without recomputation), or bytes; set it to the "
-        "memory of the device less 5 to 10 %%; default: none, only the frontier is shown",
+        help="most memory that a step may take: 12GiB, 75%% (of the peak without recomputation), or bytes; set it to "
+        "the device's memory less 10 %%; default: none, only the frontier is shown",
     )
     choice.add_argument(
         "--checkpoint_placement",
@@ -258,8 +258,8 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
             re.compile(arguments.placement_stages)
         except re.error as error:
             raise ValueError(
-                f"--placement_stages {arguments.placement_stages} is no regular expression ({error}); escape dots as "
-                "in 'encoder\\.layer\\.\\d+'."
+                f"--placement_stages {arguments.placement_stages} isn't a regular expression ({error}); escape dots "
+                "as in 'encoder\\.layer\\.\\d+'."
             ) from error
     optimizer_maker(arguments.optim)
     if arguments.output is not None and policy is None:
