@@ -20,6 +20,7 @@ import test_precision_fallback as fallback
 import test_resume
 import torch
 import transformers
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from cases import exactness_cases, wait_for_plans
 from common import Context, DeviceStep, Record, release
@@ -528,9 +529,17 @@ def one_rank_name(backend: str) -> str:
 SYNC_NAME = "SyncBatchNorm: every placement is none to the bit, running statistics too"
 
 
+def ddp_on_one_rank(checks: Checks) -> contextlib.AbstractContextManager:
+    """Context in which Accelerate wraps a model in DDP on the only GPU; it does so on a CPU, and else from two on."""
+    if not checks.context.on_gpu:
+        return contextlib.nullcontext()
+    return mock.patch.object(Accelerator, "multi_device", property(lambda self: True))
+
+
 def one_rank(checks: Checks, backend: str, alone: torch.nn.Module) -> None:
     def equal(folder, part):
-        ours = varying_k_run(checks, folder, ddp_backend=backend)
+        with ddp_on_one_rank(checks):
+            ours = varying_k_run(checks, folder, ddp_backend=backend)
         wrapped = part["wrapped_in"] = type(ours.model_wrapped).__name__
         part["distributed_type"] = str(ours.accelerator.distributed_type)
         part["bit_equal"] = weights_equal(ours.model, alone)
