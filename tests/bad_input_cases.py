@@ -241,7 +241,7 @@ CLM = [
     case("use_reentrant", "set it to False", f"--{ACTIVATION_CHECKPOINTING}",
          **{f"{ACTIVATION_CHECKPOINTING}_kwargs": '{"use_reentrant": true}'}),
     case("optim='lomo'", "choose another optimizer", optim="lomo"),
-    case("placement_stages", "mend it", checkpoint_placement="all", placement_stages="(["),
+    case("placement_stages", "fix it", checkpoint_placement="all", placement_stages="(["),
     case("lr_scheduler_kwargs", "leave out the ones it doesn't take", lr_scheduler_type="cosine_with_restarts",
          lr_scheduler_kwargs='{"cycles": 3}'),
 ]  # fmt: skip
