@@ -90,7 +90,7 @@ def test_what_it_says_is_what_the_run_does(tmp_path):
 
 def test_a_fixed_k_is_stock(tmp_path):
     found = examined(tmp_path, settings="accumulation_policy='fixed', lr_batch_scaling='none', max_steps=7")
-    assert "stock Trainer, bit for bit" in lines(found, "Gradient accumulation")["k"]
+    assert "stock Trainer's, bit for bit" in lines(found, "Gradient accumulation")["k"]
     assert lines(found, "Data")["budget"] == "21 samples (0.412 epochs), 7 optimizer steps of 3 samples"
     memory = lines(found, "Memory")
     assert memory["placement"] == "none"
