@@ -55,7 +55,6 @@ PRIVATE_TORCH: dict[str, dict[str, tuple[tuple[str, ...] | None, str]]] = {
         "meta_device_safe_creation_ops": ((), "Builds models on the meta device, as from_pretrained does."),
     },
     "torch": {
-        "_foreach_copy_": (None, "Copies the buffers of a layer with one kernel."),
         "_check_tensor_all_with": (None, "Assertions on values (image tokens of LLaVA); replaced during a replay."),
     },
     "torch._subclasses.fake_tensor": {

@@ -15,19 +15,18 @@ they changed in it.
 """
 
 import contextlib
-import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from hf_trainopt.placement.recompute.frame import kind_of
+
 
 # Elements up to which a buffer is always copied: far above the channels of any norm, far below a causal mask.
 SMALL_BUFFER = 65536
-# Bytes.
-ALIGNMENT = 512
 
 
 @dataclass
@@ -95,7 +94,7 @@ class BufferKeeper:
             for entry in entries
             if entry.buffer.numel() <= SMALL_BUFFER or entry.name not in self._constant.get(entry.owner, ())
         ]
-        copies = copied({id(entry.buffer): entry.buffer for entry in changing})  # what modules share stays shared
+        copies = copies_of(entry.buffer for entry in changing)
         for entry in changing:
             entry.copy = copies[id(entry.buffer)]
         return BufferSnapshot(self, entries, written)
@@ -109,7 +108,7 @@ class BufferKeeper:
         """Return buffers that a module can write to in place of its own; always the same ones."""
         found = self._others.setdefault(owner, {})
         for name, buffer in owner._buffers.items():
-            if buffer is not None and (name not in found or _kind(found[name]) != _kind(buffer)):
+            if buffer is not None and (name not in found or kind_of(found[name]) != kind_of(buffer)):
                 found[name] = torch.zeros_like(buffer)
         return found
 
@@ -154,7 +153,7 @@ class BufferSnapshot:
         Early stopping ends a recomputation with an exception, and a region can be recomputed more than once (two
         backward passes over a retained graph), so the copies are copied again.
         """
-        fresh = copied({id(entry.copy): entry.copy for entry in self._entries})
+        fresh = copies_of(entry.copy for entry in self._entries)
         others = {owner: self._keeper.others(owner) for owner in self._written}
         present = [(entry.owner, entry.name, entry.owner._buffers[entry.name]) for entry in self._entries]
         present += [(owner, name, owner._buffers[name]) for owner, found in others.items() for name in found]
@@ -169,29 +168,9 @@ class BufferSnapshot:
                 owner._buffers[name] = buffer
 
 
-def copied(tensors: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Return copies of tensors. A layer's buffers are small and many, so one kernel copies those of one kind."""
-    copies: dict[int, torch.Tensor] = {}
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for key, tensor in tensors.items():
-        if tensor.is_contiguous() and tensor.numel() <= SMALL_BUFFER:
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(key)
-        else:
-            copies[key] = tensor.detach().clone()
-    for (dtype, device), keys in kinds.items():
-        # Aligned as the allocator aligns: which kernel an operator takes, and so its rounding, can depend on that.
-        unit = ALIGNMENT // dtype.itemsize
-        sizes = [math.ceil(tensors[key].numel() / unit) * unit for key in keys]
-        pieces = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
-        for key, piece in zip(keys, pieces, strict=True):
-            copies[key] = piece[: tensors[key].numel()].view(tensors[key].shape).detach()
-        with torch.no_grad():
-            torch._foreach_copy_([copies[key] for key in keys], [tensors[key] for key in keys])
-    return copies
-
-
-def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
+def copies_of(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Return copies by the identity of the tensors: buffers that modules share stay shared."""
+    return {key: tensor.detach().clone() for key, tensor in {id(tensor): tensor for tensor in tensors}.items()}
 
 
 def _version(tensor: torch.Tensor) -> int | None:

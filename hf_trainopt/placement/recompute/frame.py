@@ -13,6 +13,14 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 
+Kind = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def kind_of(tensor: torch.Tensor) -> Kind:
+    """Return what tensors that stand for each other have in common."""
+    return tensor.shape, tensor.dtype, tensor.device
+
+
 class _Kept(torch.autograd.Function):
     """Keeps tensors as autograd keeps them: with a check of their versions, and through hooks of the user's."""
 
@@ -27,7 +35,7 @@ class _Kept(torch.autograd.Function):
 
 
 class _Holder:
-    """Stands in autograd's graph for a saved tensor, and has it from the recomputation to its use.
+    """Stands in autograd's graph for a saved tensor, and holds it between the recomputation and its use.
 
     Only the graph holds it. Once it is gone, nobody needs the tensor any more.
     """
@@ -56,7 +64,7 @@ class Frame:
         self._recompute = recompute
         self._kept = _Kept.apply(torch.empty(0, requires_grad=True), *inputs)  # its node lives as long as the tensor
         self._holders: list[weakref.ref[_Holder]] = []
-        self._kinds: list[tuple[Any, ...]] = []
+        self._kinds: list[Kind] = []
 
     def storing(self) -> saved_tensors_hooks:
         """Return the context of the region's forward pass. It can be entered several times, for pieces of it."""
@@ -65,7 +73,7 @@ class Frame:
     def _pack(self, tensor: torch.Tensor) -> _Holder:
         holder = _Holder()
         self._holders.append(weakref.ref(holder))
-        self._kinds.append((tensor.shape, tensor.dtype, tensor.device))
+        self._kinds.append(kind_of(tensor))
         return holder
 
     def _unpack(self, holder: _Holder) -> torch.Tensor:
@@ -90,7 +98,7 @@ class Frame:
             # An operator that saves what it returns would hold itself: a cycle that nobody frees.
             tensor = tensor.detach() if tensor.requires_grad else tensor
             if (holder := self._holders[index]()) is not None:
-                kind = (tensor.shape, tensor.dtype, tensor.device)
+                kind = kind_of(tensor)
                 if kind != self._kinds[index]:
                     raise RuntimeError(self._differs(f"tensor {index} was {self._kinds[index]}, and is {kind} now"))
                 holder.tensor = tensor

@@ -91,7 +91,7 @@ class _Recorded:
     reusing: AbstractContextManager
 
     def finish(self) -> None:
-        """Drop what the call has turned out not to need: call after the forward pass."""
+        """Drop everything that the call didn't need: call after the forward pass."""
         self.state.finish()
         if self.buffers is not None:
             self.buffers.finish()
@@ -159,7 +159,7 @@ class Run:
 
     Args:
         stages: Names of the stages in the order in which the model calls them.
-        saved_ops: Compute-bound operators whose outputs are kept as well. Only of a run of one stage.
+        saved_ops: Compute-bound operators whose outputs are kept as well; only for a run of one stage.
     """
 
     def __init__(self, stages: Sequence[str], saved_ops: Sequence[int] = ()):
