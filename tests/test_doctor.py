@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import Rows, arguments, free_port, quiet, skip_without_scripts, tiny_gpt2
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_trainopt import EfficientTrainer, cli
 from hf_trainopt.lab.doctor.probe import examine
@@ -213,3 +215,16 @@ def test_matrices_that_tensor_cores_multiply_slowly_are_named():
     assert "resize_token_embeddings(pad_to_multiple_of=64)" in line
     model.resize_token_embeddings(pad_to_multiple_of=64)
     assert unaligned_weights(model) == []
+
+
+def test_matrices_of_models_without_embeddings_are_named():
+    class Images(PreTrainedModel):
+        """Of which transformers says that it has no embeddings."""
+
+        def __init__(self):
+            super().__init__(PreTrainedConfig())
+            self.head = torch.nn.Linear(16, 10)
+
+    (line,) = unaligned_weights(Images())
+    assert line.startswith("head.weight (10 x 16): 10 isn't a multiple of 8")
+    assert "resize" not in line

@@ -1,5 +1,6 @@
 """What is said of each part. Every figure is read from the Trainer and the objects that it will train with."""
 
+import contextlib
 import inspect
 import logging
 import os
@@ -233,15 +234,17 @@ def precision(trainer: Trainer) -> Lines:
 
 
 def unaligned_weights(model: torch.nn.Module) -> list[str]:
-    """Return a line for each large matrix that tensor cores multiply slowly in 16 bits: a side is no multiple of 8."""
+    """Return a line for each large matrix with a side that is not a multiple of 8: slow on tensor cores in 16 bits."""
     total = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = None
+    with contextlib.suppress(AttributeError, NotImplementedError):  # models of images have none
+        embeddings = model.get_input_embeddings()
     lines = []
     for name, parameter in model.named_parameters():
         odd = [side for side in parameter.shape if side % 8]
         if parameter.dim() == 2 and odd and parameter.numel() >= 0.01 * total:
             remedy = ""
-            embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-            if embeddings is not None and embeddings.weight is parameter:
+            if embeddings is not None and getattr(embeddings, "weight", None) is parameter:
                 remedy = "; model.resize_token_embeddings(pad_to_multiple_of=64) fixes that"
             lines.append(
                 f"{name} ({' x '.join(map(str, parameter.shape))}): {odd[0]} isn't a multiple of 8, and products "
