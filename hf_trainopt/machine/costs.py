@@ -69,7 +69,7 @@ HEAVY_OPS = frozenset(
 
 
 def _spec(name: str, fp32: float, half: float, bandwidth: float, workspace: int = 4096 * 2 + 16 * 8) -> DeviceSpec:
-    """Args: `workspace` in KiB, PyTorch's default: 32 MiB on Hopper, else 8.1 MiB."""
+    # `workspace` is in KiB, as PyTorch has it by default: 32 MiB on Hopper, 8.1 MiB elsewhere.
     rates = {torch.float32: fp32 * 1e12, torch.float16: half * 1e12, torch.bfloat16: half * 1e12}
     return DeviceSpec(name, "cuda", rates, bandwidth * 1e9, host_s=HOST_S, workspace=workspace * 1024)
 
@@ -226,7 +226,7 @@ _PRODUCTS = frozenset(
 
 
 def is_aligned(matrix: torch.Tensor) -> bool:
-    """Return whether the rows of a matrix of 16-bit numbers begin at multiples of 16 bytes; others are fine always."""
+    """Return whether the rows of a matrix of 16-bit numbers begin at multiples of 16 bytes; other types are fine."""
     if matrix.dim() < 2 or matrix.element_size() != 2:
         return True
     return all(stride % 8 == 0 for stride in matrix.stride()[-2:] if stride != 1)

@@ -106,7 +106,7 @@ class CallState:
         self._default_device = torch.get_default_device()
 
     def finish(self) -> None:
-        """Drop the generators that the call didn't use: call after it. Setting them takes the host long."""
+        """Drop the generators that the call didn't use: call after it. Setting them is slow."""
         if self._host.is_current():
             self._host = None
         if self._torch.is_current():

@@ -41,7 +41,7 @@ def add_parser(subparsers: Any, **options: Any) -> None:
     parser.add_argument("--target_metric", help="metric that time to target is measured on, such as eval_loss")
     parser.add_argument("--target_value", type=float, help="value to be reached; default: see docs/report.md")
     parser.add_argument("--greater_is_better", action=argparse.BooleanOptionalAction, help="default: by the name")
-    parser.add_argument("--title", help="heading; default: the task")
+    parser.add_argument("--title", help="heading; default: made from the names of the runs")
     parser.add_argument(
         "--formats",
         help=f"out of {', '.join(FORMATS)}, with commas; default: all, png only where matplotlib is installed",

@@ -28,7 +28,7 @@ LOSS_HEAD = "loss head"
 
 NOT_COUNTED = (
     "Not counted: cuDNN's workspaces, rounding and fragmentation of the allocator, the CUDA context (0.75 GiB). Leave "
-    "10 % of the device free for them if you set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, else 25 %."
+    "10 % of the device free with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, 25 % without."
 )
 
 
