@@ -19,7 +19,7 @@ from ..machine.random_state import forked_random_state
 from .arguments import is_plan_file
 from .errors import PlacementError
 from .measure import PeakMeasurement
-from .plan.budget import gib, parse_budget
+from .plan.budget import gib
 from .plan.plan import PlacementPlan
 from .plan.run_planner import RunPlanner
 from .recompute.apply import AppliedPlacement, apply_placement
@@ -274,8 +274,6 @@ class PlacementPart(Part):
 
     def _warn_if_over_budget(self, num_bytes: int) -> None:
         plan, budget = self.plan, self.plan.budget_bytes
-        if budget is None and self.trainer.args.memory_budget is not None:
-            budget = parse_budget(self.trainer.args.memory_budget, plan.baseline_peak_bytes)
         # A step counter more or less is no reason to plan anew.
         if budget is None or num_bytes <= budget + _NEGLIGIBLE_BYTES:
             return

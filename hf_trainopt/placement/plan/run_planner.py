@@ -16,15 +16,17 @@ from torch.utils._pytree import tree_leaves
 from ...core.facts import is_sharded, rank_batch_size
 from ...core.shadow import shadow_of
 from ...core.versions import activation_checkpointing_kwargs
-from ...machine.costs import DeviceSpec, device_spec
+from ...machine.device_memory import memory_of_run
+from ...machine.devices import DeviceSpec, device_spec
 from ..arguments import is_plan_file
 from ..errors import PlacementError, ReplayError
 from ..rewrite.allowed_rewrites import allowed_rewrites, check_rewrites
 from ..rewrite.chunked_loss_check import check_chunked_loss
 from ..rewrite.rewrites import available_rewrites
 from ..simulate.example_batch import largest_batch
-from ..simulate.replay import StepSetup, model_loss
+from ..simulate.optimizers import STATES, TableOptimizer
 from ..simulate.residents import ResidentModules
+from ..simulate.step_setup import StepSetup, model_loss
 from .own_loss import has_own_loss, overridden, own_loss_planner
 from .plan import NO_REWRITES, PlacementPlan, Rewrites
 from .planner import PlacementPlanner
@@ -213,6 +215,7 @@ class RunPlanner:
             max_grad_norm=self.trainer.args.max_grad_norm or 0.0,
             world_size=self.trainer.args.world_size,
             residents=residents.tensors,
+            memory=memory_of_run(self.trainer.args.device, self.trainer.model, self.trainer.args.world_size),
         )
         args = self.trainer.args
         options = {"stages": args.placement_stages, "memory_rewrites": args.memory_rewrites, "available": available}
@@ -258,6 +261,8 @@ class RunPlanner:
             shadow.model = shadow.model_wrapped = model
             made = shadow.create_optimizer()
             return shadow.optimizer if made is None else made
+        if self.trainer.optimizer_cls_and_kwargs is None and (name := str(self.trainer.args.optim.value)) in STATES:
+            return TableOptimizer(model, name)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.trainer.optimizer_cls_and_kwargs is not None:
             cls, kwargs = self.trainer.optimizer_cls_and_kwargs
