@@ -62,7 +62,7 @@ def test_the_fastest_micro_batch_beats_every_other_with_any_uniform_placement():
     """Against each micro-batch with each choice of store or recompute for each layer."""
     planners = {size: planner_for(size, 12 // size) for size in (1, 2, 3, 4, 6, 12)}
     budget = f"{planners[3].baseline.peak_bytes - 1}B"
-    found = fastest_micro_batch(lambda size, k: planners[size], planners, 12, budget)
+    found = fastest_micro_batch(planners.get, {size: 12 // size for size in planners}, budget)
     others = []
     for size, planner in planners.items():
         for choices in itertools.product((STORE, FULL), repeat=len(planner.stages)):
@@ -83,6 +83,6 @@ def test_choices_that_are_worth_having_for_one_batch_are_for_another():
 
 def test_nothing_is_found_where_nothing_fits():
     planner = planner_for(1, 2)
-    assert fastest_micro_batch(lambda size, k: planner, [1], 2, "1MiB") == []
+    assert fastest_micro_batch(lambda size: planner, {1: 2}, "1MiB") == []
     with pytest.raises(PlacementError, match="no placement needs less"):
         planner.check_budget("1MiB")

@@ -108,6 +108,7 @@ class PlacementPart(Part):
     def apply(self, dataloader: Any) -> None:
         """Plan for the batches of a loader and apply, before the model is wrapped."""
         self._take_off()  # what an earlier trial of a hyperparameter search or a larger batch has left
+        self.parts.out_of_memory.planned_size = None
         if not self.is_on:
             self._peak_measurement = None
             return
@@ -115,6 +116,7 @@ class PlacementPart(Part):
         self._peak_measurement = PeakMeasurement(self._peak_measured, self._later_peak_measured)
         self.plan = self._agreed_plan(dataloader)
         self._applied = self._apply_plan()
+        self.parts.out_of_memory.planned_size = self.plan.details.get("micro_batch_size")
         shapes = self.plan.details.get("request", {}).get("batch")
         self._highest_peak = 0
         self._largest_elements = None if shapes is None else sum(map(math.prod, shapes.values()))

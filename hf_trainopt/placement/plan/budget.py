@@ -24,6 +24,11 @@ def is_of_device(text: str | int | float) -> bool:
     return _OF_DEVICE.fullmatch(str(text)) is not None
 
 
+def is_of_own_peak(text: str | int | float) -> bool:
+    """Return whether a budget is a share of the step's own peak without recomputation."""
+    return not is_of_device(text) and str(text).strip().endswith("%")
+
+
 def parse_budget(
     text: str | int | float, baseline_bytes: int | None = None, device: DeviceMemory | None = None
 ) -> int:

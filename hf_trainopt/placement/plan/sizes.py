@@ -4,7 +4,7 @@ A peak grows almost linearly with the size of a batch, so two plans say about wh
 checked by a plan of its own.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ...machine.costs import Cost
@@ -86,7 +86,7 @@ class SizedPlan:
 
 
 def fastest_micro_batch(
-    planner_for: Callable[[int, int], PlacementPlanner], sizes: Iterable[int], batch: int, memory_budget: str | int
+    planner_for: Callable[[int], PlacementPlanner], sizes: Mapping[int, int], memory_budget: str | int
 ) -> list[SizedPlan]:
     """Return the best plan for each micro-batch that fits, the fastest of them first.
 
@@ -94,9 +94,8 @@ def fastest_micro_batch(
     does the same work in more and smaller kernels. Where times are equal, the larger micro-batch comes first.
 
     Args:
-        planner_for: Micro-batch and k -> planner.
-        sizes: Micro-batches to try, each a divisor of `batch`.
-        batch: Samples in an optimizer step, on one device.
+        planner_for: Micro-batch -> planner.
+        sizes: Micro-batches to try -> k, so that an optimizer step has the same samples.
         memory_budget: As `PlacementPlanner.for_budget` takes it. A share of the peak is of the first size's.
 
     Returns:
@@ -104,13 +103,13 @@ def fastest_micro_batch(
     """
     found = []
     for size in sorted(sizes, reverse=True):
-        planner = planner_for(size, batch // size)
+        planner = planner_for(size)
         try:
             plan = planner.for_budget(memory_budget)
         except PlacementError:
             continue
-        seconds = step_seconds(planner.replay(plan.stages, plan.rewrites), batch // size)
-        found.append(SizedPlan(size, batch // size, planner.baseline.peak_bytes, plan, seconds))
+        seconds = step_seconds(planner.replay(plan.stages, plan.rewrites), sizes[size])
+        found.append(SizedPlan(size, sizes[size], planner.baseline.peak_bytes, plan, seconds))
         if plan.is_stock:
             break
     return sorted(found, key=lambda sized: (round(sized.seconds, 9), -sized.micro_batch))

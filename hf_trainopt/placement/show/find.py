@@ -72,9 +72,9 @@ class Finder:
         first, steps = getattr(arguments, BATCH), arguments.gradient_accumulation_steps
         batch = first * steps
         largest = self._largest(BATCH, budget, steps)
-        sizes = [size for size in range(1, min(batch, largest) + 1) if batch % size == 0]
+        sizes = {size: batch // size for size in range(1, min(batch, largest) + 1) if batch % size == 0}
         found = fastest_micro_batch(
-            lambda size, k: self.planner(k, **{BATCH: size}), sizes, batch, arguments.memory_budget
+            lambda size: self.planner(sizes[size], **{BATCH: size}), sizes, arguments.memory_budget
         )
         if arguments.json:
             return _as_json(
