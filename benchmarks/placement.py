@@ -7,6 +7,7 @@
     python benchmarks/placement.py knob                    # against torch's activation_memory_budget, real steps
     python benchmarks/placement.py time                    # seconds of a step: on a quiet machine
     python benchmarks/placement.py overhead                # checkpoint_placement unset: on a quiet machine
+    python benchmarks/placement.py effort                  # CPU seconds and replays that planning takes
     python benchmarks/placement.py table                   # benchmarks/placement.md and plots from the records
 
 Every case writes one JSON record to `benchmarks/results/placement/`. `--case` runs some of the cases only.
@@ -25,6 +26,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports tha
 import torch
 import transformers
 from placement_cases import CASES, FRONTIERS, REAL
+from placement_effort import DEPTHS, MODELS, effort_record
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "placement"
@@ -51,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         "budgets": (("gpt2-small-fp32", "resnet50-224"), "plans for round budgets, on shapes"),
         "knob": (("knob-gpt2",), "against torch's activation_memory_budget"),
         "overhead": ((), "what placement costs while it is off"),
+        "effort": ((), "CPU seconds that planning takes"),
         "table": ((), "write benchmarks/placement.md and its plots from the records"),
     }
     for name, (cases, text) in defaults.items():
@@ -69,6 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "overhead":
             one.add_argument("--steps", type=int, default=40, help="optimizer steps of each run")
             one.add_argument("--task", nargs="+", choices=("language", "vision"), default=["language", "vision"])
+        if name == "effort":
+            one.add_argument("--model", nargs="*", choices=sorted(MODELS), default=list(MODELS))
+            one.add_argument("--depths", nargs="*", type=int, default=list(DEPTHS))
         if name == "table":
             one.add_argument("--output", type=Path, default=RESULTS.parent.parent, help="folder of page and plots")
     return parser
@@ -88,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         for task in options.task:
             save(options.results, "overhead", task, overhead(task, options.rounds, options.steps))
+        return
+    if options.command == "effort":
+        save(options.results, "effort", "planning", effort_record(options.model, tuple(options.depths)))
         return
     for name in options.case:
         save(options.results, options.command, name, run_case(options, name))

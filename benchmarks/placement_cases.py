@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import Trainer, TrainingArguments
 
 from hf_trainopt.machine.devices import DEVICES, DeviceSpec
 from hf_trainopt.models.timm_model import load_timm_model
 from hf_trainopt.placement.plan.plan import PlacementPlan
 from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.recompute.apply import apply_placement
-from hf_trainopt.placement.show.models import TASKS, ModelRequest, build_model, load_config
-from hf_trainopt.placement.simulate.step_setup import StepSetup, adamw, model_loss
+from hf_trainopt.placement.show.models import TASKS, ModelRequest, build_model, load_config, with_lora
+from hf_trainopt.placement.show.optimizers import optimizer_maker
+from hf_trainopt.placement.simulate.step_setup import StepSetup, model_loss
 
 
 NAMED = ("none", "all", "every_2", "sqrt")
@@ -39,6 +41,7 @@ class Case:
         image_size: Height and width, for images.
         autocast_dtype: Type of mixed precision.
         device: Name of the device that the step is planned for.
+        optim: Optimizer of a real step, by the name of transformers; one of another package is planned by the table.
     """
 
     name: str
@@ -49,9 +52,14 @@ class Case:
     image_size: int | None = None
     autocast_dtype: torch.dtype | None = None
     device: str = "cpu"
+    optim: str = "adamw_torch_fused"
 
     def setup(self, device: DeviceSpec | None = None) -> StepSetup:
-        return StepSetup(device=device or DEVICES[self.device], autocast_dtype=self.autocast_dtype)
+        return StepSetup(
+            device=device or DEVICES[self.device],
+            make_optimizer=optimizer_maker(self.optim),
+            autocast_dtype=self.autocast_dtype,
+        )
 
     def planner(
         self, memory_rewrites: str, device: DeviceSpec | None = None, progress: Any = None
@@ -73,6 +81,8 @@ class Case:
             model = getattr(transformers, TASKS[built.task]).from_config(config)
             if getattr(model, "loss_type", None) is None:
                 model.loss_type = "ForCausalLM"  # as run_clm.py has it
+        if self.request.lora_r is not None:
+            model = with_lora(model, self.request.lora_r, self.request.lora_target_modules, device="cpu")
         batch = {}
         for name, like in built.batch.items():
             if like.is_floating_point():
@@ -121,6 +131,22 @@ REAL = {
         _timm("resnet50-b32", "ResNet-50, 96², B=32", "resnet50", 32, 96),
         _timm("vit-tiny-b48", "ViT-Ti/16, 96², B=48", "vit_tiny_patch16_224", 48, 96),
         _llama("llama-384-b4", "Llama type, 6 layers x 384, B=4, T=256", _LLAMA_384, 4, 256),
+        _llama("llama-384-b8", "Llama type, 6 layers x 384, B=8, T=256", _LLAMA_384, 8, 256),
+        Case(
+            "llama-384-lora",
+            "Llama type, 6 layers x 384, B=4, T=256, LoRA of rank 16",
+            ModelRequest("llama", _LLAMA_384, lora_r=16),
+            4,
+            256,
+        ),
+        _llama(
+            "llama-384-8bit",
+            "Llama type, 6 layers x 384, B=4, T=256, 8-bit AdamW",
+            _LLAMA_384,
+            4,
+            256,
+            optim="adamw_8bit",
+        ),
     )
 }
 
@@ -173,7 +199,8 @@ class TrainingStep:
 
     def __post_init__(self):
         self.model, self.batch = self.case.real()
-        self.optimizer = adamw(self.model)
+        settings = TrainingArguments("unused", optim=self.case.optim, use_cpu=True, report_to="none")
+        self.optimizer = Trainer(self.model, settings).create_optimizer()
 
     def __call__(self) -> float:
         loss = model_loss(self.model, self.batch)

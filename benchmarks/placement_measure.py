@@ -17,7 +17,8 @@ from placement_cases import BUDGETS, CASES, NAMED, Case, TrainingStep, provenanc
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_trainopt.machine.devices import DeviceSpec
-from hf_trainopt.placement.plan.plan import PlacementPlan, StageChoice
+from hf_trainopt.placement.plan.chain import path_of
+from hf_trainopt.placement.plan.plan import PlacementPlan
 from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.simulate.scratch import cpu_scratch
 from hf_trainopt.placement.simulate.tracker import StorageTracker
@@ -88,30 +89,9 @@ def all_plans(
 
 def chain_bytes(planner: PlacementPlanner, plan: PlacementPlan) -> int | None:
     """Return what the solver's chain of stages says the peak of a plan is."""
-    chain, names = planner.chains()[plan.rewrites], list(plan.stages)
-    path, index = [], 0
-    while index < len(names):
-        choice, stop = plan.stages[names[index]], index + 1
-        if choice.run is not None:
-            stop += sum(plan.stages[name].run == choice.run for name in names[stop:])
-        single = stop == index + 1
-        segment = next(
-            (
-                segment
-                for segment in chain.segments
-                if (segment.start, segment.stop) == (index, stop) and (not single or _same(segment.choice[0], choice))
-            ),
-            None,
-        )
-        if segment is None:
-            return None
-        path.append(segment)
-        index = stop
-    return chain.peak(tuple(path))
-
-
-def _same(one: StageChoice, other: StageChoice) -> bool:
-    return (one.recompute, one.saved_ops) == (other.recompute, other.saved_ops)
+    chain = planner.chains()[plan.rewrites]
+    path = path_of(chain, plan.stages)
+    return None if path is None else chain.peak(path)
 
 
 # ---- Peaks ---------------------------------------------------------------------------------------------------------

@@ -215,6 +215,24 @@ def overhead_table(folder: Path) -> str:
     return table(["task", "stock, s a step", "unset against stock, % (quartiles)", "rounds", "load at the end"], rows)
 
 
+def effort_tables(folder: Path) -> str:
+    parts = []
+    for record in records(folder, "effort"):
+        rows = [
+            [row["title"], str(row["stages"]), f"{row['first_answer_cpu_s']:.1f}", f"{row['plan_cpu_s']:.1f}",
+             str(row["goal_cpu_s"]), str(row["replays"]), percent(row["optimality_gap"] or 0)]
+            for row in record["models"]
+        ]  # fmt: skip
+        columns = ["model", "stages", "first answer, CPU s", "plan, CPU s", "goal", "replays", "gap, %"]
+        parts.append(table(columns, rows))
+        rows = [
+            [str(row["layers"]), f"{row['first_answer_cpu_s']:.1f}", f"{row['plan_cpu_s']:.1f}", str(row["replays"])]
+            for row in record["depths"]
+        ]
+        parts.append(table(["layers", "first answer, CPU s", "plan, CPU s", "replays"], rows))
+    return "\n\n".join(parts)
+
+
 # ---- Plots ---------------------------------------------------------------------------------------------------------
 
 
@@ -342,7 +360,7 @@ def write_report(results: Path, output: Path) -> None:
     tables = {
         "predict summary": predict_summary, "predict": predict_tables, "flops": flops_table, "time": time_tables,
         "frontier": frontier_table, "budgets": budgets_table, "figures": figures_table,
-        "knob": knob_table, "overhead": overhead_table,
+        "knob": knob_table, "overhead": overhead_table, "effort": effort_tables,
     }  # fmt: skip
     for name, make in tables.items():
         text = text.replace(f"@@{name}@@", make(results))

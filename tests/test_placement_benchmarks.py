@@ -33,6 +33,7 @@ def folder(tmp_path_factory) -> Path:
         ["frontier", "--case", "tiny-gpt2", "--points", "1"],
         ["budgets", "--case", "tiny-gpt2"],
         ["knob", "--case", "tiny-gpt2", "--rounds", "1", "--values", "0.5", "--points", "1"],
+        ["effort", "--model", "--depths", "1", "2"],
     ):
         run(folder, *command)
     return folder
@@ -67,6 +68,12 @@ def test_frontier_and_knob(folder):
     record = read(folder, "frontier-tiny-gpt2")
     assert min(point["peak_bytes"] for point in record["none"]) <= min(p["peak_bytes"] for p in record["named"])
     assert [entry["knob"] for entry in read(folder, "knob-tiny-gpt2")["knob"]] == [0.5]
+
+
+def test_effort_is_counted_for_each_depth(folder):
+    depths = read(folder, "effort-planning")["depths"]
+    assert [(row["layers"], row["stages"]) for row in depths] == [(1, 1), (2, 2)]
+    assert all(row["replays"] > 1 and row["plan_cpu_s"] > row["first_answer_cpu_s"] > 0 for row in depths)
 
 
 def test_plans_for_round_budgets_fit(folder):

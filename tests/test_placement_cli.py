@@ -358,6 +358,27 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
     assert capsys.readouterr().err == "planned in 0 s\n"
 
 
+LLAMA = [
+    "--model_type", "llama", "--config_overrides", "hidden_size=64,intermediate_size=96,num_hidden_layers=3,"
+    "num_attention_heads=4,vocab_size=128", "--block_size", "32", "--per_device_train_batch_size", "2",
+]  # fmt: skip
+
+
+def test_adapters_are_what_is_trained(capsys):
+    pytest.importorskip("peft")
+    whole = figures(capsys, *LLAMA, "--checkpoint_placement", "none")["plan"]
+    lora = figures(capsys, *LLAMA, "--lora_r", "4", "--checkpoint_placement", "none")["plan"]
+    added = 3 * 2 * 4 * (64 + 64)  # q and v of each layer
+    assert lora["details"]["num_parameters"] == whole["details"]["num_parameters"] + added
+    states = [plan["details"]["baseline_by_kind"]["optimizer"] for plan in (whole, lora)]
+    assert states[1] == pytest.approx(2 * 4 * added, rel=0.01)
+    assert states[0] > 10 * states[1]
+    assert plan(*LLAMA, "--lora_r", "4", "--lora_target_modules", "nothing") == 2
+    assert "--lora_target_modules: Target modules" in capsys.readouterr().err
+    assert plan(*LLAMA, "--lora_target_modules", "q_proj") == 2
+    assert "--lora_target_modules needs --lora_r" in capsys.readouterr().err
+
+
 def test_a_step_that_fits_is_told_at_once(capsys):
     assert plan(*GPT2, *SMALL, "--device", "rtx3060", "--memory_budget", "device") == 0
     out = " ".join(capsys.readouterr().out.split())

@@ -82,7 +82,7 @@ def test_the_commands_of_the_placement_page_parse():
 
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
-    (block,) = [block for block in blocks(PLACEMENT, "bash") if "hf-trainopt plan" in block]
+    block = "\n".join(block for block in blocks(PLACEMENT, "bash") if "hf-trainopt plan" in block)
     commands = [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     assert len(commands) == 2
     for command in commands:

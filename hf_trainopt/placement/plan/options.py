@@ -56,8 +56,13 @@ class OptionExplorer:
         if self._known is not None:
             self._measure({key: list(self._known.get(names[0], [])) for key, names in self.classes.items()})
         else:
-            self._measure({key: self._first_choices(names[0]) for key, names in self.classes.items()})
-            self._measure({key: self._nested_choices(key, names[0]) for key, names in self.classes.items()})
+            models = {key: self._model_of(key) for key in self.classes}
+            full = {key: names for key, names in self.classes.items() if models[key] == key}
+            self._measure({key: self._first_choices(names[0]) for key, names in full.items()})
+            self._measure({key: self._nested_choices(key, names[0]) for key, names in full.items()})
+            self._measure(
+                {key: list(_undominated(self._found[model])) for key, model in models.items() if model != key}
+            )
         options = {}
         for key, names in self.classes.items():
             useful = _undominated(self._found[key])
@@ -81,6 +86,21 @@ class OptionExplorer:
                 for section in (forward, backward)
             ),
         )
+
+    def _model_of(self, key: Key) -> Key:
+        """Return the largest class with the same forward pass: of its choices, those worth having are enough to try.
+
+        The first layer of a frozen model differs from the others in its backward pass only.
+        """
+
+        def forward_of(key: Key) -> Any:
+            name = self.classes[key][0]
+            section = self.baseline.section("forward", name)
+            costs = (section.cost.flops, section.cost.num_bytes, tuple(section.compute_ops))
+            return type(self.replayer.model.get_submodule(name)), self.baseline.has_backward(name), costs
+
+        alike = [other for other in self.classes if forward_of(other) == forward_of(key)]
+        return max(alike, key=lambda other: len(self.classes[other]))  # the first of equals
 
     def _num_ops(self, name: str) -> int:
         return len(self.baseline.section("forward", name).compute_ops)

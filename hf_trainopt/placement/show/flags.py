@@ -55,6 +55,13 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--num_classes", type=_positive, help="classes of a classifier")
     model.add_argument("--task", choices=tuple(TASKS), help="default: what the config is for")
     model.add_argument("--attn_implementation", help="sdpa, eager, ...")
+    model.add_argument("--lora_r", type=_positive, help="train LoRA adapters of this rank only (needs peft)")
+    model.add_argument(
+        "--lora_target_modules",
+        nargs="+",
+        metavar="NAME",
+        help="modules that get adapters, a regular expression, or all-linear; default: PEFT's for the model",
+    )
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights")
 
 
@@ -163,6 +170,8 @@ def check_flags(arguments: argparse.Namespace) -> str | None:
         raise ValueError("--model_args is for timm models; use --config_overrides with --model_type.")
     if arguments.dtype is not None and arguments.timm_model is not None:
         raise ValueError("--dtype is for models of transformers; leave it out, or use --bf16 with --timm_model.")
+    if arguments.lora_target_modules is not None and arguments.lora_r is None:
+        raise ValueError("--lora_target_modules needs --lora_r, such as 16.")
     if not arguments.max_grad_norm >= 0:
         raise ValueError(f"--max_grad_norm is {arguments.max_grad_norm}; it must be 0 or positive.")
     if arguments.placement_stages is not None:

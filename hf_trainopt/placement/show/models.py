@@ -53,6 +53,9 @@ class ModelRequest:
         num_classes: Classes of a classifier; `None`: as many as the config has.
         attn_implementation: As in `from_pretrained`.
         dtype: Type of the weights; `None`: that of the config.
+        lora_r: Rank of LoRA adapters, which alone are trained; `None`: the whole model is.
+        lora_target_modules: Modules that get adapters: names, a regular expression, or `"all-linear"`; `None`: PEFT's
+            default for the model.
     """
 
     model_type: str | None = None
@@ -64,6 +67,8 @@ class ModelRequest:
     num_classes: int | None = None
     attn_implementation: str | None = None
     dtype: torch.dtype | None = None
+    lora_r: int | None = None
+    lora_target_modules: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -270,7 +275,29 @@ def _on_meta(request: ModelRequest, config: PreTrainedConfig, task: str) -> nn.M
     model.tie_weights()  # part of the initialisation that was left out
     if task == "causal-lm" and getattr(model, "loss_type", None) is None:
         model.loss_type = "ForCausalLM"  # as run_clm.py has it
-    return model
+    return model if request.lora_r is None else with_lora(model, request.lora_r, request.lora_target_modules)
+
+
+def with_lora(model: nn.Module, rank: int, target_modules: tuple[str, ...] | None, device: str = "meta") -> nn.Module:
+    """Return a model on a device with LoRA adapters of PEFT, as `get_peft_model` makes them.
+
+    Raises:
+        ValueError: PEFT isn't installed, or doesn't find the modules.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("--lora_r needs PEFT; pip install peft.") from error
+    targets = target_modules[0] if target_modules is not None and len(target_modules) == 1 else target_modules
+    config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
+    try:
+        with torch.device(device):
+            return get_peft_model(model, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise ValueError(
+            f"--lora_target_modules: {_first_sentence(error)}; name modules of the model, such as q_proj v_proj, or "
+            "all-linear."
+        ) from error
 
 
 def _first_sentence(error: Exception) -> str:

@@ -95,7 +95,8 @@ def frontier_figure(
             textcoords="offset points", ha="right" if aside or x > 0.85 * right else "center", va="bottom",
             color=color, fontsize=11, annotation_clip=False,
         )  # fmt: skip
-    axes.set_xlim(0, right)
+    least = min(x for x, _ in drawn)
+    axes.set_xlim(max(0.0, least - 0.12 * (right - least)), right)  # what no plan saves needs no room
     axes.set_ylim(bottom - 0.04 * (top - bottom), top)
     axes.set_xlabel("peak memory of a training step (GiB)", fontsize=13)
     axes.set_ylabel("more time than a step without placement (%)", fontsize=13)

@@ -35,6 +35,10 @@ class Workshop:
             num_classes=arguments.num_classes,
             attn_implementation=arguments.attn_implementation,
             dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+            lora_r=arguments.lora_r,
+            lora_target_modules=None
+            if arguments.lora_target_modules is None
+            else tuple(arguments.lora_target_modules),
         )
 
     def build(self, batch: int, block: int | None, image: int | None) -> models.BuiltModel:
@@ -93,7 +97,7 @@ def header(
         optimizer += "; its pages aren't counted, for they can be moved to the host"
     count = _count(sum(p.numel() for p in parameters))
     return [
-        ("Model", f"{request.name}: {type(built.model).__name__}, {count}"),
+        ("Model", f"{request.name}: {type(built.model).__name__}, {count}{_trained(built.model)}"),
         *([("Config", request.changes)] if request.changes else []),
         ("Batch", batch),
         ("Precision", precision_of(arguments, built)),
@@ -111,6 +115,11 @@ def precision_of(arguments: argparse.Namespace, built: models.BuiltModel) -> str
     types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in built.model.parameters()})
     autocast = "autocast to bfloat16" if arguments.bf16 else "autocast to float16" if arguments.fp16 else "no autocast"
     return f"weights in {' and '.join(types)}, {autocast}"
+
+
+def _trained(model: torch.nn.Module) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return "" if trained == sum(p.numel() for p in model.parameters()) else f", of which {_count(trained)} are trained"
 
 
 def _count(number: int) -> str:
