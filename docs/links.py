@@ -1,4 +1,4 @@
-"""Makes relative links of Markdown pages absolute, for PyPI and the docs site: other files aren't beside them there."""
+"""Makes relative links of Markdown pages absolute, for PyPI and the docs site, which lack the other files."""
 
 import re
 from collections.abc import Callable

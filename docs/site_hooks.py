@@ -1,4 +1,4 @@
-"""What MkDocs does to a page first: links to files outside docs/ lead to the repository, and lists are as on GitHub."""
+"""How MkDocs reads a page: links to files outside docs/ lead to the repository, and lists are as on GitHub."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-from links import absolute_links  # noqa: E402
+from links import absolute_links
 
 
 def on_page_markdown(markdown, *, page, config, files):
