@@ -4,18 +4,24 @@ import statistics
 from collections.abc import Sequence
 
 from .comparison import RATIOS, ArmResult, Comparison
-from .statistics import Estimate
+from .statistics import WIDEST, Estimate
 
 
 def estimate_text(estimate: Estimate | None, form: str = ".2f") -> str:
-    """Return `0.63 (0.58 to 0.69)`, `≥ 1.20` for a bound, `–` where nothing is known."""
+    """Return `0.63 (0.58 to 0.69)`, `≥ 1.20` for a bound, `–` where nothing is known.
+
+    Intervals over two pairs aren't shown. One that spans more than a factor of ten reads `(not resolved)`.
+    """
     if estimate is None or estimate.value is None:
         return "–"
     sign = {"at least": "≥ ", "at most": "≤ "}.get(estimate.bound, "")
     text = f"{sign}{estimate.value:{form}}"
-    if estimate.lower is not None:
-        text += f" ({estimate.lower:{form}} to {estimate.upper:{form}})"
-    return text
+    if estimate.interval is None:
+        return text
+    lower, upper = estimate.interval
+    if upper > WIDEST * lower and not form.startswith("+"):
+        return f"{text} (not resolved)"
+    return f"{text} ({lower:{form}} to {upper:{form}})"
 
 
 def markdown(comparison: Comparison) -> str:
@@ -70,7 +76,7 @@ def ratio_words(comparison: Comparison, baseline: str) -> str:
     if fewest == 1:
         text += " One seed has no interval: use --seeds."
     elif fewest == 2:
-        text += " An interval over two seeds stands on how far two numbers are apart: use --seeds 5."
+        text += " Two seeds have no interval that means anything: use --seeds 5."
     if any("≥" in cell or "≤" in cell for cell in cells):
         text += " ≥ and ≤: a run ended before it was at the target, so that its ratio is only bounded."
     return text

@@ -10,6 +10,7 @@ import numpy as np
 
 from .axes import limits, ratio_limits, set_ticks
 from .contents import BarPanel, IntervalPanel, Line, LinePanel, Panel
+from .ratios import is_resolved
 from .summary import figure as shown
 from .summary import ratio_text
 from .theme import arm_dashes, arm_name, light, part_name
@@ -18,8 +19,10 @@ from .theme import arm_dashes, arm_name, light, part_name
 # Of a chart in points, the units of the SVG. A phone shows it at about this size, so that texts stay legible.
 WIDTH, HEIGHT = 400, 250
 _ROW = 36
-# Width of a character of the size 12, on average.
-_CHARACTER = 6.4
+# Opacity of raw training values on paper; the style sheet has one of its own for dark pages.
+FAINT = 0.6
+# Width of a character of the size 11, on average.
+_CHARACTER = 5.9
 
 # What the `gid` of an artist begins with: the class of its element on a page and, behind |, a text for the mouse.
 CLASS = "class:"
@@ -123,7 +126,7 @@ def _at(curve: Any, indices: np.ndarray) -> Any:
 
 def _curve(axes: Any, line: Line) -> None:
     colour, faint = light(arm_name(line.arm)), line.of_seed or line.style in ("faint", "guess")
-    look = {"color": colour, "alpha": {"faint": 0.45, "guess": 0.7}.get(line.style, 0.5 if line.of_seed else 1.0)}
+    look = {"color": colour, "alpha": {"faint": FAINT, "guess": 0.7}.get(line.style, 0.5 if line.of_seed else 1.0)}
     pattern = {"faint": "-", "guess": (0, (1.5, 3))}.get(line.style, dashes(line.arm))
     marked = line.style == "marked" and not line.of_seed
     axes.plot(
@@ -174,29 +177,38 @@ def _intervals(axes: Any, panel: IntervalPanel) -> None:
     low, high = ratio_limits(panel)
     axes.set_xscale("log")
     _rows(axes, len(panel.points))
-    axes.axvline(1, color=light("ink"), linewidth=1.3, zorder=1)
+    axes.set_xlim(low, high)
+    set_ticks(axes.xaxis, "log", (low, high))
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high and tick != 1]
     for row, (label, arm, ratio, lower, upper) in enumerate(panel.points):
         text = interval_text(ratio, lower, upper)
         _row_text(axes, row, _shortened(label, _CHARACTER * (len(text) + 1)), "left")
         _row_text(axes, row, text, "right")
         colour = light(arm_name(arm or 0))
+        # Not through the texts: the lines of a grid, and that at 1, are as high as the interval of their row.
+        axes.vlines(ticks, row + 0.02, row + 0.48, color=light("grid"), linewidth=1, zorder=0.5)
+        axes.vlines([1], row + 0.02, row + 0.48, color=light("ink"), linewidth=1.3, zorder=1, gid=CLASS + "one")
         if not (math.isnan(lower) or math.isnan(upper)):
             ends = (max(lower, low), min(upper, high))
             axes.plot(ends, [row + 0.25] * 2, color=colour, linewidth=2.2, gid=CLASS + "interval")
-            for end, mark in ((ends[0], "<" if lower <= 0 else ""), (ends[1], ">" if math.isinf(upper) else "")):
-                axes.plot([end], [row + 0.25], marker=mark, color=colour, markersize=7, clip_on=False)
+            for end, mark, is_cut in ((ends[0], "<", lower < low), (ends[1], ">", upper > high)):
+                if is_cut:  # it goes on beyond the chart, or for ever
+                    axes.plot([end], [row + 0.25], marker=mark, color=colour, markersize=8, markeredgewidth=0,
+                              clip_on=False, gid=CLASS + "arrow")  # fmt: skip
         axes.plot([ratio], [row + 0.25], "o", color=colour, markersize=8, markeredgewidth=0, zorder=3)
-    axes.set_xlim(low, high)
-    set_ticks(axes.xaxis, "log", (low, high))
-    axes.grid(True, axis="x")
 
 
 def interval_text(ratio: float, low: float, high: float) -> str:
-    """Return a ratio with its interval: `0.63 (0.58 to 0.69)`, `≥ 1.20`, `≤ 0.80`, or alone without one."""
+    """Return a ratio with its interval: `0.63 (0.58 to 0.69)`, `≥ 1.20`, `≤ 0.80`, or alone without one.
+
+    The ends of an interval that spans more than a factor of ten say nothing: `0.63 (not resolved)`.
+    """
     if math.isinf(high):
         return f"≥ {ratio_text(ratio)}"
     if low <= 0:
         return f"≤ {ratio_text(ratio)}"
     if math.isnan(low) or math.isnan(high):
         return ratio_text(ratio)
+    if not is_resolved(low, high):
+        return f"{ratio_text(ratio)} (not resolved)"
     return f"{ratio_text(ratio)} ({ratio_text(low)} to {ratio_text(high)})"
