@@ -107,15 +107,51 @@ def _lines(axes: Any, panel: LinePanel) -> None:
     if panel.level is not None and low <= panel.level[0] <= high:
         value, text = panel.level
         axes.axhline(value, color=light("ink"), linestyle=(0, (5, 4)), linewidth=1)
-        below = value > low + 0.85 * (high - low) if scale == "linear" else value > low * (high / low) ** 0.85
-        axes.annotate(f"{printable(text)} {shown(value)}", (1, value), xycoords=axes.get_yaxis_transform(), ha="right",
-                      va="top" if below else "bottom", xytext=(-2, -3 if below else 3), textcoords="offset points",
-                      gid=CLASS + "halo")  # fmt: skip
+        text = f"{printable(text)} {shown(value)}"
+        side, place = free_place(panel, text, (left, right), (low, high), scale)
+        axes.annotate(text, (side == "right", value), xycoords=axes.get_yaxis_transform(), ha=side,
+                      va="bottom" if place == "above" else "top", xytext=(-2 if side == "right" else 2,
+                      3 if place == "above" else -3), textcoords="offset points", gid=CLASS + "halo")  # fmt: skip
     axes.set_xlim(left, right)
     axes.set_ylim(low, high)
     set_ticks(axes.xaxis, "linear", (left, right))
     set_ticks(axes.yaxis, scale, (low, high))
     axes.grid(True, axis="y")
+
+
+def free_place(
+    panel: LinePanel, text: str, across: tuple[float, float], up: tuple[float, float], scale: str
+) -> tuple[str, str]:
+    """Return where the text at a chart's level hides least of the curves.
+
+    Args:
+        panel: The chart.
+        text: The text.
+        across: Ends of the axis along which runs go.
+        up: Ends of the axis of the values.
+        scale: Of that axis.
+
+    Returns:
+        `"right"` or `"left"`, and `"above"` or `"below"` the level; on the right and above it if all are free.
+    """
+
+    def height_of(ys: Any) -> Any:
+        low, high, values = (np.log(v) if scale != "linear" else v for v in (*up, np.maximum(ys, np.nextafter(0, 1))))
+        return (values - low) / (high - low)
+
+    level, tall = float(height_of(panel.level[0])), 1.6 * _CHARACTER * 1.6 / HEIGHT
+    wide = min(1.0, (_CHARACTER * len(text) + 8) / (0.9 * WIDTH))
+    best = None
+    for place, ends in (("above", (level, level + tall)), ("below", (level - tall, level))):
+        for side, span in (("right", (1 - wide, 1.0)), ("left", (0.0, wide))):
+            xs = across[0] + (across[1] - across[0]) * np.linspace(*span, 25)
+            hidden = 1000.0 * (ends[0] < 0 or ends[1] > 1.02)
+            for line in panel.lines:
+                heights = height_of(np.interp(xs, line.xs, line.ys, left=np.nan, right=np.nan))
+                hidden += np.count_nonzero((heights > ends[0]) & (heights < ends[1])) / (4 if line.of_seed else 1)
+            if best is None or hidden < best[0]:
+                best = hidden, side, place
+    return best[1], best[2]
 
 
 def _at(curve: Any, indices: np.ndarray) -> Any:

@@ -69,11 +69,11 @@ def choose_target(
             None,
             f"the runs had different targets ({several}); name one (target_metric and target_value).",
         )
-    if len(arms) < 2:
-        return None, "no target was set; name one (target_metric and target_value)."
     metric = main_metric(arms)
     evaluated = [run for run in baseline.runs if metric in run.keys] if baseline is not None else []
     finals = [run.last(metric) for run in evaluated]
+    if finals and len(arms) < 2:
+        return None, "no target was set; name one (target_metric and target_value)."
     if not all(map(math.isfinite, finals)):
         return None, "the last evaluation of the baseline is not finite; name one (target_metric and target_value)."
     if finals:

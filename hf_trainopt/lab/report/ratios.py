@@ -20,6 +20,9 @@ from .summary import largest, last_rate
 
 _FIELDS = {"time_to_target": "seconds", "samples_to_target": "samples", "steps_to_target": "steps"}
 
+# What a verdict shows of many arms; the other quantities come later.
+MAIN = ("time_to_target", "peak_memory", "final_metric")
+
 # Of these, a ratio of one for all arms is no news: the runs were given the same data.
 _USUALLY_EQUAL = ("optimizer_steps", "samples")
 

@@ -25,7 +25,7 @@ from .panels import (
     rate_curve,
     step_memory_panel,
 )
-from .ratios import arm_ratios, ratio_panel
+from .ratios import MAIN, Ratio, arm_ratios, ratio_panel
 from .seeds import seed_legend
 from .settings import settings_rows
 from .summary import NOT_RECORDED, PHASES, figure, headings, largest, spread, summary_table
@@ -36,6 +36,8 @@ TIME_ABSENT = (
     "Add ThroughputCallback (hf_trainopt.metrics) to a stock Trainer, or report_to='tensorboard', to have it."
 )
 
+# More ratios than these don't stand beside the verdict.
+_MOST_RATIOS = 14
 # More metrics than these are in the table only.
 _MOST_METRIC_PANELS = 4
 
@@ -64,8 +66,10 @@ def contents(
     leading = _leading(baseline, target, comparisons)
     if arms:
         loss = loss_panels(arms, main_metric(arms), target)
-        sections.append(_verdict(arms, baseline, target, leading, loss[:1]))
-        sections.append(_summary(arms, baseline, target, leading))
+        ratios = arm_ratios(arms, baseline, target, leading) if baseline is not None else []
+        main, more = _by_importance(ratios)
+        sections.append(_verdict(arms, baseline, target, leading, loss[:1], ratios, main))
+        sections.append(_summary(arms, baseline, target, leading, more))
         absent += [] if target is not None else [("Time to target", no_target or "no target was set.")]
     sections += [
         _comparison(comparison, index, arms)
@@ -111,9 +115,10 @@ def _verdict(
     target: Target | None,
     comparison: ComparisonFolder | None,
     loss: Sequence[LinePanel],
+    ratios: Sequence[Ratio],
+    main: Sequence[Ratio],
 ) -> Section:
-    ratios = arm_ratios(arms, baseline, target, comparison) if baseline is not None else []
-    shown = ratio_panel("ratios", ratios, arms, baseline.name if baseline is not None else "")
+    shown = ratio_panel("ratios", main, arms, baseline.name if baseline is not None else "")
     text = []
     if target is not None:
         text.append(f"Target: {target} ({target.source}); interpolated between evaluations, whose time isn't counted.")
@@ -122,7 +127,7 @@ def _verdict(
     elif ratios:
         text.append(
             f"Ratios to {baseline.name}{' are of geometric means, and' if _has_seeds(arms) else ''} have no interval: "
-            "`hf-trainopt compare` pairs runs by their seeds and gives them one."
+            "hf-trainopt compare pairs runs by their seeds and gives them one."
         )
     panels = [*loss, *([shown] if shown is not None else [])]
     return Section(
@@ -131,12 +136,24 @@ def _verdict(
     )  # fmt: skip
 
 
+def _by_importance(ratios: Sequence[Ratio]) -> tuple[list[Ratio], list[Ratio]]:
+    """Return the ratios that stand beside the verdict, and those for which there is no room there."""
+    if len(ratios) <= _MOST_RATIOS:
+        return list(ratios), []
+    main = [ratio for ratio in ratios if ratio.quantity in MAIN]
+    return main, [ratio for ratio in ratios if ratio not in main]
+
+
 def _has_seeds(arms: Sequence[Arm]) -> bool:
     return any(len(arm.runs) > 1 for arm in arms)
 
 
 def _summary(
-    arms: Sequence[Arm], baseline: Arm | None, target: Target | None, comparison: ComparisonFolder | None
+    arms: Sequence[Arm],
+    baseline: Arm | None,
+    target: Target | None,
+    comparison: ComparisonFolder | None,
+    ratios: Sequence[Ratio],
 ) -> Section:
     text = []
     if _has_seeds(arms):
@@ -166,7 +183,8 @@ def _summary(
     tables = [summary_table(arms, baseline, target)]
     tables += [Table(headings(arms, baseline), tuple(rows), "Settings", folded=True)] if rows else []
     tables += comparison.tables() if comparison is not None else ()
-    return Section("summary", "Results", tuple(text), tuple(tables))
+    more = ratio_panel("more_ratios", ratios, arms, baseline.name if baseline is not None else "")
+    return Section("summary", "Results", tuple(text), tuple(tables), (more,) if more is not None else ())
 
 
 def _clocks(arms: Sequence[Arm]) -> list[str]:

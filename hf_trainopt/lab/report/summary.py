@@ -253,7 +253,7 @@ def headings(arms: Sequence[Arm], baseline: Arm | None) -> tuple[str, ...]:
     return ("", *(f"{arm.label}{', baseline' if arm is baseline and len(arms) > 1 else ''}" for arm in arms))
 
 
-def summary_table(arms: Sequence[Arm], baseline: Arm | None, target: Target | None) -> Table:
+def summary_table(arms: Sequence[Arm], baseline: Arm | None, target: Target | None = None) -> Table:
     """Return the table of all measures that at least one arm has, a column for each arm; the target comes first."""
     rows = []
     models = [sorted({run.model or NOT_RECORDED for run in arm.runs}) for arm in arms]
