@@ -54,8 +54,9 @@ def test_the_sentence_of_the_issue():
         ({"time_to_target": exact(0.7, 0.001, 450.0, pairs=2)}, "0.700 of the time (5 seeds, no interval)."),
         ({"time_to_target": Estimate(1.5, None, None, "at least", 5)}, "did not reach the target in 1.50 times the"),
         ({"time_to_target": Estimate(0.5, None, None, "at most", 5)}, "which stock did not, in at most 0.500 of its"),
-        ({"samples_to_target": exact(0.3, 0.2, 0.4)}, "in 0.300 of the samples"),
-        ({"peak_memory": exact(1.001, 1.0, 1.002)}, "ours the same memory"),
+        ({"time_to_target": exact(1.002, 0.9, 1.1)}, "in the same time (95 %: 0.900–1.10, no clear difference)"),
+        ({"samples_to_target": exact(0.3, 0.2, 0.4)}, "ours reached the target with 0.300 of the samples"),
+        ({"peak_memory": exact(1.001, 1.0, 1.002)}, "ours: the same memory"),
         ({"peak_memory": exact(2.5, 2.4, 2.6)}, "2.50 times the memory"),
         ({"final_metric": exact(0.99, 0.97, 1.01)}, "final eval_loss 1 % lower (no clear difference)"),
         ({"final_metric": exact(2.5, 2.4, 2.6)}, "final eval_loss 2.50 times as high"),
@@ -89,7 +90,7 @@ def test_without_any_evaluation(tmp_path):
     for name in ("stock", "ours"):
         write_run(tmp_path / name, [line for line in our_history() if "eval_loss" not in line])
     (lead,) = make_report(tmp_path / "stock", tmp_path / "ours").contents.sections[0].lead
-    assert lead == "ours the same memory (one seed, no interval)."
+    assert lead == "ours: the same memory (one seed, no interval)."
 
 
 # ---- One kind of mean ----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from .theme import arm_dashes, arm_name, light, part_name
 WIDTH, HEIGHT = 400, 250
 _ROW = 36
 # Opacity of raw training values on paper; the style sheet has one of its own for dark pages.
-FAINT = 0.6
+FAINT = 0.7
 # Width of a character of the size 11, on average.
 _CHARACTER = 5.9
 

@@ -58,33 +58,32 @@ def _alone(arm: Arm) -> str:
 
 def _against(arm: Arm, baseline: Arm, ratios: dict[str, Estimate], target: Target | None) -> str:
     """Return how an arm came out against the baseline."""
-    parts = [part for part in (_to_target(ratios, baseline.name), _memory(ratios)) if part]
-    final = _final(ratios, arm, baseline, target)
-    if not parts and not final:
+    to_target = _to_target(ratios, baseline.name)
+    said = ", ".join(filter(None, (to_target, _memory(ratios), _final(ratios, arm, baseline, target))))
+    if not said:
         return f"{arm.name} and {baseline.name} have nothing in common that could be compared."
-    said = ", ".join(parts)
-    if final:
-        said += (", " if said else "") + final
-    return f"{arm.name} {said}{_seeds(arm, baseline, ratios)}."
+    return f"{arm.name}{'' if to_target else ':'} {said}{_seeds(arm, baseline, ratios)}."
 
 
 def _to_target(ratios: dict[str, Estimate], baseline: str) -> str:
-    for quantity, what in (
-        ("time_to_target", "time"),
-        ("samples_to_target", "samples"),
-        ("steps_to_target", "optimizer steps"),
+    for quantity, preposition, what in (
+        ("time_to_target", "in", "time"),
+        ("samples_to_target", "with", "samples"),
+        ("steps_to_target", "with", "optimizer steps"),
     ):
         estimate = ratios.get(quantity)
         if estimate is None:
             continue
         value = ratio_text(estimate.value)
         if estimate.bound == "at least":
-            return f"did not reach the target in {value} times the {what} of {baseline}"
+            return f"did not reach the target {preposition} {value} times the {what} of {baseline}"
         if estimate.bound == "at most":
-            return f"reached the target, which {baseline} did not, in at most {value} of its {what}"
+            return f"reached the target, which {baseline} did not, {preposition} at most {value} of its {what}"
+        if abs(estimate.value - 1) < _SAME:
+            return f"reached the target {preposition} the same {what}{_interval(estimate)}"
         if estimate.value > 1:
             return f"took {value} times the {what} to the target{_interval(estimate)}"
-        return f"reached the target in {value} of the {what}{_interval(estimate)}"
+        return f"reached the target {preposition} {value} of the {what}{_interval(estimate)}"
     return ""
 
 
