@@ -190,6 +190,10 @@ def test_noise_scale_is_open_where_there_is_no_upper_end(ours):
     assert (band.xs[resolved] <= 5).all()
     assert (band.xs[~resolved] > 5).all()
     assert np.isnan(lines[0].ys[~resolved]).all()
+    guess, last = lines[1].ys, np.flatnonzero(resolved)[-1]
+    assert not np.isnan(guess[~resolved]).any()
+    assert guess[last] == lines[0].ys[last]  # the two curves meet: there is no gap between them
+    assert np.isnan(guess[:last]).all()
 
 
 def test_batches_of_stock_are_means_between_lines(stock):

@@ -30,7 +30,7 @@ def markdown(comparison: Comparison) -> str:
     parts = [f"# {comparison.script}: {', '.join(arm.name for arm in arms)}", target_words(comparison)]
     head = ["", *(f"{arm.name}" for arm in arms)]
     rows = value_rows(comparison)
-    parts.append("Mean over the seeds ± standard deviation:\n\n" + _table(head, rows))
+    parts.append("Geometric mean over the seeds (lowest to highest):\n\n" + _table(head, rows))
     others = arms[1:]
     if others:
         rows = ratio_rows(comparison)
@@ -122,10 +122,14 @@ def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    text = f"{statistics.fmean(known):.4g}"
-    if len(known) > 1:
-        text += f" ± {statistics.stdev(known):.2g}"
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+    low, high = f"{min(known):.4g}", f"{max(known):.4g}"
+    if low == high:
+        text = low
+    elif min(known) <= 0:  # has no geometric mean
+        text = f"{low} to {high}"
+    else:
+        text = f"{statistics.geometric_mean(known):.4g} ({low} to {high})"
+    return text if len(known) == len(values) else f"{text}, {len(known)} of {len(values)} seeds"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -66,9 +66,7 @@ class ComparisonFolder:
         if any(arm.name not in drawn for arm in self.result.arms):
             rows = tuple(tuple(_said(cell) for cell in row) for row in value_rows(self.result))
             arms = (arm.name for arm in self.result.arms)
-            tables.append(
-                Table(("", *arms), rows, f"As {RESULT_NAME} has it: mean over the seeds ± standard deviation")
-            )
+            tables.append(Table(("", *arms), rows, f"As {RESULT_NAME} has it: geometric mean (lowest to highest)"))
         if self.others and self.result.target is not None:
             metric = self.result.target.metric
             swept = tuple((name, _metric(run, metric)) for name, run in self.others if _is_swept(name))
