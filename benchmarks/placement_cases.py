@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import transformers
 
-from hf_trainopt.machine.costs import DEVICES, DeviceSpec
+from hf_trainopt.machine.devices import DEVICES, DeviceSpec
 from hf_trainopt.models.timm_model import load_timm_model
 from hf_trainopt.placement.plan.plan import PlacementPlan
 from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.recompute.apply import apply_placement
 from hf_trainopt.placement.show.models import TASKS, ModelRequest, build_model, load_config
-from hf_trainopt.placement.simulate.replay import StepSetup, adamw, model_loss
+from hf_trainopt.placement.simulate.step_setup import StepSetup, adamw, model_loss
 
 
 NAMED = ("none", "all", "every_2", "sqrt")

@@ -16,7 +16,7 @@ import torch
 from placement_cases import BUDGETS, CASES, NAMED, Case, TrainingStep, provenance
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_trainopt.machine.costs import DeviceSpec
+from hf_trainopt.machine.devices import DeviceSpec
 from hf_trainopt.placement.plan.plan import PlacementPlan, StageChoice
 from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.simulate.scratch import cpu_scratch

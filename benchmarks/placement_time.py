@@ -9,7 +9,7 @@ import torch
 from placement_cases import Case, TrainingStep, provenance
 from placement_measure import all_plans
 
-from hf_trainopt.machine.costs import measured_cpu
+from hf_trainopt.machine.devices import measured_cpu
 from hf_trainopt.placement.plan.plan import PlacementPlan
 
 

@@ -13,8 +13,8 @@ class Command(NamedTuple):
     """A subcommand.
 
     Args:
-        module: Has `add_parser(subparsers, **options)`, which sets `run`: arguments -> text for stdout. It is imported
-            only when the command is used: most of these import PyTorch.
+        module: Has `add_parser(subparsers, **options)`, which sets `run`: arguments -> text for stdout, or texts as
+            they come. It is imported only when the command is used: most of these import PyTorch.
         help: What `hf-trainopt --help` says.
     """
 
@@ -109,20 +109,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.script_arguments = [*arguments.script_arguments, *script_arguments]
         elif script_arguments:
             raise ValueError(f"'{arguments.command}' takes nothing after --.")
-        text = arguments.run(arguments)
+        texts = arguments.run(arguments)
+        for text in [texts] if isinstance(texts, str) else texts:
+            _write(text)
     except ValueError as error:
         sys.stderr.write(f"hf-trainopt: error: {error}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("hf-trainopt: interrupted\n")
         return 130
+    return getattr(arguments, "exit_code", 0)
+
+
+def _write(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         # `| head` has read enough. What is left in the buffer must not be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return getattr(arguments, "exit_code", 0)
 
 
 if __name__ == "__main__":

@@ -212,3 +212,8 @@ def adam_by_definition(
         weights = weights * (1 - rate / rate_factors[n - 1] * weight_decay * batch_ratios[n - 1])
         weights = weights - rate * (first / first_weight) / (np.sqrt(second / second_weight) + eps)
     return weights, second
+
+
+def largest_size_by_scan(peak, limit, budget, unit):
+    """Return the largest multiple of `unit` up to `limit` whose peak is within the budget; 0 if none is."""
+    return max((size for size in range(unit, limit + 1, unit) if peak(size) <= budget), default=0)

@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt.machine.devices import DEVICES
 from hf_trainopt.metrics import GradientStatisticsCallback
+from hf_trainopt.placement.errors import PlacementError
 
 
 def train(trainer, **kwargs):
@@ -54,7 +56,7 @@ def test_it_ends_like_a_run_that_began_with_the_smaller_micro_batch(smaller, pla
         assert ours["micro_batch_size"] == 2
         assert ours["effective_batch_size"] in (8, 2)
     assert "Step 1 ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)" in caplog.text
-    assert "micro-batches of 2 samples instead of 4, from here on 2 for each" in caplog.text
+    assert "micro-batches of 2 samples instead of 4, now 2 for each of" in caplog.text
 
 
 @pytest.mark.parametrize("micro_step", [1, 2])
@@ -169,6 +171,55 @@ def test_with_a_placement_plan(smaller, tmp_path):
         assert any(choice.recompute != "none" for choice in trainer.placement_plan.stages.values())
         assert memory.failures
         assert weights_equal(trainer.model, smaller.model)
+
+
+def planned(folder, **kwargs):
+    """Plan as a run would, and end it before its first step."""
+    trainer = make(folder, memory_rewrites="none", max_steps=1, **kwargs)
+    return train(trainer).placement_plan
+
+
+def test_a_micro_batch_is_planned_for_a_budget(smaller, tmp_path, monkeypatch, caplog):
+    """Where the whole one doesn't fit with everything recomputed, half of it is run from the start."""
+    monkeypatch.setattr("hf_trainopt.placement.plan.run_planner.device_spec", lambda device: DEVICES["cpu"])
+    stock = planned(tmp_path / "stock", auto_micro_batch=False, memory_budget="99.9%")
+    budget = f"{stock.floor_peak_bytes - 1}B"
+    with pytest.raises(PlacementError, match="no placement needs less"):
+        planned(tmp_path / "refused", auto_micro_batch=False, memory_budget=budget)
+    caplog.set_level("INFO", logger="hf_trainopt")
+    args = {"memory_rewrites": "none", "memory_budget": budget, "save_strategy": "steps", "save_steps": 5}
+    trainer = train(make(tmp_path / "ours", **args))
+    assert trainer.micro_batch_size == 2
+    assert trainer.placement_plan.predicted_peak_bytes < stock.floor_peak_bytes
+    assert trainer.placement_plan.details["micro_batch_size"] == 2
+    assert weights_equal(trainer.model, smaller.model)
+    assert "micro-batches of 2 samples are planned: 2 for each batch of the data loader" in caplog.text
+    assert all(line["accumulation_steps"] == 4 for line in lines(trainer))
+    # A resumed run goes on with it, and its plan is not made anew.
+    caplog.clear()
+    resumed = train(make(tmp_path / "ours", **args), resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-5"))
+    assert "The placement is the resumed run's" in caplog.text
+    assert resumed.micro_batch_size == 2
+    assert weights_equal(resumed.model, trainer.model)
+
+
+def test_a_micro_batch_that_fits_is_not_split(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_trainopt.placement.plan.run_planner.device_spec", lambda device: DEVICES["cpu"])
+    plan = planned(tmp_path, memory_budget="1GiB")
+    assert plan.is_stock
+    assert plan.details["micro_batch_size"] == 4
+
+
+def test_no_micro_batch_is_planned_where_it_would_be_another_step(tmp_path, monkeypatch):
+    """A share of the peak is of the whole micro-batch's; a loss of the user's may do anything with a part."""
+    monkeypatch.setattr("hf_trainopt.placement.plan.run_planner.device_spec", lambda device: DEVICES["cpu"])
+
+    class Own(Recording):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    assert "micro_batch_size" not in planned(tmp_path / "share", memory_budget="95%").details
+    assert "micro_batch_size" not in planned(tmp_path / "own", memory_budget="1GiB", cls=Own).details
 
 
 @pytest.mark.parametrize("policy", ["all", "sqrt"])

@@ -7,14 +7,14 @@ import pytest
 import torch
 from placement_models import MODELS
 
-from hf_trainopt.machine.costs import DEVICES
+from hf_trainopt.machine.devices import DEVICES
 from hf_trainopt.placement.plan.chain import choices_of
 from hf_trainopt.placement.plan.plan import PlacementPlan, StageChoice
 from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.plan.policies import named_choices
 from hf_trainopt.placement.plan.stages import find_stages
 from hf_trainopt.placement.recompute.apply import apply_placement
-from hf_trainopt.placement.simulate.replay import StepSetup
+from hf_trainopt.placement.simulate.step_setup import StepSetup
 
 
 STEPS = 10

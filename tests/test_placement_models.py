@@ -16,7 +16,8 @@ from transformers import (
 from transformers.utils import ModelOutput, torch_compilable_check
 
 from hf_trainopt.placement.plan.plan import PlacementPlan
-from hf_trainopt.placement.plan.planner import PlacementPlanner, plan_placement
+from hf_trainopt.placement.plan.plan_model import plan_placement
+from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.plan.policies import named_choices
 from hf_trainopt.placement.plan.stages import find_stages
 from hf_trainopt.placement.recompute.apply import apply_placement

@@ -11,19 +11,22 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_trainopt.machine.costs import DEVICES, FORMULAS, op_cost
+from hf_trainopt.machine.costs import FORMULAS, op_cost
+from hf_trainopt.machine.devices import DEVICES
 from hf_trainopt.placement.plan.budget import gib, parse_budget
 from hf_trainopt.placement.plan.candidate import rank_of
 from hf_trainopt.placement.plan.chain import build_chain, choices_of
 from hf_trainopt.placement.plan.plan import FULL, PlacementPlan, Rewrites, StageChoice
-from hf_trainopt.placement.plan.planner import PlacementPlanner, plan_placement
+from hf_trainopt.placement.plan.plan_model import plan_placement
+from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.plan.policies import named_choices
 from hf_trainopt.placement.plan.solver import solve
 from hf_trainopt.placement.plan.stages import find_stages
 from hf_trainopt.placement.recompute.apply import apply_placement
 from hf_trainopt.placement.rewrite.allowed_rewrites import allowed_rewrites
 from hf_trainopt.placement.simulate.fake import as_on, fake_copy, fake_mode
-from hf_trainopt.placement.simulate.replay import StepReplayer, StepSetup, adamw, model_loss
+from hf_trainopt.placement.simulate.replay import StepReplayer
+from hf_trainopt.placement.simulate.step_setup import StepSetup, adamw, model_loss
 from hf_trainopt.placement.simulate.tracker import StorageTracker
 
 

@@ -22,14 +22,15 @@ from transformers import TrainerCallback, set_seed
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.core.state import STATE_NAME
 from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
-from hf_trainopt.machine.costs import DEVICES
+from hf_trainopt.machine.devices import DEVICES
 from hf_trainopt.placement.part import PLAN_NAME
 from hf_trainopt.placement.plan.budget import gib, parse_budget
 from hf_trainopt.placement.plan.plan import FULL, STORE, PlacementPlan, Rewrites, StageChoice
-from hf_trainopt.placement.plan.planner import PlacementPlanner, plan_placement
+from hf_trainopt.placement.plan.plan_model import plan_placement
+from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.recompute.apply import apply_placement
 from hf_trainopt.placement.simulate.example_batch import largest_batch
-from hf_trainopt.placement.simulate.replay import StepSetup
+from hf_trainopt.placement.simulate.step_setup import StepSetup
 from hf_trainopt.reliability.manifest import MANIFEST_NAME
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, set_seed
 
 from hf_trainopt import EfficientTrainer, EfficientTrainerMixin, EfficientTrainingArgumentsMixin
-from hf_trainopt.machine.costs import DEVICES
+from hf_trainopt.machine.devices import DEVICES
 
 
 BUDGET = {"memory_budget": "75%", "memory_rewrites": "none"}

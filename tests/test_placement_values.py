@@ -17,7 +17,7 @@ from transformers import masking_utils
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.core.shadow import shadow_of
-from hf_trainopt.machine.costs import DEVICES
+from hf_trainopt.machine.devices import DEVICES
 from hf_trainopt.placement.plan.chain import build_chain, chain_profile
 from hf_trainopt.placement.plan.options import OptionExplorer
 from hf_trainopt.placement.plan.plan import FULL, STORE
@@ -25,8 +25,9 @@ from hf_trainopt.placement.plan.solver import solve
 from hf_trainopt.placement.plan.stages import find_stages
 from hf_trainopt.placement.simulate.fake import fake_copy, fake_mode, fake_tensor
 from hf_trainopt.placement.simulate.passes import passes_of
-from hf_trainopt.placement.simulate.replay import StepReplayer, StepSetup
+from hf_trainopt.placement.simulate.replay import StepReplayer
 from hf_trainopt.placement.simulate.residents import ResidentModules
+from hf_trainopt.placement.simulate.step_setup import StepSetup
 from hf_trainopt.placement.simulate.values import UnknownNumber, UnknownNumberError, following_values
 
 

@@ -22,8 +22,8 @@ from placement_cases import Case, TrainingStep
 from placement_measure import tracker_peak
 from run import REPOSITORY, write_json
 
-from hf_trainopt.machine.costs import DEVICES, DeviceSpec
-from hf_trainopt.placement.simulate.replay import model_loss
+from hf_trainopt.machine.devices import DEVICES, DeviceSpec
+from hf_trainopt.placement.simulate.step_setup import model_loss
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "timm", "peft", "numpy", "triton", "tokenizers", "pyarrow")

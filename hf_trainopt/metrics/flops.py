@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import (
 )
 from transformers import TrainingArguments
 
-from ..machine.costs import DEVICES, attention_backward_flops, attention_flops
 from ..machine.costs import FORMULAS as PLANNED_FORMULAS
+from ..machine.costs import attention_backward_flops, attention_flops
+from ..machine.devices import DEVICES
 from .meter import is_compiled
 
 

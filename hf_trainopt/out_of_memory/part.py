@@ -27,6 +27,9 @@ _ADVICE = (
 )
 
 
+_UNKNOWN_ITEMS = "the loss is said to be divided by the items of the step, but these are not known"
+
+
 class OutOfMemoryPart(Part):
     """Windows that don't fit are repeated, with `auto_micro_batch`.
 
@@ -36,6 +39,7 @@ class OutOfMemoryPart(Part):
 
     Attributes:
         ranks: Averages gradients in place of DDP, where windows are repeated on several ranks; else `None`.
+        planned_size: Micro-batch that was planned for a memory budget, to begin with.
     """
 
     name = "out_of_memory"
@@ -43,6 +47,7 @@ class OutOfMemoryPart(Part):
     def __init__(self, trainer: Any, parts: Any):
         super().__init__(trainer, parts)
         self.ranks: Ranks | None = None
+        self.planned_size: int | None = None
         self._slice_size: int | None = None
         self._loaded_size: int | None = None
         self._window_start: WindowStart | None = None
@@ -83,7 +88,15 @@ class OutOfMemoryPart(Part):
                     rank_batch_size(self.trainer),
                 )
             return
-        self._slice_size = self._loaded_size or rank_batch_size(self.trainer)
+        self._slice_size = self._loaded_size or self.planned_size or rank_batch_size(self.trainer)
+        self._is_checked = not self.is_split
+        if self.is_split and self._loaded_size is None and args.should_log:
+            logger.info(
+                "For memory_budget micro-batches of %d samples are planned: %d for each batch of the data loader. The "
+                "effective batch size stays the same.",
+                self._slice_size,
+                -(-rank_batch_size(self.trainer) // self._slice_size),
+            )
         self._window_start = WindowStart(self.trainer.model, args.device)
         if args.world_size > 1:
             self.ranks = Ranks(find_ddp(self.trainer.model_wrapped), args.device)
@@ -157,6 +170,8 @@ class OutOfMemoryPart(Part):
             self.ranks.begin_window()
         self._window_start.save()
         whole, window = window, self._split(window, self._slice_size)
+        if not self._is_checked:
+            self._check_split(window, num_items_in_batch)
         while True:
             loss = failure = None
             try:
@@ -209,10 +224,23 @@ class OutOfMemoryPart(Part):
             ]
         return replace(window, slices=slices)
 
+    def _check_split(self, window: Window, num_items_in_batch: Any) -> None:
+        """Refuse to begin with smaller micro-batches where they would train something else.
+
+        Raises:
+            ValueError: They would; after out of memory the same ends the run.
+        """
+        self._is_checked = True
+        if num_items_in_batch is None and loss_divides_itself(self.trainer, num_items_in_batch):
+            raise ValueError(
+                f"auto_micro_batch has planned micro-batches of {self._slice_size} samples, but {_UNKNOWN_ITEMS}; set "
+                "auto_micro_batch=False."
+            )
+
     def _halved(self, window: Window, num_items_in_batch: Any) -> tuple[int, str | None]:
         """Return the size of micro-batches to try next, or 0 and why there is none."""
         if num_items_in_batch is None and loss_divides_itself(self.trainer, num_items_in_batch):
-            return 0, "the loss is said to be divided by the items of the step, but these are not known"
+            return 0, _UNKNOWN_ITEMS
         try:
             largest = max(count_rows(piece.inputs) for piece in window.slices)
         except ValueError as error:
@@ -252,7 +280,7 @@ class OutOfMemoryPart(Part):
             samples = -(-rank_batch_size(self.trainer) // size)
             logger.warning(
                 "Step %d ran out of memory%s (%s). It is repeated from its start with micro-batches of %d samples "
-                "instead of %d, from here on %d for each that the data loader makes: the batch stays as it is.",
+                "instead of %d, now %d for each of the data loader's: the effective batch size stays the same.",
                 self.trainer.state.global_step + 1,
                 where,
                 failure,

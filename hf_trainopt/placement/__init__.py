@@ -7,9 +7,10 @@ it and verifies the result, `recompute/` and `rewrite/` put the plan on a model.
 
 from .errors import PlacementError
 from .plan.plan import PlacementPlan, Rewrites, StageChoice
-from .plan.planner import PlacementPlanner, plan_placement
+from .plan.plan_model import plan_placement
+from .plan.planner import PlacementPlanner
 from .recompute.apply import AppliedPlacement, apply_placement
-from .simulate.replay import StepSetup
+from .simulate.step_setup import StepSetup
 
 
 __all__ = [

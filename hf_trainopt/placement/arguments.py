@@ -17,8 +17,8 @@ class PlacementArgumentsMixin:
     Args:
         checkpoint_placement (`str`, *optional*): `"none"`, `"all"`, `"every_n"` (`"every_3"`), `"sqrt"`, `"budget"`,
             or the path of a plan. Unset: `"budget"` if `memory_budget` is set, else `"none"`.
-        memory_budget (`str`, *optional*): For `"budget"`: `"12GiB"`, `"75%"` of the peak without recomputation, or a
-            number of bytes. Unset: no limit.
+        memory_budget (`str`, *optional*): For `"budget"`: `"12GiB"`, `"device"` (what tensors can take of the GPU),
+            `"90% of device"`, `"75%"` of the step's peak without recomputation, or a number of bytes. Unset: no limit.
         memory_rewrites (`str`, defaults to `"auto"`): `"auto"` (where they are cheaper than recomputing more for
             `memory_budget`), `"none"` (results to the bit those of a run without placement), or names out of
             `fused_activations` and `chunked_loss`, separated by commas, that are on under any placement.
@@ -38,10 +38,11 @@ class PlacementArgumentsMixin:
     memory_budget: str | None = field(
         default=None,
         metadata={
-            "help": "Most memory that a training step may take on each device: '12GiB', '75%%' of what it would take "
-            "without recomputation, or a number of bytes. Unset (the default): no limit. Set it where a run, or a "
-            "larger batch, doesn't fit: to the GPU's memory less 10 %% for cuDNN's workspaces, fragmentation and the "
-            "CUDA context, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; less 25 %% without."
+            "help": "Most memory that a training step may take on each device: a size such as '12GiB'; 'device', the "
+            "GPU's memory less the CUDA context and what the allocator needs (10 %% with "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, 25 %% without, more for convolutions); '90%% of "
+            "device'; '75%%' of the step's own peak without recomputation; or a number of bytes. Unset (the default): "
+            "no limit. Set it where a run, or a larger batch, doesn't fit."
         },
     )
     memory_rewrites: str = field(
@@ -94,7 +95,7 @@ class PlacementArgumentsMixin:
                     "unset."
                 )
         elif policy == "budget":
-            raise ValueError("checkpoint_placement='budget' needs memory_budget, such as '12GiB' or '75%'.")
+            raise ValueError("checkpoint_placement='budget' needs memory_budget, such as '12GiB' or 'device'.")
         if is_plan_file(policy):
             try:
                 rewrites = PlacementPlan.load(policy).rewrites.names()

@@ -19,7 +19,7 @@ from ..machine.random_state import forked_random_state
 from .arguments import is_plan_file
 from .errors import PlacementError
 from .measure import PeakMeasurement
-from .plan.budget import gib, parse_budget
+from .plan.budget import gib
 from .plan.plan import PlacementPlan
 from .plan.run_planner import RunPlanner
 from .recompute.apply import AppliedPlacement, apply_placement
@@ -108,6 +108,7 @@ class PlacementPart(Part):
     def apply(self, dataloader: Any) -> None:
         """Plan for the batches of a loader and apply, before the model is wrapped."""
         self._take_off()  # what an earlier trial of a hyperparameter search or a larger batch has left
+        self.parts.out_of_memory.planned_size = None
         if not self.is_on:
             self._peak_measurement = None
             return
@@ -115,6 +116,7 @@ class PlacementPart(Part):
         self._peak_measurement = PeakMeasurement(self._peak_measured, self._later_peak_measured)
         self.plan = self._agreed_plan(dataloader)
         self._applied = self._apply_plan()
+        self.parts.out_of_memory.planned_size = self.plan.details.get("micro_batch_size")
         shapes = self.plan.details.get("request", {}).get("batch")
         self._highest_peak = 0
         self._largest_elements = None if shapes is None else sum(map(math.prod, shapes.values()))
@@ -274,8 +276,6 @@ class PlacementPart(Part):
 
     def _warn_if_over_budget(self, num_bytes: int) -> None:
         plan, budget = self.plan, self.plan.budget_bytes
-        if budget is None and self.trainer.args.memory_budget is not None:
-            budget = parse_budget(self.trainer.args.memory_budget, plan.baseline_peak_bytes)
         # A step counter more or less is no reason to plan anew.
         if budget is None or num_bytes <= budget + _NEGLIGIBLE_BYTES:
             return

@@ -13,7 +13,7 @@ from common import Context, Record
 from placement_cases import Case
 from placement_measure import all_plans
 
-from hf_trainopt.machine.costs import DEVICES
+from hf_trainopt.machine.devices import DEVICES
 
 
 def run(context: Context, record: Record, prepared: Any) -> None:

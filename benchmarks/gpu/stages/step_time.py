@@ -25,7 +25,7 @@ from where import where_time_goes
 
 from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.accumulation import controller
-from hf_trainopt.machine.costs import DeviceSpec
+from hf_trainopt.machine.devices import DeviceSpec
 from hf_trainopt.placement.plan.plan import PlacementPlan
 from hf_trainopt.placement.recompute.apply import apply_placement
 

@@ -1,7 +1,6 @@
 """What a step of a run will take in memory: the planner's figures, whether or not a placement is asked for."""
 
 import logging
-import os
 from typing import Any
 
 import psutil
@@ -53,11 +52,6 @@ class MemoryForecast:
             except ValueError as error:
                 self.obstacle = str(error)
         return values
-
-
-def allocator_settings() -> str:
-    """Return the settings of PyTorch's CUDA allocator, by either name of the variable."""
-    return ",".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
 
 
 def device_memory(device: torch.device) -> tuple[int, str] | None:

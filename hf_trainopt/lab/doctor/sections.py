@@ -16,10 +16,11 @@ from ...accumulation.controller import STARTUP_WINDOWS
 from ...accumulation.policy import FixedPolicy
 from ...accumulation.schedule import METRIC_DRIVEN, NOISE_SCALING_RULES, DataIndexedLR, chosen_rule
 from ...accumulation.second_moment import decay_of_step, moment_setting
+from ...machine.device_memory import uses_expandable_segments
 from ...placement.plan.budget import gib
 from ...placement.show.render import time_words
 from ...reliability.losses import obstacle_to_skipping
-from .memory import MemoryForecast, allocator_settings, device_memory
+from .memory import MemoryForecast, device_memory
 
 
 logger = logging.getLogger(__name__)
@@ -278,7 +279,7 @@ def memory_of_a_step(trainer: Trainer, memory: MemoryForecast) -> Lines:
         lines.append(("peak of a step", f"{gib(peak)}, by the plan"))
     else:
         lines.append(("peak of a step", f"not known: {memory.obstacle or 'no plan was made'}"))
-    if args.device.type == "cuda" and "expandable_segments:True" not in allocator_settings():
+    if args.device.type == "cuda" and not uses_expandable_segments():
         lines.append(
             ("allocator", "PyTorch's default, which can reserve a quarter more than tensors take; "
              "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True reserves less")

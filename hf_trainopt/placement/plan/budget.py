@@ -1,7 +1,9 @@
-"""Memory budgets: "12GiB", "800 MB", "75%", or a number of bytes."""
+"""Memory budgets: "12GiB", "800 MB", "device", "90% of device", "75%", or a number of bytes."""
 
 import math
 import re
+
+from ...machine.device_memory import DeviceMemory
 
 
 _UNITS = {
@@ -13,28 +15,49 @@ _UNITS = {
 _BUDGET = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z]*)\s*")
 
 
-def parse_budget(text: str | int | float, baseline_bytes: int | None = None) -> int:
+_OF_DEVICE = re.compile(r"\s*(?:(.*%)\s*of\s+)?device\s*")
+_FORMS = "give '12GiB', 'device', '90% of device', '75%' (of the step's own peak) or a number of bytes"
+
+
+def is_of_device(text: str | int | float) -> bool:
+    """Return whether a budget depends on the memory of the device."""
+    return _OF_DEVICE.fullmatch(str(text)) is not None
+
+
+def is_of_own_peak(text: str | int | float) -> bool:
+    """Return whether a budget is a share of the step's own peak without recomputation."""
+    return not is_of_device(text) and str(text).strip().endswith("%")
+
+
+def parse_budget(
+    text: str | int | float, baseline_bytes: int | None = None, device: DeviceMemory | None = None
+) -> int:
     """Return a memory budget in bytes.
 
     Args:
-        text: A number of bytes; a number with a unit (`"12GiB"`, `"800MB"`; GiB are 2^30 bytes, GB 10^9); or a share
+        text: A number of bytes; a number with a unit (`"12GiB"`, `"800MB"`; GiB are 2^30 bytes, GB 10^9);
+            `"device"`, what tensors can take of the device; `"90% of device"`, a share of all its memory; or a share
             of the peak without recomputation (`"75%"`).
         baseline_bytes: That peak; without it shares are checked and returned as 0.
+        device: The device's memory; likewise.
 
     Raises:
         ValueError: The text is none of these, or not positive, or a share above 100 %.
     """
-    if isinstance(text, bool):
-        raise ValueError(f"memory_budget is {text}; give '12GiB', '75%' or a number of bytes.")
-    match = _BUDGET.fullmatch(str(text))
+    of_device = _OF_DEVICE.fullmatch(str(text))
+    if of_device is not None:
+        if of_device[1] is None:
+            return 0 if device is None else device.usable_bytes
+        return parse_budget(of_device[1].strip(), 0 if device is None else device.total_bytes)
+    match = None if isinstance(text, bool) else _BUDGET.fullmatch(str(text))
     if match is None:
-        raise ValueError(f"memory_budget is '{text}'; give '12GiB', '75%' or a number of bytes.")
+        raise ValueError(f"memory_budget is '{text}'; {_FORMS}.")
     number, unit = float(match[1]), match[2]
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"memory_budget is '{text}'; it must be positive and finite.")
     if unit == "%":
         if number > 100:
-            raise ValueError(f"memory_budget is '{text}'; a share of the peak without recomputation is at most 100%.")
+            raise ValueError(f"memory_budget is '{text}'; a share is at most 100%.")
         return 0 if baseline_bytes is None else int(baseline_bytes * number / 100)
     if not unit:
         if number < 2**20:
@@ -43,7 +66,7 @@ def parse_budget(text: str | int | float, baseline_bytes: int | None = None) -> 
             raise ValueError(f"memory_budget is '{text}', {number:g} bytes; give a unit, such as '{text}GiB'{share}.")
         return int(number)
     if unit.upper() not in _UNITS:
-        raise ValueError(f"memory_budget is '{text}'; its unit must be GiB, MiB, GB, MB or %.")
+        raise ValueError(f"memory_budget is '{text}'; its unit must be GiB, MiB, GB, MB or %; {_FORMS}.")
     return int(number * _UNITS[unit.upper()])
 
 

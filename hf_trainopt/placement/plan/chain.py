@@ -225,6 +225,24 @@ def _run(
     )
 
 
+def path_of(chain: Chain, stages: Mapping[str, StageChoice]) -> tuple[Segment, ...] | None:
+    """Return the path on which each stage makes the given choice; `None` if the chain lacks one of these choices."""
+    known = {(segment.start, segment.stop, segment.choice): segment for segment in chain.segments}
+    choices, path, start = list(stages.values()), [], 0
+    while start < len(choices):
+        stop = start + 1
+        run = choices[start].run
+        while run is not None and stop < len(choices) and choices[stop].run == run:
+            stop += 1
+        members = tuple(replace(choice, run=None) for choice in choices[start:stop])
+        segment = known.get((start, stop, members))
+        if segment is None:
+            return None
+        path.append(segment)
+        start = stop
+    return tuple(path)
+
+
 def choices_of(profile: ChainProfile, path: Sequence[Segment]) -> dict[str, StageChoice]:
     """Return the choice of each stage on a path of the solver."""
     choices: dict[str, StageChoice] = {}

@@ -1,7 +1,7 @@
 """Measures what each choice does to each stage, in as few replays as possible."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,11 +27,17 @@ class OptionExplorer:
         replayer: Replays steps.
         rewrites: The rewrites that are on in all of them.
         progress: Called after each replay with what was done.
+        known: Stage -> choices that are worth having for the same model with another batch; `None`: all are tried.
     """
 
     def __init__(
-        self, replayer: StepReplayer, rewrites: Rewrites = NO_REWRITES, progress: Callable[[str], None] | None = None
+        self,
+        replayer: StepReplayer,
+        rewrites: Rewrites = NO_REWRITES,
+        progress: Callable[[str], None] | None = None,
+        known: Mapping[str, Iterable[StageChoice]] | None = None,
     ):
+        self._known = known
         self.replayer = replayer
         self.rewrites = rewrites
         self.progress = progress or (lambda text: None)
@@ -47,8 +53,11 @@ class OptionExplorer:
         """Return stage -> choice -> profile, without choices that another one beats in everything."""
         for key, names in self.classes.items():
             self._found[key][STORE] = option_profile(self.baseline, self.baseline, names[0], STORE)
-        self._measure({key: self._first_choices(names[0]) for key, names in self.classes.items()})
-        self._measure({key: self._nested_choices(key, names[0]) for key, names in self.classes.items()})
+        if self._known is not None:
+            self._measure({key: list(self._known.get(names[0], [])) for key, names in self.classes.items()})
+        else:
+            self._measure({key: self._first_choices(names[0]) for key, names in self.classes.items()})
+            self._measure({key: self._nested_choices(key, names[0]) for key, names in self.classes.items()})
         options = {}
         for key, names in self.classes.items():
             useful = _undominated(self._found[key])

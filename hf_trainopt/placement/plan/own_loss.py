@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 from ..errors import PlacementError, ReplayError
-from ..simulate.replay import StepSetup
+from ..simulate.step_setup import StepSetup
 from .planner import PlacementPlanner
 
 

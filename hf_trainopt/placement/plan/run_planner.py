@@ -13,22 +13,27 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ...core.batch import copy_batch, count_rows, split_batch
 from ...core.facts import is_sharded, rank_batch_size
 from ...core.shadow import shadow_of
 from ...core.versions import activation_checkpointing_kwargs
-from ...machine.costs import DeviceSpec, device_spec
+from ...machine.device_memory import memory_of_run
+from ...machine.devices import DeviceSpec, device_spec
 from ..arguments import is_plan_file
 from ..errors import PlacementError, ReplayError
 from ..rewrite.allowed_rewrites import allowed_rewrites, check_rewrites
 from ..rewrite.chunked_loss_check import check_chunked_loss
 from ..rewrite.rewrites import available_rewrites
 from ..simulate.example_batch import largest_batch
-from ..simulate.replay import StepSetup, model_loss
+from ..simulate.optimizers import STATES, TableOptimizer
 from ..simulate.residents import ResidentModules
+from ..simulate.step_setup import StepSetup, model_loss
+from .budget import is_of_own_peak
 from .own_loss import has_own_loss, overridden, own_loss_planner
 from .plan import NO_REWRITES, PlacementPlan, Rewrites
 from .planner import PlacementPlanner
 from .policies import named_choices
+from .sizes import fastest_micro_batch
 from .stages import find_stages
 
 
@@ -165,8 +170,46 @@ class RunPlanner:
             logger.warning("No peak is predicted for checkpoint_placement='%s': %s", policy, error)
             return self._unpredicted(policy)
         if policy == "budget":
+            if args.auto_micro_batch:
+                return self._with_micro_batch(batch, available, planner)
             return planner.for_budget(args.memory_budget)
         return planner.named(policy, self._every_n)
+
+    def _with_micro_batch(self, batch: Any, available: Rewrites, whole: PlacementPlanner) -> PlacementPlan:
+        """Return the plan of the micro-batch that is fastest within the budget: the batch, or a part of it.
+
+        Args:
+            batch: As the data loader makes it.
+            available: Rewrites that the model allows.
+            whole: Planner for it.
+        """
+        budget = self.trainer.args.memory_budget
+        if has_own_loss(self.trainer) or is_of_own_peak(budget):
+            # What a loss of the user's does with a part of a batch is known in the run only, and the peak that a share
+            # is of is another for each part.
+            return whole.for_budget(budget)
+        try:
+            rows = count_rows(batch)
+        except ValueError as error:
+            logger.info("The micro-batch is not planned: %s", error)
+            return whole.for_budget(budget)
+        if rows != rank_batch_size(self.trainer):  # packed samples, pairs: what a part of it is isn't known
+            return whole.for_budget(budget)
+        sizes = {size: -(-rows // size) for size in halves(rows)}
+        planners = {rows: whole}
+
+        def planner_for(size: int) -> PlacementPlanner:
+            if size not in planners:
+                part = split_batch(copy_batch(batch), size)[0]
+                planners[size] = self._make_planner(part, available, sizes[size], whole)
+            return planners[size]
+
+        found = fastest_micro_batch(planner_for, sizes, budget)
+        if not found:
+            planner_for(1).check_budget(budget)
+        best = found[0]
+        self.last = planner_for(best.micro_batch)
+        return dataclasses.replace(best.plan, details={**best.plan.details, "micro_batch_size": best.micro_batch})
 
     @property
     def _every_n(self) -> int:
@@ -192,7 +235,10 @@ class RunPlanner:
         self.last = self._make_planner(batch, available)
         return self.last
 
-    def _make_planner(self, batch: Any, available: Rewrites) -> PlacementPlanner:
+    def _make_planner(
+        self, batch: Any, available: Rewrites, pieces: int = 1, like: PlacementPlanner | None = None
+    ) -> PlacementPlanner:
+        """Return a planner of steps on these micro-batches, `pieces` of which are one of the data loader's."""
         shadow: list[Any] = [None]
         residents = ResidentModules(self.trainer)
 
@@ -209,13 +255,15 @@ class RunPlanner:
             autocast_dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(
                 self.trainer.accelerator.mixed_precision
             ),
-            accumulation_steps=self._accumulation.most_steps,
+            accumulation_steps=pieces * self._accumulation.most_steps,
             max_grad_norm=self.trainer.args.max_grad_norm or 0.0,
             world_size=self.trainer.args.world_size,
             residents=residents.tensors,
+            memory=memory_of_run(self.trainer.args.device, self.trainer.model, self.trainer.args.world_size),
         )
         args = self.trainer.args
         options = {"stages": args.placement_stages, "memory_rewrites": args.memory_rewrites, "available": available}
+        options["like"] = like
         try:
             return own_loss_planner(self.trainer, batch, setup, options)
         except ReplayError as error:
@@ -258,6 +306,8 @@ class RunPlanner:
             shadow.model = shadow.model_wrapped = model
             made = shadow.create_optimizer()
             return shadow.optimizer if made is None else made
+        if self.trainer.optimizer_cls_and_kwargs is None and (name := str(self.trainer.args.optim.value)) in STATES:
+            return TableOptimizer(model, name)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.trainer.optimizer_cls_and_kwargs is not None:
             cls, kwargs = self.trainer.optimizer_cls_and_kwargs
@@ -292,7 +342,16 @@ class RunPlanner:
             "optim": str(args.optim),
             "world_size": args.world_size,
             "accumulation_steps": self._accumulation.most_steps,
+            **({"auto_micro_batch": True} if args.auto_micro_batch else {}),
         }
+
+
+def halves(rows: int) -> list[int]:
+    """Return the sizes of micro-batches that out of memory comes down to: 12, 6, 3, 2, 1."""
+    sizes = [rows]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
 
 
 def _largest_shape(batch: Any) -> list[int] | None:

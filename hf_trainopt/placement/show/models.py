@@ -66,11 +66,19 @@ class ModelRequest:
     dtype: torch.dtype | None = None
 
     @property
-    def label(self) -> str:
+    def name(self) -> str:
         """What the model is called."""
-        name = self.model_type or self.timm_model or self.model_name_or_path
-        changes = self.config_overrides or self.model_args
-        return f"{name} ({changes})" if changes else str(name)
+        return str(self.model_type or self.timm_model or self.model_name_or_path)
+
+    @property
+    def changes(self) -> str | None:
+        """What is not as its config says."""
+        return self.config_overrides or self.model_args
+
+    @property
+    def label(self) -> str:
+        """Its name and what is changed."""
+        return f"{self.name} ({self.changes})" if self.changes else self.name
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from ..plan.budget import gib, stated_budget
 from ..plan.plan import PlacementPlan, StageChoice, describe, runs_of
+from ..plan.sizes import SizedPlan
+from ..simulate.replay import Replay
 from ..simulate.tracker import Key
 
 
@@ -31,6 +33,11 @@ NOT_COUNTED = (
     "10 % of the device free with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, 25 % without."
 )
 
+
+_SELECTIVE = (
+    "selective (n kept): of each of these layers, the outputs of n matrix products, convolutions or attentions are "
+    "stored and everything else is recomputed."
+)
 
 # Plans that save less than this share of the baseline beyond the plan above them are not shown.
 _WORTH_A_LINE = 0.005
@@ -62,6 +69,58 @@ def memory_rows(peak_by_key: Mapping[Key, int], stages: Sequence[str]) -> list[M
         name = stage if stage in stages else LOSS_HEAD if kind == "loss" else OUTSIDE
         table[name][column_of[kind]] += num_bytes
     return [MemoryRow(name, columns) for name, columns in table.items()]
+
+
+# What stays in memory whatever is recomputed.
+_RESIDENT = ("parameters", "buffers", "gradients", "communication", "optimizer", "workspace")
+
+
+def first_answer(baseline: Replay, budget: str | None) -> str:
+    """Return what a step takes without recomputation, before any search.
+
+    Args:
+        baseline: That step.
+        budget: What the budget is, as a sentence.
+    """
+    kinds = baseline.peak_by_kind()
+    resident = sum(kinds.get(kind, 0) for kind in _RESIDENT)
+    text = (
+        f"Without recomputation a step takes {gib(baseline.peak_bytes)}. Of it, {gib(resident)} (parameters, "
+        "gradients, optimizer state) stay whatever is recomputed."
+    )
+    return text if budget is None else f"{text} {budget}"
+
+
+def render_totals(baseline_by_key: Mapping[Key, int], chosen_by_key: Mapping[Key, int]) -> str:
+    """Return a table of what the peaks without recomputation and under the chosen plan consist of."""
+    totals = []
+    for name, by_key in (("without recomputation", baseline_by_key), ("total under the chosen plan", chosen_by_key)):
+        rows = memory_rows(by_key, ())
+        totals.append(MemoryRow(name, {column: sum(row.columns[column] for row in rows) for column in COLUMNS}))
+    unit, size, decimals = _unit(max(row.total for row in totals))
+    header = [*COLUMNS, "total"]
+    lines = [f"({unit})".ljust(28) + "".join(f"{name:>13}" for name in header)]
+    for row in totals:
+        figures = [f"{value / size:,.{decimals}f}" for value in (*row.columns.values(), row.total)]
+        lines.append(row.name.ljust(28) + "".join(f"{text:>13}" for text in figures))
+    return "\n".join(lines)
+
+
+def render_sizes(found: Sequence[SizedPlan], best: SizedPlan) -> str:
+    """Return the table of micro-batches with their plans; the best one has an arrow."""
+    lines = [
+        f"  {'micro-batch':>11}{'k':>5}{'as it is':>12}{'with plan':>12}{'extra time':>12}{'samples/s':>12}"
+        "  what the plan does"
+    ]
+    for sized in found:
+        start = (
+            f"{'→' if sized is best else ' '} {sized.micro_batch:>11}{sized.accumulation_steps:>5}"
+            f"{gib(sized.baseline_peak_bytes):>12}{gib(sized.plan.predicted_peak_bytes):>12}"
+            f"{percent(changed_time(sized.plan), signed=True):>12}{sized.samples_per_second:>12,.4g}  "
+        )
+        first, *more = _wrap(words(sized.plan), WIDTH - len(start))
+        lines += [start + first, *(" " * len(start) + text for text in more)]
+    return "\n".join(lines)
 
 
 def _unit(total: int) -> tuple[str, int, int]:
@@ -220,7 +279,10 @@ _PLAN_HEADER = f"  {'':<9}{'peak':>10}{'cut':>9}{'extra time':>12}{'rewrites':>1
 
 
 def render_frontier(
-    frontier: Sequence[PlacementPlan], named: Sequence[PlacementPlan] = (), chosen: PlacementPlan | None = None
+    frontier: Sequence[PlacementPlan],
+    named: Sequence[PlacementPlan] = (),
+    chosen: PlacementPlan | None = None,
+    ends_at_floor: bool = True,
 ) -> str:
     """Return the tables of plans: the frontier from the baseline to the floor, then named policies for comparison.
 
@@ -228,10 +290,11 @@ def render_frontier(
         frontier: Plans, the largest peak first.
         named: Plans of named policies.
         chosen: The plan that gets an arrow.
+        ends_at_floor: Whether the last plan of the frontier is the floor.
     """
     rows = []
     for index, plan in enumerate(frontier):
-        label = "baseline" if plan.is_stock else "floor" if index == len(frontier) - 1 else ""
+        label = "baseline" if plan.is_stock else "floor" if ends_at_floor and index == len(frontier) - 1 else ""
         is_chosen = same_choices(plan, chosen)
         saved = rows[-1][1].predicted_peak_bytes - plan.predicted_peak_bytes if rows else plan.baseline_peak_bytes
         if label or is_chosen or saved >= _WORTH_A_LINE * plan.baseline_peak_bytes:
@@ -243,6 +306,9 @@ def render_frontier(
     lines = [_PLAN_HEADER, "-" * WIDTH, *_plan_lines(rows)]
     if policies:
         lines += ["", "Named policies, for comparison:", *_plan_lines(policies)]
+    shown = [plan for _, plan, _ in (*rows, *policies)]
+    if any(choice.recompute == "selective" for plan in shown for choice in plan.stages.values()):
+        lines += ["", wrapped(_SELECTIVE)]
     return "\n".join(lines)
 
 
@@ -292,7 +358,7 @@ def render_choice(
         *_wrap(" ".join(sentences)),
         "",
         f"Written to {output}. Use it in a training run:" if output else f"Write it with --output {path}, and use it:",
-        f"  {script} ... {_flags(by_file)}",
+        f"  {script} ... {flags(by_file)}",
         "  # or in Python",
         "  from hf_trainopt import EfficientTrainingArguments",
         f"  EfficientTrainingArguments(..., {_keywords(by_file)})",
@@ -304,13 +370,14 @@ def render_choice(
         lines += [
             "",
             "Or let the run make the plan itself, for its own data and device:",
-            f"  {script} ... {_flags(settings)}",
+            f"  {script} ... {flags(settings)}",
             f"  EfficientTrainingArguments(..., {_keywords(settings)})",
         ]
     return "\n".join(lines)
 
 
-def _flags(settings: Mapping[str, str]) -> str:
+def flags(settings: Mapping[str, str]) -> str:
+    """Return settings as flags of a command line."""
     return " ".join(f"--{name} {shlex.quote(value)}" for name, value in settings.items())
 
 

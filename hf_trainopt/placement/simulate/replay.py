@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
 )
 from torch.utils._pytree import tree_leaves
 
-from ...machine.costs import DEVICES, Cost, DeviceSpec
+from ...machine.costs import Cost
 from ..errors import FilledCacheError, PlacementError, ReplayError
 from ..plan.plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice, describe
 from ..recompute.apply import apply_placement, check_model
@@ -24,6 +23,7 @@ from .fake import as_on, fake_batch, fake_copy, fake_mode
 from .fake_contexts import no_checks_of_values, no_logged_traceback, no_packed_sequences
 from .passes import calls_of_checkpoint, passes_of
 from .scratch import cpu_scratch
+from .step_setup import StepSetup, model_loss
 from .tracker import Key, Section, StorageTracker, merged_section
 from .values import UnknownNumberError, following_values, known_pairs
 
@@ -31,52 +31,6 @@ from .values import UnknownNumberError, following_values, known_pairs
 logger = logging.getLogger(__name__)
 
 _LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnknownNumberError)
-
-
-def model_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    """Return the loss that a model of transformers computes itself: `model(**batch).loss`, or its first output."""
-    outputs = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    if isinstance(outputs, torch.Tensor):
-        return outputs if outputs.dim() == 0 else outputs.float().mean()
-    return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """Return the default optimizer of `Trainer` (fused AdamW) over the parameters that are trained."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-
-
-@dataclass(frozen=True)
-class StepSetup:
-    """How a training step is made, apart from the placement.
-
-    Args:
-        device: Where it runs.
-        compute_loss: Loss of a model on a batch.
-        make_optimizer: The optimizer of a model.
-        autocast_dtype: Type of mixed-precision compute; `None`: none.
-        accumulation_steps: Micro-batches in a step, at most: with more than one, gradients of earlier ones are there,
-            and all their inputs are held.
-        max_grad_norm: Clipping, 0 for none.
-        world_size: Devices over which gradients are averaged (DDP holds a copy of them in buckets).
-        follows_values: Whether `compute_loss` may look at values: those that follow from the batch are known, and
-            numbers that the model computes may be recorded (see `values.py`).
-        residents: Returns, for a fake mode, what is in memory all the time besides the model: fake tensors of a
-            reference model.
-    """
-
-    device: DeviceSpec = DEVICES["a100"]
-    compute_loss: Callable[[nn.Module, Any], torch.Tensor] = model_loss
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer | None] = adamw
-    autocast_dtype: torch.dtype | None = None
-    accumulation_steps: int = 1
-    max_grad_norm: float = 1.0
-    world_size: int = 1
-    follows_values: bool = False
-    residents: Callable[[FakeTensorMode], Sequence[torch.Tensor]] = lambda mode: ()
-
-
-DEFAULT_SETUP = StepSetup()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ...machine.costs import Cost, DeviceSpec, op_cost
+from ...machine.costs import Cost, op_cost
+from ...machine.devices import DeviceSpec
 from ..recompute.selective import is_compute_op
 
 

@@ -1,0 +1,258 @@
+"""The flags of `hf-trainopt plan`, and whether they go together."""
+
+import argparse
+import dataclasses
+import os
+import re
+
+import torch
+
+from ...machine.devices import DEVICES, DeviceSpec, custom_device, device_spec, measured_cpu
+from ..arguments import is_plan_file
+from ..plan.budget import parse_budget
+from ..plan.policies import POLICIES, named_choices
+from ..rewrite.allowed_rewrites import check_rewrites
+from . import plot
+from .models import TASKS
+from .optimizers import optimizer_maker
+
+
+# Most micro-batches that adaptive accumulation takes unless told otherwise (`max_accumulation_steps`).
+_ADAPTIVE_STEPS = 32
+
+# Sizes that can be searched for.
+BATCH, BLOCK, IMAGE = "per_device_train_batch_size", "block_size", "image_size"
+
+EPILOG = """examples:
+  hf-trainopt plan --model_type gpt2 --per_device_train_batch_size 8 --block_size 1024 --memory_budget 8GiB
+  hf-trainopt plan --timm_model resnet50 --image_size 224 --per_device_train_batch_size 32 --memory_budget 75%
+  hf-trainopt plan --model_type gpt2 --bf16 --device rtx4090 --memory_budget device \\
+      --find per_device_train_batch_size --per_device_train_batch_size 8 --gradient_accumulation_steps 8
+  hf-trainopt plan --model_name_or_path outputs/gpt2 --bf16 --device h100 --plot frontier.png --output plan.json \\
+      --checkpoint_placement sqrt
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags to a parser."""
+    _add_model(parser.add_argument_group("model (one of the first three)"))
+    _add_step(parser.add_argument_group("training step (as in TrainingArguments)"))
+    _add_device(parser.add_argument_group("device"))
+    _add_choice(parser.add_argument_group("placement (as in EfficientTrainingArguments)"))
+    result = parser.add_argument_group("result")
+    result.add_argument("--output", metavar="PLAN.json", help="write the chosen plan, for --checkpoint_placement")
+    result.add_argument("--plot", metavar="FRONTIER.png", help="draw the frontier (needs matplotlib)")
+    result.add_argument("--json", action="store_true", help="write JSON to stdout instead of tables")
+
+
+def _add_model(model: argparse._ArgumentGroup) -> None:
+    which = model.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model_type", help="model type of transformers with its default config, such as gpt2")
+    which.add_argument("--timm_model", help="architecture of timm, such as resnet50")
+    which.add_argument("--model_name_or_path", help="folder or Hub name; only the config is read, no weights")
+    model.add_argument("--config_overrides", help="changes to the config of --model_type: n_layer=4,n_embd=256")
+    model.add_argument("--model_args", help="more arguments of a timm model as JSON: '{\"in_chans\": 1}'")
+    model.add_argument("--num_classes", type=_positive, help="classes of a classifier")
+    model.add_argument("--task", choices=tuple(TASKS), help="default: what the config is for")
+    model.add_argument("--attn_implementation", help="sdpa, eager, ...")
+    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights")
+
+
+def _add_step(step: argparse._ArgumentGroup) -> None:
+    step.add_argument(f"--{BATCH}", type=_positive, default=8, help="default: 8")
+    step.add_argument("--block_size", type=_positive, help="tokens per sample; default: the model's, at most 1024")
+    step.add_argument("--image_size", type=_positive, help="height and width; default: the model's, else 224")
+    step.add_argument(
+        "--gradient_accumulation_steps",
+        type=_accumulation,
+        default=1,
+        help=f"most micro-batches in a step, or 'adaptive' (at most {_ADAPTIVE_STEPS}), as EfficientTrainer has it "
+        "unless accumulation_policy is 'fixed'; default: 1",
+    )
+    step.add_argument(
+        "--optim",
+        default="adamw_torch_fused",
+        help="as in TrainingArguments; optimizers of other packages (adamw_8bit, paged_adamw_8bit, lion_8bit, "
+        "adamw_torch_4bit, galore_adamw, ...) needn't be installed; default: adamw_torch_fused",
+    )
+    step.add_argument("--max_grad_norm", type=float, default=1.0, help="clipping, 0 for none; default: 1.0")
+    precision = step.add_mutually_exclusive_group()
+    for name in ("bf16", "fp16"):
+        precision.add_argument(f"--{name}", nargs="?", const=True, default=False, type=_boolean, metavar="BOOL")
+    step.add_argument("--world_size", type=_positive, default=1, help="processes of distributed training (DDP)")
+
+
+def _add_device(device: argparse._ArgumentGroup) -> None:
+    device.add_argument(
+        "--device",
+        metavar="NAME",
+        choices=(*DEVICES, "custom"),
+        help=f"default: the GPU of this machine, else a100; one of {', '.join(DEVICES)}, or custom with:",
+    )
+    device.add_argument(
+        "--device_memory", help="size of the device's memory, such as 24GiB; default: its data sheet's"
+    )
+    device.add_argument("--device_bandwidth", type=float, metavar="GB/s", help="to and from its memory, for custom")
+    device.add_argument(
+        "--device_tflops", type=float, metavar="TFLOP/s", help="of dense 16-bit matrix products, for custom"
+    )
+
+
+def _add_choice(choice: argparse._ArgumentGroup) -> None:
+    choice.add_argument(
+        "--memory_budget",
+        help="most memory that a step may take: 12GiB; device (what tensors can take of it: its memory less the CUDA "
+        "context and room for the allocator); 90%% of device; 75%% (of the step's own peak); or bytes; default: none, "
+        "only the frontier is shown",
+    )
+    choice.add_argument(
+        "--find",
+        nargs="+",
+        metavar="SIZE",
+        choices=(BATCH, BLOCK, IMAGE),
+        help=f"find the largest {BATCH}, {BLOCK} or {IMAGE} that fits the budget; for {BATCH} also the fastest one "
+        "with the same samples in a step; both a size of samples and the batch: a table of the two",
+    )
+    choice.add_argument(
+        "--checkpoint_placement",
+        help=f"{', '.join(POLICIES)}; default: budget with --memory_budget, else no plan is chosen; name "
+        "another one to have its figures, or its plan as a file",
+    )
+    choice.add_argument(
+        "--memory_rewrites",
+        default="auto",
+        help="auto (the default): fused_activations and chunked_loss, which change results by rounding only, where "
+        "they are cheaper than recomputing more; none: results to the bit those without placement; or one or both "
+        "names with a comma: on in every plan",
+    )
+    choice.add_argument(
+        "--placement_stages",
+        metavar="REGEX",
+        help="whole names of the modules between which activations are placed; default: the layers; for models where "
+        "these are not found, or for finer ones ('transformer\\.h\\.\\d+\\.mlp')",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 on")
+    return int(text)
+
+
+def _accumulation(text: str) -> int:
+    return _ADAPTIVE_STEPS if text == "adaptive" else _positive(text)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return text.lower() == "true"
+
+
+def check_flags(arguments: argparse.Namespace) -> str | None:
+    """Check flags against each other, before any work; return the placement that is asked for, if any.
+
+    Raises:
+        ValueError: One is no such thing or contradicts another.
+    """
+    policy = _checked_policy(arguments)
+    check_rewrites(arguments.memory_rewrites)
+    if arguments.config_overrides is not None and arguments.model_type is None:
+        raise ValueError("--config_overrides needs --model_type; leave it out.")
+    if arguments.model_args is not None and arguments.model_type is not None:
+        raise ValueError("--model_args is for timm models; use --config_overrides with --model_type.")
+    if arguments.dtype is not None and arguments.timm_model is not None:
+        raise ValueError("--dtype is for models of transformers; leave it out, or use --bf16 with --timm_model.")
+    if not arguments.max_grad_norm >= 0:
+        raise ValueError(f"--max_grad_norm is {arguments.max_grad_norm}; it must be 0 or positive.")
+    if arguments.placement_stages is not None:
+        try:
+            re.compile(arguments.placement_stages)
+        except re.error as error:
+            raise ValueError(
+                f"--placement_stages {arguments.placement_stages} isn't a regular expression ({error}); escape dots "
+                "as in 'encoder\\.layer\\.\\d+'."
+            ) from error
+    optimizer_maker(arguments.optim)
+    _check_device(arguments)
+    _check_find(arguments)
+    if arguments.output is not None and policy is None:
+        raise ValueError("--output needs a plan to write; pass --memory_budget or --checkpoint_placement.")
+    for name in ("output", "plot"):
+        path = getattr(arguments, name)
+        if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
+            raise ValueError(f"--{name} {path} lies in a folder that does not exist; make it first.")
+        if path is not None and os.path.isdir(path):
+            raise ValueError(f"--{name} {path} is a folder; name a file in it.")
+    if arguments.plot is not None:
+        plot.check_plot(arguments.plot)
+    return policy
+
+
+def _checked_policy(arguments: argparse.Namespace) -> str | None:
+    policy, budget = arguments.checkpoint_placement, arguments.memory_budget
+    if budget is not None:
+        parse_budget(budget)
+        if policy not in (None, "budget"):
+            raise ValueError(
+                f"--memory_budget does not go with --checkpoint_placement {policy}; leave one of them out."
+            )
+        return "budget"
+    if policy == "budget":
+        raise ValueError("--checkpoint_placement budget needs --memory_budget, such as 12GiB or device.")
+    if policy is not None and is_plan_file(policy):
+        raise ValueError(
+            f"--checkpoint_placement {policy} is a plan already; pass it to the training run, or choose one of "
+            f"{', '.join(POLICIES)} here."
+        )
+    if policy is not None:
+        named_choices(policy, ["a", "b"])
+    return policy
+
+
+def _check_device(arguments: argparse.Namespace) -> None:
+    custom = {name: getattr(arguments, f"device_{name}") for name in ("memory", "bandwidth", "tflops")}
+    if custom["memory"] is not None:
+        parse_budget(custom["memory"])
+        if "%" in custom["memory"] or "device" in custom["memory"]:
+            raise ValueError(f"--device_memory is {custom['memory']}; give a size, such as 24GiB.")
+    if arguments.device == "custom":
+        missing = [f"--device_{name}" for name, value in custom.items() if value is None]
+        if missing:
+            raise ValueError(f"--device custom needs {' and '.join(missing)} too.")
+    for name in ("bandwidth", "tflops"):
+        value = custom[name]
+        if value is not None and arguments.device != "custom":
+            raise ValueError(f"--device_{name} is for --device custom; leave it out.")
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--device_{name} is {value}; it must be positive.")
+
+
+def _check_find(arguments: argparse.Namespace) -> None:
+    names = arguments.find
+    if names is None:
+        return
+    if arguments.memory_budget is None:
+        raise ValueError("--find needs --memory_budget, such as 24GiB or device.")
+    if "%" in arguments.memory_budget and "device" not in arguments.memory_budget:
+        raise ValueError(
+            f"--find needs a --memory_budget that is the same for all sizes; {arguments.memory_budget} is a share of "
+            "each step's own peak. Give a size, device or 90% of device."
+        )
+    if len(names) != len(set(names)) or {BLOCK, IMAGE} <= set(names):
+        raise ValueError(f"--find takes one size, or {BATCH} with one other; not {' '.join(names)}.")
+    for name in ("output", "plot"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} is for one size; leave it out, and plan the size that --find finds.")
+
+
+def device_of(arguments: argparse.Namespace) -> DeviceSpec:
+    """Return the device to plan for."""
+    memory = None if arguments.device_memory is None else parse_budget(arguments.device_memory)
+    if arguments.device == "custom":
+        return custom_device(memory, arguments.device_bandwidth, arguments.device_tflops)
+    if arguments.device is None:
+        device = device_spec(torch.device("cuda"))
+    else:
+        device = measured_cpu() if arguments.device == "cpu" else DEVICES[arguments.device]
+    return device if memory is None else dataclasses.replace(device, memory=memory)

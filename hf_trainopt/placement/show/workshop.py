@@ -1,0 +1,124 @@
+"""Models and planners as the flags of `hf-trainopt plan` ask, and what they are in words."""
+
+import argparse
+
+import torch
+
+from ..plan.budget import gib
+from ..plan.planner import PlacementPlanner
+from ..simulate.optimizers import PAGED
+from ..simulate.step_setup import StepSetup
+from . import models
+from .flags import device_of
+from .optimizers import optimizer_maker
+from .progress import Progress
+
+
+class Workshop:
+    """Makes models and planners as the flags ask.
+
+    Args:
+        arguments: The flags, checked.
+        progress: Called after each piece of work.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, progress: Progress):
+        self.arguments, self.progress = arguments, progress
+        self.device = device_of(arguments)
+        self.request = models.ModelRequest(
+            model_type=arguments.model_type,
+            config_overrides=arguments.config_overrides,
+            timm_model=arguments.timm_model,
+            model_args=arguments.model_args,
+            model_name_or_path=arguments.model_name_or_path,
+            task=arguments.task,
+            num_classes=arguments.num_classes,
+            attn_implementation=arguments.attn_implementation,
+            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        )
+
+    def build(self, batch: int, block: int | None, image: int | None) -> models.BuiltModel:
+        """Return the model and a batch of these sizes."""
+        built = models.build_model(self.request, batch, block, image)
+        self.progress("built the model")
+        return built
+
+    def planner(
+        self, built: models.BuiltModel, accumulation_steps: int, like: PlacementPlanner | None = None
+    ) -> PlacementPlanner:
+        """Return a planner of steps with this model and batch."""
+        arguments = self.arguments
+        setup = StepSetup(
+            device=self.device,
+            make_optimizer=optimizer_maker(arguments.optim),
+            autocast_dtype=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+            accumulation_steps=accumulation_steps,
+            max_grad_norm=arguments.max_grad_norm,
+            world_size=arguments.world_size,
+        )
+        return PlacementPlanner(
+            built.model,
+            built.batch,
+            setup,
+            stages=arguments.placement_stages,
+            memory_rewrites=arguments.memory_rewrites,
+            like=like,
+            progress=self.progress,
+        )
+
+
+def header(
+    workshop: Workshop, built: models.BuiltModel, planner: PlacementPlanner, sizes: str | None = None
+) -> list[tuple[str, str]]:
+    """Return what is planned for, as names and values; `sizes` stands in for those of the batch."""
+    arguments, request = workshop.arguments, workshop.request
+    parameters = list(built.model.parameters())
+    steps, world = arguments.gradient_accumulation_steps, arguments.world_size
+    batch = sizes or f"{arguments.per_device_train_batch_size} x {built.sample}"
+    if steps > 1 and sizes is None:
+        batch += f", up to {steps} of them accumulated (gradients stay in memory)"
+    if world > 1:
+        batch += f", on each of {world} devices (DDP, with gradient buckets)"
+    device = planner.setup.device
+    if device.kind == "cpu":
+        how = "this machine's processor, measured"
+    elif arguments.device is None and not torch.cuda.is_available():
+        how = f"{device.name} (assumed, there is no GPU here; --device names another)"
+    else:
+        how = device.name
+    if device.memory:
+        how += f", {gib(device.memory)}"
+    optimizer = f"{arguments.optim}, gradients clipped at {arguments.max_grad_norm:g}"
+    if arguments.optim in PAGED:
+        optimizer += "; its pages aren't counted, for they can be moved to the host"
+    count = _count(sum(p.numel() for p in parameters))
+    return [
+        ("Model", f"{request.name}: {type(built.model).__name__}, {count}"),
+        *([("Config", request.changes)] if request.changes else []),
+        ("Batch", batch),
+        ("Precision", precision_of(arguments, built)),
+        ("Optimizer", optimizer),
+        ("Device", how),
+        (
+            "Assumed",
+            "eager mode, samples of full length without padding; times from FLOPs and bytes moved (a roofline)",
+        ),
+    ]
+
+
+def precision_of(arguments: argparse.Namespace, built: models.BuiltModel) -> str:
+    """Return the types of numbers in words."""
+    types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in built.model.parameters()})
+    autocast = "autocast to bfloat16" if arguments.bf16 else "autocast to float16" if arguments.fp16 else "no autocast"
+    return f"weights in {' and '.join(types)}, {autocast}"
+
+
+def _count(number: int) -> str:
+    text = f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
+    return f"{text} parameters"
+
+
+def script_of(built: models.BuiltModel) -> str:
+    """Return the command that trains models for this task."""
+    scripts = {"causal-lm": "python run_clm.py", "image-classification": "python run_image.py"}
+    return scripts.get(built.task, "python your_script.py")
