@@ -166,7 +166,7 @@ def test_few_seeds_are_said():
         return ratio_words(compare("s", "stock", runs, None, "eval_loss"), "stock")
 
     assert "One seed has no interval" in words(1)
-    assert "stands on how far two numbers are apart: use --seeds 5" in words(2)
+    assert "Two seeds have no interval that means anything: use --seeds 5" in words(2)
     assert "use --seeds" not in words(3)
     assert "failed" not in words(3)
     # Pairs are counted: a seed of the baseline that has failed leaves one the less.

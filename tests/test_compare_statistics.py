@@ -67,3 +67,13 @@ def test_differences():
 def test_what_has_no_ratio_is_refused(ours, baseline):
     with pytest.raises(ValueError, match=r"no pair|positive"):
         paired_ratio(ours, baseline)
+
+
+def test_values_of_seeds_as_text():
+    """The mean is the one that ratios are of."""
+    from hf_trainopt.lab.compare.render import _mean
+
+    assert [_mean([]), _mean([2.0]), _mean([2.0, 2.0])] == ["–", "2", "2"]
+    assert _mean([1.0, 4.0]) == "2 (1 to 4)"
+    assert _mean([1.0, 4.0, None]) == "2 (1 to 4), 2 of 3 seeds"
+    assert _mean([-1.0, 4.0]) == "-1 to 4"

@@ -17,6 +17,7 @@ from nbclient import NotebookClient
 from scripts_helpers import ENVIRONMENT
 from transformers import PrinterCallback, Trainer
 
+import hf_trainopt
 import run_clm
 import run_image
 from hf_trainopt import EfficientTrainingArguments
@@ -79,7 +80,26 @@ def test_the_notebook(tmp_path):
     client = NotebookClient(notebook, timeout=170, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=environment)
     assert "text/html" in code[-1].outputs[-1].data, "the report shows itself"
+    printed = "".join(output.get("text", "") for cell in code for output in cell.outputs)
+    assert "loss " in printed
+    assert "it/s" not in printed, "progress bars are quiet"
     assert "% of the memory" in "".join(output.get("text", "") for output in code[-2].outputs)
+
+
+def test_the_notebook_installs_itself_and_uses_public_names_only():
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    text = "".join(cell.source for cell in notebook.cells)
+    assert "colab.research.google.com/github/hf-trainopt/hf_trainopt/blob/main/examples/quickstart.ipynb" in text
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert 'find_spec("hf_trainopt") is None' in code[0]
+    assert "%pip install" in code[0]
+    assert len(code) == 4
+    names = re.findall(r"from (hf_trainopt\S*) import (.+)", text)
+    assert names
+    for module, imported in names:
+        assert module == "hf_trainopt"
+        assert set(imported.split(", ")) <= set(hf_trainopt.__all__)
+    assert not re.search(r"\b_[a-z]|loss_type|\.trainopt", text.replace("_ = trainer.train()", ""))
 
 
 def flags_of(command: tuple[str, ...]) -> dict[str, str]:

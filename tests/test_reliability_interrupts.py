@@ -266,7 +266,7 @@ def test_a_script_that_is_told_to_end(tmp_path):
         )  # fmt: skip
         try:
             deadline = time.monotonic() + 150
-            while "'loss'" not in Path(tmp_path / "log").read_text() and time.monotonic() < deadline:
+            while "| lr " not in Path(tmp_path / "log").read_text() and time.monotonic() < deadline:
                 assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
                 time.sleep(0.1)
             process.terminate()

@@ -38,6 +38,9 @@ document.getElementById("f").onload = event => {
     text: Math.min(...charts.map(svg => parseFloat(style(svg.querySelector("text")).fontSize) * box(svg).width / 400)),
     curves: root.querySelectorAll(".curve path").length,
     stroke: style(root.querySelector(".curve path[style*='--arm']")).stroke,
+    faint: (e => [style(e).stroke, style(e).strokeOpacity])(root.querySelector(".curve.faint path")),
+    columns: new Set([...root.querySelectorAll("section")].map(e => Math.round(box(e).left))).size,
+    lead: box(root.querySelector(".verdict figure")).bottom, used: Math.max(...charts.map(svg => box(svg).right)),
     paper: style(root).backgroundColor, ink: style(root).color,
   };
   document.body.dataset.result = btoa(unescape(encodeURIComponent(JSON.stringify(result))));
@@ -88,14 +91,22 @@ def test_nothing_is_wider_than_the_screen(pages, tmp_path, page, width):
     assert found["smallest"] > 80
     assert found["curves"] > 20
     assert found["text"] > (9 if width >= 390 else 7)
+    if page == "page.html":  # the width of a desktop is used, and the picture of the verdict is on the first screen
+        assert found["columns"] == (2 if width == 1280 else 1)
+        assert found["used"] > 0.9 * width
+        assert width < 1280 or found["lead"] < 900
     assert re.match(r"rgb\(", found["stroke"])  # the variables of the style sheet are known
     (line,) = console
     assert "the probe is heard" in line
 
 
+def channels(colour: str) -> list[int]:
+    return [int(value) for value in re.findall(r"\d+", colour)[:3]]
+
+
 def luminance(colour: str) -> float:
-    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    shares = [value / 255 for value in channels(colour)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -110,6 +121,10 @@ def test_light_and_dark(pages, tmp_path, setting, dark):
 
     assert contrast(paper, ink) > 7  # WCAG AAA for texts
     assert contrast(paper, curve) > 3  # AA for graphics
+    colour, opacity = found["faint"]
+    mixed = [float(opacity) * front + (1 - float(opacity)) * back for front, back in
+             zip(channels(colour), channels(found["paper"]), strict=True)]  # fmt: skip
+    assert contrast(paper, luminance(f"rgb{tuple(map(round, mixed))}")) > 3  # training loss
 
 
 def test_on_paper(pages, tmp_path):

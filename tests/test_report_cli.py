@@ -60,11 +60,11 @@ def test_in_memory_and_from_the_folder_are_the_same(trained):
     memory, disk = trainer.report(title="t"), make_report(root / "ours", title="t")
     # Between two tests the state of accelerate is reset, and with it the number of ranks.
     differing = ("devices", "samples per optimizer step")
-    for name in ("summary", "target", "memory"):
+    for name in ("summary", "memory"):
         rows = [[row for table in section(report, name).tables for row in table.rows if row[0] not in differing]
                 for report in (memory, disk)]  # fmt: skip
         assert rows[0] == rows[1]
-    assert "eval_loss ≤ 4 (set in the runs)" in section(disk, "target").text[0]
+    assert "eval_loss ≤ 4 (set in the runs)" in section(disk, "verdict").text[0]
 
 
 def test_of_two_targets_both_take_the_last(tmp_path):
@@ -121,7 +121,7 @@ def test_a_comparison_as_compare_says(folders, capsys):
     logs = {"stock": [our_history(10, 0.1)] * 2, "ours": [our_history(10, 0.2)] * 2}
     write_comparison(folders / "compare", logs)
     assert run(folders, folders / "compare", "--formats", "html") == 0
-    assert "## Comparison" in capsys.readouterr().out
+    assert "| optimizer steps to the target | 0.5" in capsys.readouterr().out
     assert [path.name for path in (folders / "out").iterdir()] == ["report.html"]
 
 

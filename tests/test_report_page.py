@@ -17,6 +17,7 @@ from report_helpers import our_history, stock_history, write_comparison, write_r
 
 from hf_trainopt.lab.report import Report, make_report
 from hf_trainopt.lab.report.axes import limits, ratio_limits, set_ticks, tick_text
+from hf_trainopt.lab.report.charts import free_place
 from hf_trainopt.lab.report.contents import Band, IntervalPanel, Line, LinePanel, Panel
 from hf_trainopt.lab.report.pictures import svg
 from hf_trainopt.lab.report.seeds import median_curve, with_medians
@@ -95,7 +96,10 @@ def test_numbers_as_text():
     assert [spread([seconds], "s") for seconds in (92.13, 743, 11556)] == ["92.1 s", "12.4 min", "3.21 h"]
     assert [ratio_text(value) for value in (1.0, 0.9784, 123.4, 5000)] == ["1.00", "0.978", "123", "5,000"]
     assert spread([0.01], "GiB") == "10.24 MiB"
-    assert spread([1.0, 3.0], "s") == "2 ± 1.4 s"
+    assert spread([1.0, 4.0], "s") == "2 s (1 to 4)"
+    assert spread([0.0, 3.0]) == "0 to 3"
+    assert spread([2.0, 2.0], "GiB") == "2 GiB"
+    assert spread([1.0, math.nan]) == "not finite in 1 of 2 seeds"
     assert spread([0.42], "%") == "42 %"
 
 
@@ -238,6 +242,74 @@ def test_intervals_that_are_open_or_missing():
     assert {"0.500 (0.400 to 0.600)", "≥ 1.20", "≤ 0.800", "2.00"} <= set(texts)
 
 
+def boxes(root: ElementTree.Element, size: float = 11.0) -> list[tuple[str, float, float, float, float]]:
+    """Return text, left, top, right and bottom of each text of a chart, by the average width of a character."""
+    found = []
+    for element in root.iter("text"):
+        style, words = element.get("style", ""), element.text or ""
+        x, y = float(element.get("x")), float(element.get("y"))
+        wide = 0.6 * size * len(words)
+        left = x - (wide if "text-anchor: end" in style else wide / 2 if "text-anchor: middle" in style else 0)
+        found.append((words, left, y - 0.75 * size, left + wide, y + 0.2 * size))
+    return found
+
+
+def test_texts_of_intervals_do_not_meet_the_line_at_one_or_each_other():
+    points = tuple((f"quantity number {i}", 0, 10 ** (i / 4 - 1), 0.9 * 10 ** (i / 4 - 1), 10 ** (i / 4 - 0.9))
+                   for i in range(9))  # fmt: skip
+    root = drawn(IntervalPanel("n", "t", "x", points))
+    texts = boxes(root)
+    drawings = [path for one in of_class(root, "one") for path in paths(one)]
+    strokes = [[tuple(map(float, point)) for point in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path)] for path in drawings]
+    assert len(strokes) == len(points)
+    for (x, y), (_, end) in strokes:
+        for words, left, top, right, bottom in texts:
+            meets = left < x < right and top < max(y, end) and bottom > min(y, end)
+            assert not meets, words
+    for (a, *first), (b, *second) in itertools.combinations(texts, 2):
+        apart = first[2] <= second[0] or second[2] <= first[0] or first[3] <= second[1] or second[3] <= first[1]
+        assert apart, (a, b)
+
+
+def test_cut_intervals_end_in_arrows():
+    def arrows(low, high):
+        return len(of_class(drawn(IntervalPanel("n", "t", "x", (("a", 0, 0.9, low, high),))), "arrow"))
+
+    assert arrows(0.8, 1.0) == 0
+    assert arrows(0.001, 1.0) == 1
+    assert arrows(1e-9, 400.0) == 2
+    assert arrows(0.9, math.inf) == 1
+    assert arrows(0.0, 0.9) == 1
+
+
+def test_intervals_that_say_nothing_are_not_numbers():
+    (words,) = [words for words, *_ in boxes(drawn(IntervalPanel("n", "t", "x", (("a", 0, 0.9, 1e-9, 400.0),))))
+                if words.startswith("0.9")]  # fmt: skip
+    assert words == "0.900 (not resolved)"
+
+
+@pytest.mark.parametrize(
+    ("ys", "place"),
+    [
+        ([4.0, 3.0, 2.0, 1.0], ("right", "above")),  # the curve is far below the level at its end
+        ([4.0, 3.0, 2.05, 2.1], ("left", "below")),  # it ends right above it
+        ([2.3, 2.3, 2.2, 1.5], ("right", "above")),
+    ],
+)
+def test_the_text_at_a_target_hides_no_curve(ys, place):
+    line = Line(0, np.arange(4.0), np.array(ys))
+    panel = LinePanel("n", "t", "x", "y", (line,), level=(2.0, "target"))
+    scale, across, up = limits(panel)
+    side, where = free_place(panel, "target 2", across, up, scale)
+    assert where == place[1] or side == place[0]
+    (words, left, top, right, bottom) = next(box for box in boxes(drawn(panel)) if box[0].startswith("target"))
+    (curve,) = of_class(drawn(panel), "curve")
+    points = [tuple(map(float, point)) for point in re.findall(r"(-?[\d.]+) (-?[\d.]+)", paths(curve)[0])]
+    xs, heights = zip(*points, strict=True)
+    at = np.interp(np.linspace(left, right, 20), xs, heights, left=np.nan, right=np.nan)
+    assert not ((at > top) & (at < bottom)).any(), words
+
+
 # ---- The page ------------------------------------------------------------------------------------------------------
 
 
@@ -300,9 +372,9 @@ def report(folders) -> Report:
 def test_all_parts_are_there(report):
     reader = Reader(report.to_html())
     headings = reader.text
-    for part in ("Summary", "Comparison", "Time to target", "Loss against training time", "Loss against samples",
-                 "Loss against optimizer steps", "k, micro-batches of a step", "Effective batch",
-                 "Gradient noise scale", "Learning rate", "samples/s", "Peak memory by phase",
+    for part in ("Verdict", "Results", "Ratios to", "training time to target", "Loss against training time",
+                 "Loss against samples", "Loss against optimizer steps", "k, micro-batches of a step",
+                 "Effective batch", "Gradient noise scale", "Learning rate", "samples/s", "Peak memory by phase",
                  "Checkpoint placement"):  # fmt: skip
         assert part in headings
     assert sum(tag == "svg" for tag, _ in reader.tags) >= 12
@@ -356,7 +428,7 @@ def test_hostile_names_are_text(tmp_path):
     markdown = hostile.to_markdown()
     assert "<" not in markdown
     tables = [line for line in markdown.splitlines() if line.startswith("| ")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "not recorded" not in line} <= {4, 7}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "not recorded" not in line} <= {3, 4, 7}
 
 
 def test_hostile_names_in_a_comparison(tmp_path):
@@ -419,8 +491,9 @@ def test_markdown_tables(report):
     text = report.to_markdown()
     assert "| optimizer steps | 10 | 10 |" in text
     brief = report.to_markdown(brief=True)
-    assert "## Time to target" in brief
-    assert "## Comparison" in brief
+    assert "## Verdict" in brief
+    assert "training time to target" in brief
+    assert "ratio to " in brief
     assert "## Throughput" not in brief
     assert str(report) == text
 
@@ -428,7 +501,7 @@ def test_markdown_tables(report):
 def test_pictures(report, tmp_path):
     saved = report.save(tmp_path / "out")
     names = {path.name for path in saved}
-    assert {"report.html", "report.md", "loss.png", "noise_scale.png", "memory.png", "comparison.png"} <= names
+    assert {"report.html", "report.md", "loss.png", "noise_scale.png", "memory.png", "verdict.png"} <= names
     for path in saved:
         if path.suffix == ".png":
             assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -453,7 +526,7 @@ def test_without_matplotlib_the_remedy_is_said(report, tmp_path, monkeypatch, ca
         text = (tmp_path / "out" / name).read_text()
         assert text.count("pip install") == 1
         assert "Last values: " in text
-        assert "Time to target" in text
+        assert "training time to target" in text
     assert "<svg" not in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_an_evaluation_after_training_is_in_the_table(tmp_path, with_state):
         folder.mkdir()
     (folder / "all_results.json").write_text(json.dumps({"eval_loss": 2.5, "eval_accuracy": 0.25, "eval_runtime": 3}))
     report = make_report(folder)
-    (table,) = report.contents.sections[0].tables
+    (table,) = report.contents.sections[1].tables
     rows = {row[0]: row[1] for row in table.rows}
     assert (rows["eval_loss, last"], rows["eval_accuracy, last"]) == ("2.5", "0.25")
     assert not any("eval_runtime" in name for name in rows)
@@ -189,6 +190,10 @@ def test_noise_scale_is_open_where_there_is_no_upper_end(ours):
     assert (band.xs[resolved] <= 5).all()
     assert (band.xs[~resolved] > 5).all()
     assert np.isnan(lines[0].ys[~resolved]).all()
+    guess, last = lines[1].ys, np.flatnonzero(resolved)[-1]
+    assert not np.isnan(guess[~resolved]).any()
+    assert guess[last] == lines[0].ys[last]  # the two curves meet: there is no gap between them
+    assert np.isnan(guess[:last]).all()
 
 
 def test_batches_of_stock_are_means_between_lines(stock):
@@ -273,11 +278,11 @@ def test_what_has_diverged_is_said(tmp_path):
     arms = group([read_run(steady), read_run(diverged)], [None] * 2)
     rows = {row[0]: row[1] for row in summary_table(arms, None).rows}
     assert rows["eval_loss, last"] == rows["train loss, last logged"] == "not finite in 1 of 2 seeds"
-    assert "±" in rows["eval_loss, best"]
-    target, reason = choose_target(arms, arms[0])
+    assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", rows["eval_loss, best"])
+    (alone,) = group([read_run(diverged)], [("", "alone")])
+    target, reason = choose_target([*arms, alone], arms[0])
     assert target is None
     assert "not finite" in reason
-    (alone,) = group([read_run(diverged)], [("", "alone")])
     rows = {row[0]: row[1:] for row in summary_table([*arms, alone], arms[0]).rows}
     assert rows["eval_loss, last"] == ("not finite in 1 of 2 seeds", "not a number")
 

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 
-from .noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics
+from .noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics, noise_logs
 from .policy import AccumulationPolicy, FixedPolicy, Observation, RampPolicy, limit_change
 from .timing import StepTimer
 
@@ -118,6 +118,10 @@ class AccumulationController:
     def noise(self) -> NoiseScale | None:
         """The running noise scale, if any."""
         return self.tracker.estimate() if self.tracker is not None else None
+
+    def noise_logs(self) -> dict[str, float]:
+        """Return the noise scale and its interval as they are logged."""
+        return {} if self.tracker is None else noise_logs(self.noise, self.tracker.last_value)
 
     @property
     def measures_next(self) -> bool:

@@ -169,6 +169,11 @@ class NoiseScaleTracker:
         half_life: In samples over all ranks.
         z: Normal quantile of the interval and of `resolved`.
         min_windows: Windows before anything counts as resolved (two numbers have no reliable spread).
+
+    Attributes:
+        num_windows: Windows that were used.
+        num_dropped: Windows that were dropped because their gradients weren't finite.
+        last_value: Last finite noise scale, in samples; `None` before there was one.
     """
 
     def __init__(self, half_life: float, z: float = 1.96, min_windows: int = 4):
@@ -179,6 +184,7 @@ class NoiseScaleTracker:
         self.min_windows = min_windows
         self.num_windows = 0
         self.num_dropped = 0
+        self.last_value: float | None = None
         self._pending_samples = 0.0
         self._sums = _Sums()
 
@@ -218,6 +224,9 @@ class NoiseScaleTracker:
         ):  # fmt: skip
             setattr(s, name, getattr(s, name) * decay**order + new)
         self.num_windows += 1
+        running = self.estimate()
+        if running is not None and math.isfinite(running.value):
+            self.last_value = running.value
         return True
 
     def estimate(self) -> NoiseScale | None:
@@ -248,6 +257,7 @@ class NoiseScaleTracker:
         return {
             "num_windows": self.num_windows,
             "num_dropped": self.num_dropped,
+            "last_value": self.last_value,
             "pending_samples": self._pending_samples,
             "sums": asdict(self._sums),
         }
@@ -255,13 +265,23 @@ class NoiseScaleTracker:
     def load_state_dict(self, state: dict) -> None:
         self.num_windows = state["num_windows"]
         self.num_dropped = state["num_dropped"]
+        self.last_value = state.get("last_value")  # not in older checkpoints
         self._pending_samples = state["pending_samples"]
         self._sums = _Sums(**state["sums"])
 
 
-def noise_logs(noise: NoiseScale | None) -> dict[str, float]:
-    """Return what is logged of the noise scale: `noise_scale`, `noise_scale_low`, `noise_scale_high` where finite."""
+def noise_logs(noise: NoiseScale | None, last: float | None) -> dict[str, float]:
+    """Return what is logged of the noise scale: `noise_scale`, `noise_scale_low`, and `noise_scale_high` where finite.
+
+    Curves have no gaps: while the running averages give no finite value, `noise_scale` keeps the last one that they
+    gave, raised to the lower end of the interval. `noise_scale_high` is missing there.
+
+    Args:
+        noise: Running noise scale, if any.
+        last: Last finite value (`NoiseScaleTracker.last_value`), if any.
+    """
     if noise is None:
         return {}
-    values = {"noise_scale": noise.value, "noise_scale_low": noise.lower, "noise_scale_high": noise.upper}
+    value = noise.value if math.isfinite(noise.value) or last is None else max(last, noise.lower)
+    values = {"noise_scale": value, "noise_scale_low": noise.lower, "noise_scale_high": noise.upper}
     return {name: value for name, value in values.items() if value < math.inf}

@@ -28,7 +28,7 @@ from .fetch import StockFetch, WindowFetcher
 from .loss_division import LossDivision
 from .mean_loss import MeanLoss
 from .measurement import WindowMeasurement
-from .noise_scale import NoiseScaleTracker, WindowStatistics, noise_logs
+from .noise_scale import NoiseScaleTracker, WindowStatistics
 from .policy import AccumulationPolicy, FixedPolicy, growth_of
 from .schedule import NOISE_SCALING_RULES, DataIndexedLR
 from .sums import POLICY_FAILED, Proposal, with_counted_items
@@ -422,7 +422,7 @@ class AccumulationPart(Part):
         if memory.is_split:
             size = memory.micro_batch_size
             values |= {"accumulation_steps": k * -(-rank_batch_size(self.trainer) // size), "micro_batch_size": size}
-        return values | noise_logs(self.controller.noise)
+        return values | self.controller.noise_logs()
 
     def state_dict(self) -> dict[str, Any] | None:
         # That of the last finished step: a checkpoint may be asked for in the middle of one.

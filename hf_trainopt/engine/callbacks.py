@@ -13,6 +13,7 @@ from typing import Any
 from transformers.trainer_callback import (
     CallbackHandler,
     DefaultFlowCallback,
+    PrinterCallback,
     ProgressCallback,
     TrainerCallback,
     TrainerControl,
@@ -21,6 +22,7 @@ from transformers.trainer_callback import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..accumulation.cursor import DataCursor
+from .console import ConsolePrinter, RunClock
 from .parts import Parts
 
 
@@ -36,6 +38,7 @@ class PartCallbackHandler(CallbackHandler):
         # Not `super().__init__()`: it would add the callbacks anew and warn about those that are there twice.
         self.__dict__.update(handler.__dict__)
         self._parts = parts
+        self._clock = RunClock()
 
     def add_callback(self, callback):
         self._parts.measurements.make_way_for(callback)
@@ -55,16 +58,30 @@ class PartCallbackHandler(CallbackHandler):
         if event == "on_save" and parts.checkpoints.failure is not None:
             return control  # callbacks look for the folder
         with parts.accumulation.reference_steps_shown():
-            if parts.accumulation.cursor is None:
+            cursor = parts.accumulation.cursor
+            prints_short = event == "on_log" and (cursor is not None or any(map(parts.is_logged_key, kwargs["logs"])))
+            if event == "on_train_begin":
+                self._clock.start(self._progress(state))
+            if cursor is None and not prints_short:
                 control = super().call_event(event, args, state, control, **kwargs)
             else:
                 for callback in self.callbacks:
-                    listener, shown = on_data_axis(callback, event, state, parts.accumulation.cursor)
+                    listener, shown = callback, state
+                    if prints_short and type(callback) in (PrinterCallback, ProgressCallback):
+                        seconds_left = self._clock.seconds_left(self._progress(state))
+                        listener = ConsolePrinter(callback, seconds_left, parts.is_logged_key)
+                    elif cursor is not None:
+                        listener, shown = on_data_axis(callback, event, state, cursor)
                     control = self._only(listener).call_event(event, args, shown, control, **kwargs)
             control = self._only(*parts.listeners()).call_event(event, args, state, control, **kwargs)
         if event == "on_save":
             parts.checkpoints.callbacks_saved()
         return control
+
+    def _progress(self, state: TrainerState) -> float:
+        """Return the share of the run's data that was used."""
+        cursor = self._parts.accumulation.cursor
+        return state.global_step / max(1, state.max_steps) if cursor is None else cursor.progress
 
     def _only(self, *listeners: TrainerCallback) -> CallbackHandler:
         """Return a stock handler for some listeners, with what this one hands to each: model, optimizer, ..."""

@@ -12,7 +12,7 @@ from torch.autograd.graph import register_multi_grad_hook
 
 from ..accumulation.controller import AccumulationController
 from ..accumulation.gradient_norms import MicroBatchNorms
-from ..accumulation.noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics, noise_logs
+from ..accumulation.noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics
 from ..accumulation.policy import FixedPolicy
 from ..accumulation.sums import Proposal, local_sums, micro_batch_weights, pack_sums, unpack_sums
 from ..accumulation.timing import StepTimer
@@ -295,7 +295,7 @@ class GradientStatisticsCallback(MeasurementCallback):
         return replace(unpack_sums(found[:length])[1], num_micro_batches=0)
 
     def values(self, args, state, logs):
-        return noise_logs(self.noise)
+        return {} if self._controller is None else self._controller.noise_logs()
 
 
 def _count_targets(batch: dict[str, Any], shifted: bool) -> int:

@@ -4,18 +4,24 @@ import statistics
 from collections.abc import Sequence
 
 from .comparison import RATIOS, ArmResult, Comparison
-from .statistics import Estimate
+from .statistics import WIDEST, Estimate
 
 
 def estimate_text(estimate: Estimate | None, form: str = ".2f") -> str:
-    """Return `0.63 (0.58 to 0.69)`, `≥ 1.20` for a bound, `–` where nothing is known."""
+    """Return `0.63 (0.58 to 0.69)`, `≥ 1.20` for a bound, `–` where nothing is known.
+
+    Intervals over two pairs aren't shown. One that spans more than a factor of ten reads `(not resolved)`.
+    """
     if estimate is None or estimate.value is None:
         return "–"
     sign = {"at least": "≥ ", "at most": "≤ "}.get(estimate.bound, "")
     text = f"{sign}{estimate.value:{form}}"
-    if estimate.lower is not None:
-        text += f" ({estimate.lower:{form}} to {estimate.upper:{form}})"
-    return text
+    if estimate.interval is None:
+        return text
+    lower, upper = estimate.interval
+    if upper > WIDEST * lower and not form.startswith("+"):
+        return f"{text} (not resolved)"
+    return f"{text} ({lower:{form}} to {upper:{form}})"
 
 
 def markdown(comparison: Comparison) -> str:
@@ -24,7 +30,7 @@ def markdown(comparison: Comparison) -> str:
     parts = [f"# {comparison.script}: {', '.join(arm.name for arm in arms)}", target_words(comparison)]
     head = ["", *(f"{arm.name}" for arm in arms)]
     rows = value_rows(comparison)
-    parts.append("Mean over the seeds ± standard deviation:\n\n" + _table(head, rows))
+    parts.append("Geometric mean over the seeds (lowest to highest):\n\n" + _table(head, rows))
     others = arms[1:]
     if others:
         rows = ratio_rows(comparison)
@@ -70,7 +76,7 @@ def ratio_words(comparison: Comparison, baseline: str) -> str:
     if fewest == 1:
         text += " One seed has no interval: use --seeds."
     elif fewest == 2:
-        text += " An interval over two seeds stands on how far two numbers are apart: use --seeds 5."
+        text += " Two seeds have no interval that means anything: use --seeds 5."
     if any("≥" in cell or "≤" in cell for cell in cells):
         text += " ≥ and ≤: a run ended before it was at the target, so that its ratio is only bounded."
     return text
@@ -116,10 +122,14 @@ def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    text = f"{statistics.fmean(known):.4g}"
-    if len(known) > 1:
-        text += f" ± {statistics.stdev(known):.2g}"
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+    low, high = f"{min(known):.4g}", f"{max(known):.4g}"
+    if low == high:
+        text = low
+    elif min(known) <= 0:  # has no geometric mean
+        text = f"{low} to {high}"
+    else:
+        text = f"{statistics.geometric_mean(known):.4g} ({low} to {high})"
+    return text if len(known) == len(values) else f"{text}, {len(known)} of {len(values)} seeds"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

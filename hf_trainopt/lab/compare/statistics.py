@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+# Of an interval that is shown. The t quantile of two pairs is 12.7.
+FEWEST_PAIRS = 3
+# Ratio of the ends of an interval of a ratio beyond which it says nothing that numbers would add to.
+WIDEST = 10.0
+
+
 @dataclass(frozen=True)
 class Measured:
     """What one run took.
@@ -42,6 +48,11 @@ class Estimate:
     @property
     def ratio(self) -> float | None:
         return self.value
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval, `None` without one or over two pairs: it then stands on a single difference."""
+        return None if self.lower is None or self.num_pairs < FEWEST_PAIRS else (self.lower, self.upper)
 
 
 def check_scipy() -> None:

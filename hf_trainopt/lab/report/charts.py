@@ -10,6 +10,7 @@ import numpy as np
 
 from .axes import limits, ratio_limits, set_ticks
 from .contents import BarPanel, IntervalPanel, Line, LinePanel, Panel
+from .ratios import is_resolved
 from .summary import figure as shown
 from .summary import ratio_text
 from .theme import arm_dashes, arm_name, light, part_name
@@ -18,8 +19,10 @@ from .theme import arm_dashes, arm_name, light, part_name
 # Of a chart in points, the units of the SVG. A phone shows it at about this size, so that texts stay legible.
 WIDTH, HEIGHT = 400, 250
 _ROW = 36
-# Width of a character of the size 12, on average.
-_CHARACTER = 6.4
+# Opacity of raw training values on paper; the style sheet has one of its own for dark pages.
+FAINT = 0.7
+# Width of a character of the size 11, on average.
+_CHARACTER = 5.9
 
 # What the `gid` of an artist begins with: the class of its element on a page and, behind |, a text for the mouse.
 CLASS = "class:"
@@ -104,15 +107,51 @@ def _lines(axes: Any, panel: LinePanel) -> None:
     if panel.level is not None and low <= panel.level[0] <= high:
         value, text = panel.level
         axes.axhline(value, color=light("ink"), linestyle=(0, (5, 4)), linewidth=1)
-        below = value > low + 0.85 * (high - low) if scale == "linear" else value > low * (high / low) ** 0.85
-        axes.annotate(f"{printable(text)} {shown(value)}", (1, value), xycoords=axes.get_yaxis_transform(), ha="right",
-                      va="top" if below else "bottom", xytext=(-2, -3 if below else 3), textcoords="offset points",
-                      gid=CLASS + "halo")  # fmt: skip
+        text = f"{printable(text)} {shown(value)}"
+        side, place = free_place(panel, text, (left, right), (low, high), scale)
+        axes.annotate(text, (side == "right", value), xycoords=axes.get_yaxis_transform(), ha=side,
+                      va="bottom" if place == "above" else "top", xytext=(-2 if side == "right" else 2,
+                      3 if place == "above" else -3), textcoords="offset points", gid=CLASS + "halo")  # fmt: skip
     axes.set_xlim(left, right)
     axes.set_ylim(low, high)
     set_ticks(axes.xaxis, "linear", (left, right))
     set_ticks(axes.yaxis, scale, (low, high))
     axes.grid(True, axis="y")
+
+
+def free_place(
+    panel: LinePanel, text: str, across: tuple[float, float], up: tuple[float, float], scale: str
+) -> tuple[str, str]:
+    """Return where the text at a chart's level hides least of the curves.
+
+    Args:
+        panel: The chart.
+        text: The text.
+        across: Ends of the axis along which runs go.
+        up: Ends of the axis of the values.
+        scale: Of that axis.
+
+    Returns:
+        `"right"` or `"left"`, and `"above"` or `"below"` the level; on the right and above it if all are free.
+    """
+
+    def height_of(ys: Any) -> Any:
+        low, high, values = (np.log(v) if scale != "linear" else v for v in (*up, np.maximum(ys, np.nextafter(0, 1))))
+        return (values - low) / (high - low)
+
+    level, tall = float(height_of(panel.level[0])), 1.6 * _CHARACTER * 1.6 / HEIGHT
+    wide = min(1.0, (_CHARACTER * len(text) + 8) / (0.9 * WIDTH))
+    best = None
+    for place, ends in (("above", (level, level + tall)), ("below", (level - tall, level))):
+        for side, span in (("right", (1 - wide, 1.0)), ("left", (0.0, wide))):
+            xs = across[0] + (across[1] - across[0]) * np.linspace(*span, 25)
+            hidden = 1000.0 * (ends[0] < 0 or ends[1] > 1.02)
+            for line in panel.lines:
+                heights = height_of(np.interp(xs, line.xs, line.ys, left=np.nan, right=np.nan))
+                hidden += np.count_nonzero((heights > ends[0]) & (heights < ends[1])) / (4 if line.of_seed else 1)
+            if best is None or hidden < best[0]:
+                best = hidden, side, place
+    return best[1], best[2]
 
 
 def _at(curve: Any, indices: np.ndarray) -> Any:
@@ -123,7 +162,7 @@ def _at(curve: Any, indices: np.ndarray) -> Any:
 
 def _curve(axes: Any, line: Line) -> None:
     colour, faint = light(arm_name(line.arm)), line.of_seed or line.style in ("faint", "guess")
-    look = {"color": colour, "alpha": {"faint": 0.45, "guess": 0.7}.get(line.style, 0.5 if line.of_seed else 1.0)}
+    look = {"color": colour, "alpha": {"faint": FAINT, "guess": 0.7}.get(line.style, 0.5 if line.of_seed else 1.0)}
     pattern = {"faint": "-", "guess": (0, (1.5, 3))}.get(line.style, dashes(line.arm))
     marked = line.style == "marked" and not line.of_seed
     axes.plot(
@@ -174,29 +213,38 @@ def _intervals(axes: Any, panel: IntervalPanel) -> None:
     low, high = ratio_limits(panel)
     axes.set_xscale("log")
     _rows(axes, len(panel.points))
-    axes.axvline(1, color=light("ink"), linewidth=1.3, zorder=1)
+    axes.set_xlim(low, high)
+    set_ticks(axes.xaxis, "log", (low, high))
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high and tick != 1]
     for row, (label, arm, ratio, lower, upper) in enumerate(panel.points):
         text = interval_text(ratio, lower, upper)
         _row_text(axes, row, _shortened(label, _CHARACTER * (len(text) + 1)), "left")
         _row_text(axes, row, text, "right")
         colour = light(arm_name(arm or 0))
+        # Not through the texts: the lines of a grid, and that at 1, are as high as the interval of their row.
+        axes.vlines(ticks, row + 0.02, row + 0.48, color=light("grid"), linewidth=1, zorder=0.5)
+        axes.vlines([1], row + 0.02, row + 0.48, color=light("ink"), linewidth=1.3, zorder=1, gid=CLASS + "one")
         if not (math.isnan(lower) or math.isnan(upper)):
             ends = (max(lower, low), min(upper, high))
             axes.plot(ends, [row + 0.25] * 2, color=colour, linewidth=2.2, gid=CLASS + "interval")
-            for end, mark in ((ends[0], "<" if lower <= 0 else ""), (ends[1], ">" if math.isinf(upper) else "")):
-                axes.plot([end], [row + 0.25], marker=mark, color=colour, markersize=7, clip_on=False)
+            for end, mark, is_cut in ((ends[0], "<", lower < low), (ends[1], ">", upper > high)):
+                if is_cut:  # it goes on beyond the chart, or for ever
+                    axes.plot([end], [row + 0.25], marker=mark, color=colour, markersize=8, markeredgewidth=0,
+                              clip_on=False, gid=CLASS + "arrow")  # fmt: skip
         axes.plot([ratio], [row + 0.25], "o", color=colour, markersize=8, markeredgewidth=0, zorder=3)
-    axes.set_xlim(low, high)
-    set_ticks(axes.xaxis, "log", (low, high))
-    axes.grid(True, axis="x")
 
 
 def interval_text(ratio: float, low: float, high: float) -> str:
-    """Return a ratio with its interval: `0.63 (0.58 to 0.69)`, `≥ 1.20`, `≤ 0.80`, or alone without one."""
+    """Return a ratio with its interval: `0.63 (0.58 to 0.69)`, `≥ 1.20`, `≤ 0.80`, or alone without one.
+
+    The ends of an interval that spans more than a factor of ten say nothing: `0.63 (not resolved)`.
+    """
     if math.isinf(high):
         return f"≥ {ratio_text(ratio)}"
     if low <= 0:
         return f"≤ {ratio_text(ratio)}"
     if math.isnan(low) or math.isnan(high):
         return ratio_text(ratio)
+    if not is_resolved(low, high):
+        return f"{ratio_text(ratio)} (not resolved)"
     return f"{ratio_text(ratio)} ({ratio_text(low)} to {ratio_text(high)})"

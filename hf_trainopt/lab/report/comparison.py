@@ -14,7 +14,7 @@ from hf_trainopt.lab.compare.render import machine_words, ratio_rows, ratio_word
 from hf_trainopt.lab.compare.statistics import Estimate
 from hf_trainopt.metrics.targets import Target
 
-from .contents import IntervalPanel, Table
+from .contents import Table
 from .reading import model_name, read_beside, with_derived
 from .runs import Run, number
 from .summary import figure
@@ -23,9 +23,6 @@ from .summary import figure
 RESULT_NAME, RECORDS_NAME = "comparison.json", "records"
 
 _REMEDY = "run the same `hf-trainopt compare` command again, which keeps finished runs"
-
-# Quantities of which more is better; of the metric at the end the target says it.
-_RISING = ("throughput",)
 
 
 @dataclass(frozen=True)
@@ -53,26 +50,24 @@ class ComparisonFolder:
         return self.result.target if self.result is not None else None
 
     def text(self) -> tuple[str, ...]:
-        """Return the paragraphs above the tables."""
+        """Return what the runs are, in paragraphs."""
         if self.result is None:
             unfinished = f"There is no {RESULT_NAME} yet: {_REMEDY}. Below are the runs that have finished."
             return (unfinished, *self.notes)
-        words = [f"Script: {self.result.script}.", target_words(self.result)]
-        if len(self.result.arms) > 1:
-            words.append(ratio_words(self.result, self.result.baseline))
-        return (*words, machine_words(self.result), *self.notes)
+        words = [ratio_words(self.result, self.result.baseline)] if len(self.result.arms) > 1 else []
+        return (*words, f"Script: {self.result.script}. {machine_words(self.result)}", *self.notes)
 
     def tables(self) -> tuple[Table, ...]:
-        """Return ratios, then what each arm took, then the runs that are not compared."""
+        """Return what has no curve on the page: arms without records, and runs that are not compared."""
+        if self.result is None:
+            return ()
         tables = []
-        if self.result is not None:
-            arms = [arm.name for arm in self.result.arms]
-            if len(arms) > 1:
-                rows = tuple(tuple(_said(cell) for cell in row) for row in ratio_rows(self.result))
-                tables.append(Table(("", *arms[1:]), rows, f"Ratios to {self.result.baseline}"))
+        drawn = {name for name, _ in self.runs}
+        if any(arm.name not in drawn for arm in self.result.arms):
             rows = tuple(tuple(_said(cell) for cell in row) for row in value_rows(self.result))
-            tables.append(Table(("", *arms), rows, "Mean over the seeds ± standard deviation"))
-        if self.others and self.result is not None and self.result.target is not None:
+            arms = (arm.name for arm in self.result.arms)
+            tables.append(Table(("", *arms), rows, f"As {RESULT_NAME} has it: geometric mean (lowest to highest)"))
+        if self.others and self.result.target is not None:
             metric = self.result.target.metric
             swept = tuple((name, _metric(run, metric)) for name, run in self.others if _is_swept(name))
             left = tuple((run.name, _metric(run, metric)) for name, run in self.others if not _is_swept(name))
@@ -83,36 +78,6 @@ class ComparisonFolder:
                 if rows:
                     tables.append(Table((first, f"{metric}, last"), rows, title, folded=True))
         return tuple(tables)
-
-    def panel(self, name: str, arms: Mapping[str, int]) -> IntervalPanel | None:
-        """Return the ratios with their intervals as a chart; `None` without any.
-
-        Args:
-            name: Of the chart.
-            arms: Name of an arm -> its index, for the colours.
-        """
-        result = self.result
-        compared = result.arms[1:] if result is not None else []
-        points = []
-        for quantity, label in RATIOS.items():
-            for arm in compared:
-                estimate = arm.ratios.get(quantity)
-                if estimate is None or estimate.value is None:
-                    continue
-                text = (f"{arm.name}: " if len(compared) > 1 else "") + self._label(quantity, label)
-                points.append((text, arms.get(arm.name), estimate.value, *_ends(estimate)))
-        if not points:
-            return None
-        said = "; ".join(f"{text} {ratio:.3g}" for text, _, ratio, _, _ in points)
-        xlabel = f"ratio to {result.baseline}, 95 % interval"
-        return IntervalPanel(name, f"Ratios to {result.baseline}", xlabel, tuple(points), summary=f"{said}.")
-
-    def _label(self, quantity: str, label: str) -> str:
-        target = self.result.target
-        rises = quantity in _RISING
-        if quantity == "final_metric" and target is not None:
-            label, rises = f"{target.metric} at the end", target.greater_is_better
-        return f"{label} (more is better)" if rises else label
 
 
 def _is_swept(name: str) -> bool:
@@ -126,17 +91,6 @@ def _said(cell: str) -> str:
 def _metric(run: Run, metric: str) -> str:
     value = run.last(metric)
     return "not recorded" if value is None else f"{value:.4f}" if math.isfinite(value) else figure(value)
-
-
-def _ends(estimate: Estimate) -> tuple[float, float]:
-    """Return the ends of an interval as charts have them: NaN without one, 0 or infinity where it is open."""
-    if estimate.bound == "at least":
-        return estimate.value, math.inf
-    if estimate.bound == "at most":
-        return 0.0, estimate.value
-    if estimate.lower is None or estimate.upper is None:
-        return math.nan, math.nan
-    return estimate.lower, estimate.upper
 
 
 # ---- Reading -------------------------------------------------------------------------------------------------------

@@ -153,6 +153,7 @@ class Section:
         tables: Tables.
         panels: Charts.
         legend: Further entries of the legend, beside the arms: (style of line, text).
+        lead: Sentences that stand above all else, in large letters.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     panels: tuple[Panel, ...] = ()
     legend: tuple[tuple[str, str], ...] = ()
+    lead: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,10 @@ from . import pictures, theme
 from .contents import Contents, IntervalPanel, LinePanel, Section, arms_shown
 
 
+# Of a table that half the width of a desktop is enough for.
+_COLUMNS_OF_HALF = 4
+
+
 @functools.cache
 def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -31,7 +35,7 @@ def _template() -> Any:
         absent_cells=("not recorded", "–"),
         has_curves=lambda section: _has(section, LinePanel),
         has_intervals=lambda section: _has(section, IntervalPanel),
-        is_short=_is_short,
+        layout=_layout,
     )
     return environment.get_template("report.html")
 
@@ -40,9 +44,15 @@ def _has(section: Section, kind: type) -> bool:
     return any(isinstance(panel, kind) for panel in section.panels)
 
 
-def _is_short(section: Section) -> bool:
-    """Whether a section stays on one page on paper."""
-    return len(section.panels) <= 2 and sum(len(table.rows) for table in section.tables) <= 6
+def _layout(section: Section) -> str:
+    """Return the classes of a section: `short` stays on one page of paper, `half` has room for another beside it."""
+    classes = []
+    if len(section.panels) <= 2 and sum(len(table.rows) for table in section.tables) <= 6:
+        classes.append("short")
+    columns = max((len(table.columns) for table in section.tables), default=0)
+    if len(section.panels) <= (2 if section.name == "loss" else 1) and columns <= _COLUMNS_OF_HALF:
+        classes.append("half")
+    return " ".join(classes)
 
 
 def render(contents: Contents, whole: bool) -> str:

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from .contents import Contents, Section, Table
+from .charts import interval_text
+from .contents import Contents, IntervalPanel, Section, Table
 from .pictures import missing
 
 
@@ -34,15 +35,22 @@ def markdown(contents: Contents, pictures: Mapping[str, str] | None = None, only
 
 
 def _section(section: Section, picture: str | None, brief: bool) -> list[str]:
-    parts = [f"## {escape(section.title)}", *(escape(text) for text in section.text)]
+    parts = [f"## {escape(section.title)}", *(f"**{escape(text)}**" for text in section.lead)]
+    parts += [escape(text) for text in section.text]
+    parts += [_table(_ratios(panel)) for panel in section.panels if isinstance(panel, IntervalPanel)]
     for table in section.tables:
         parts += [f"### {escape(table.title)}"] if table.title else []
         parts.append(_table(table))
     if picture is not None:
         parts.append(f"![{escape(section.title)}]({picture})")
-    if section.panels and not brief:
-        parts.append("\n".join(f"- {escape(panel.title)}: {escape(panel.summary)}" for panel in section.panels))
+    if curves := [panel for panel in section.panels if not isinstance(panel, IntervalPanel) and not brief]:
+        parts.append("\n".join(f"- {escape(panel.title)}: {escape(panel.summary)}" for panel in curves))
     return parts
+
+
+def _ratios(panel: IntervalPanel) -> Table:
+    rows = tuple((text, interval_text(ratio, low, high)) for text, _, ratio, low, high in panel.points)
+    return Table(("", panel.xlabel), rows)
 
 
 def _table(table: Table) -> str:

@@ -49,7 +49,7 @@ def choose_target(
     """Return the target that runs are compared on, and what is to be said if there is none.
 
     It is the one that is given, else the one that all runs that were trained towards one agree on, else the last
-    evaluation of the baseline (the worst of its seeds).
+    evaluation of the baseline (the worst of its seeds), if there are others to compare with.
 
     Raises:
         ValueError: No run has evaluated the metric of the given target.
@@ -72,9 +72,10 @@ def choose_target(
     metric = main_metric(arms)
     evaluated = [run for run in baseline.runs if metric in run.keys] if baseline is not None else []
     finals = [run.last(metric) for run in evaluated]
+    if finals and len(arms) < 2:
+        return None, "no target was set; name one (target_metric and target_value)."
     if not all(map(math.isfinite, finals)):
         return None, "the last evaluation of the baseline is not finite; name one (target_metric and target_value)."
     if finals:
-        whose = f"the baseline, {baseline.name}" if len(arms) > 1 else baseline.name
-        return Target(metric, max(finals), False, f"the last evaluation of {whose}"), None
+        return Target(metric, max(finals), False, f"the last evaluation of the baseline, {baseline.name}"), None
     return None, "no target was set; name one (target_metric and target_value), or evaluate during training."

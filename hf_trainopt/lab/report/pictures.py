@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from .charts import CLASS, WIDTH, dashes, draw, height, printable
+from .charts import CLASS, FAINT, WIDTH, dashes, draw, height, printable
 from .contents import BarPanel, Contents, LinePanel, Panel, Section, arms_shown
 from .theme import PALETTE, arm_name, light, part_name
 
@@ -80,7 +80,7 @@ def svg(panel: Panel) -> str:
     """
     from matplotlib.figure import Figure
 
-    with _style(**{"font.size": 12, "svg.hashsalt": panel.name}):
+    with _style(**{"font.size": 11, "svg.hashsalt": panel.name}):
         figure = Figure(figsize=(WIDTH / 72, height(panel) / 72), layout="constrained")
         figure.get_layout_engine().set(w_pad=2 / 72, h_pad=2 / 72)
         draw(figure.subplots(), panel)
@@ -140,7 +140,7 @@ def _legend(section: Section, arms: Sequence[str]) -> list[Any]:
         return Line2D([], [], color=light(colour), label=printable(label), **look)
 
     styles = {
-        "faint": lambda text: line(text, linewidth=1, alpha=0.45),
+        "faint": lambda text: line(text, linewidth=1, alpha=FAINT),
         "marked": lambda text: line(text, linewidth=1.7, marker="o", markersize=4),
         "seed": lambda text: line(text, linewidth=0.9, alpha=0.5),
         "guess": lambda text: line(text, linewidth=1, linestyle=":"),

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 FORMATS = ("html", "md", "png")
 
 # What is told where there is no room for more.
-BRIEF = ("summary", "comparison", "target")
+BRIEF = ("verdict", "summary", "comparison")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Report:
         """Return texts and tables as Markdown.
 
         Args:
-            brief: Summary, comparison and target only.
+            brief: Verdict, results and comparisons only.
         """
         return markdown.markdown(self.contents, only=BRIEF if brief else None)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from hf_trainopt.lab.compare.render import target_words
 from hf_trainopt.metrics.targets import Target
 from hf_trainopt.placement.plan.budget import gib
 from hf_trainopt.placement.plan.plan import PlacementPlan, StageChoice, describe
@@ -10,7 +11,7 @@ from hf_trainopt.placement.show.render import percent, words
 
 from .arms import Arm
 from .comparison import ComparisonFolder
-from .contents import Contents, Section, Table
+from .contents import Contents, LinePanel, Section, Table
 from .metrics import common_axis, evaluation_metrics, main_metric, without_axis
 from .panels import (
     accumulation_panels,
@@ -24,15 +25,19 @@ from .panels import (
     rate_curve,
     step_memory_panel,
 )
+from .ratios import MAIN, Ratio, arm_ratios, ratio_panel
 from .seeds import seed_legend
 from .settings import settings_rows
-from .summary import NOT_RECORDED, PHASES, figure, headings, largest, spread, summary_table, target_table
+from .summary import NOT_RECORDED, PHASES, figure, headings, largest, spread, summary_table
+from .verdict import verdicts
 
 
 TIME_ABSENT = (
     "Add ThroughputCallback (hf_trainopt.metrics) to a stock Trainer, or report_to='tensorboard', to have it."
 )
 
+# More ratios than these don't stand beside the verdict.
+_MOST_RATIOS = 14
 # More metrics than these are in the table only.
 _MOST_METRIC_PANELS = 4
 
@@ -58,14 +63,23 @@ def contents(
     """
     sections: list[Section] = []
     absent: list[tuple[str, str]] = []
+    leading = _leading(baseline, target, comparisons)
     if arms:
-        sections.append(_summary(arms, baseline))
-    sections += [_comparison(comparison, index, arms) for index, comparison in enumerate(comparisons)]
+        loss = loss_panels(arms, main_metric(arms), target)
+        ratios = arm_ratios(arms, baseline, target, leading) if baseline is not None else []
+        main, more = _by_importance(ratios)
+        sections.append(_verdict(arms, baseline, target, leading, loss[:1], ratios, main))
+        sections.append(_summary(arms, baseline, target, leading, more))
+        absent += [] if target is not None else [("Time to target", no_target or "no target was set.")]
+    sections += [
+        _comparison(comparison, index, arms)
+        for index, comparison in enumerate(comparisons)
+        if comparison is not leading
+    ]
     if arms:
         axis = common_axis(arms)
         parts = [
-            _target(arms, baseline, target, no_target),
-            _loss(arms, target),
+            _loss(arms, loss),
             _metrics(arms, axis),
             _accumulation(arms, axis),
             _noise(arms, axis),
@@ -84,16 +98,73 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names)
 
 
-def _summary(arms: Sequence[Arm], baseline: Arm | None) -> Section:
+def _leading(
+    baseline: Arm | None, target: Target | None, comparisons: Sequence[ComparisonFolder]
+) -> ComparisonFolder | None:
+    """Return the comparison whose ratios the verdict takes: it has the baseline and the target of the report."""
+    first = comparisons[0] if comparisons else None
+    if first is None or first.result is None or baseline is None or first.target != target:
+        return None
+    folders = {run.folder for name, run in first.runs if name == first.result.baseline}
+    return first if any(run.folder in folders for run in baseline.runs) else None
+
+
+def _verdict(
+    arms: Sequence[Arm],
+    baseline: Arm | None,
+    target: Target | None,
+    comparison: ComparisonFolder | None,
+    loss: Sequence[LinePanel],
+    ratios: Sequence[Ratio],
+    main: Sequence[Ratio],
+) -> Section:
+    shown = ratio_panel("ratios", main, arms, baseline.name if baseline is not None else "")
     text = []
-    if any(len(arm.runs) > 1 for arm in arms):
-        text.append("Several seeds: mean ± standard deviation.")
-    if baseline is not None and len(arms) > 1:
-        text.append(f"In brackets: the ratio to {baseline.name}, of means.")
+    if target is not None:
+        text.append(f"Target: {target} ({target.source}); interpolated between evaluations, whose time isn't counted.")
+    if comparison is not None:
+        text += comparison.text()
+    elif ratios:
+        text.append(
+            f"Ratios to {baseline.name}{' are of geometric means, and' if _has_seeds(arms) else ''} have no interval: "
+            "hf-trainopt compare pairs runs by their seeds and gives them one."
+        )
+    panels = [*loss, *([shown] if shown is not None else [])]
+    return Section(
+        "verdict", "Verdict", tuple(text), panels=tuple(panels), legend=_loss_legend(arms, loss),
+        lead=tuple(verdicts(arms, baseline, ratios, target)),
+    )  # fmt: skip
+
+
+def _by_importance(ratios: Sequence[Ratio]) -> tuple[list[Ratio], list[Ratio]]:
+    """Return the ratios that stand beside the verdict, and those for which there is no room there."""
+    if len(ratios) <= _MOST_RATIOS:
+        return list(ratios), []
+    main = [ratio for ratio in ratios if ratio.quantity in MAIN]
+    return main, [ratio for ratio in ratios if ratio not in main]
+
+
+def _has_seeds(arms: Sequence[Arm]) -> bool:
+    return any(len(arm.runs) > 1 for arm in arms)
+
+
+def _summary(
+    arms: Sequence[Arm],
+    baseline: Arm | None,
+    target: Target | None,
+    comparison: ComparisonFolder | None,
+    ratios: Sequence[Ratio],
+) -> Section:
+    text = []
+    if _has_seeds(arms):
+        text.append("Several seeds: geometric mean (lowest to highest).")
+    crossings = [run.crossing(target) for _, run in every_run(arms)] if target is not None else []
+    if any(crossing is not None and not crossing.reached for crossing in crossings):
+        text.append("A run that never reached the target took over the length of the run.")
     timeless = without_axis(arms, "time")
     if timeless and len(timeless) < len(arms):
         text.append(
-            f"No training time was logged by {_names(timeless)}, so that runs are compared on samples and steps only. "
+            f"No training time was logged by {_names(timeless)}, so runs are compared on samples and steps only. "
             f"{TIME_ABSENT}"
         )
     elif timeless:
@@ -107,11 +178,13 @@ def _summary(arms: Sequence[Arm], baseline: Arm | None) -> Section:
     text += _clocks(arms)
     text += _loss_scales(arms)
     if unknown := without_axis(arms, "samples"):
-        text.append(f"Samples of {_names(unknown)} are not known, so that charts are over steps.")
+        text.append(f"Samples of {_names(unknown)} are not known, so charts are over steps.")
     rows = settings_rows([[run.settings for run in arm.runs] for arm in arms])
-    tables = [summary_table(arms, baseline)]
+    tables = [summary_table(arms, baseline, target)]
     tables += [Table(headings(arms, baseline), tuple(rows), "Settings", folded=True)] if rows else []
-    return Section("summary", "Summary", tuple(text), tuple(tables))
+    tables += comparison.tables() if comparison is not None else ()
+    more = ratio_panel("more_ratios", ratios, arms, baseline.name if baseline is not None else "")
+    return Section("summary", "Results", tuple(text), tuple(tables), (more,) if more is not None else ())
 
 
 def _clocks(arms: Sequence[Arm]) -> list[str]:
@@ -139,36 +212,13 @@ def _loss_scales(arms: Sequence[Arm]) -> list[str]:
     return text
 
 
-def _target(
-    arms: Sequence[Arm], baseline: Arm | None, target: Target | None, no_target: str | None
-) -> Section | tuple[str, str]:
-    if target is None:
-        return "Time to target", no_target or "no target was set."
-    text = [f"Target: {target} ({target.source}); interpolated between evaluations, whose time is not counted."]
-    crossings = [run.crossing(target) for _, run in every_run(arms)]
-    if any(crossing is not None and not crossing.reached for crossing in crossings):
-        text.append("A run that never got there is censored: what it took is over the length of the run.")
-    return Section("target", "Time to target", tuple(text), (target_table(arms, target, baseline),))
+def loss_panels(arms: Sequence[Arm], metric: str | None, target: Target | None) -> list[LinePanel]:
+    """Return training loss and evaluations over time, samples and steps, as far as the runs have them."""
+    panels = [loss_panel(arms, axis, metric, target) for axis in ("time", "samples", "steps")]
+    return [panel for panel in panels if panel is not None]
 
 
-def _loss(arms: Sequence[Arm], target: Target | None) -> Section | tuple[str, str]:
-    metric = main_metric(arms)
-    axes = ("time", "samples", "steps")
-    panels = [loss_panel(arms, axis, metric, target) for axis in axes]
-    panels += [doubtful_loss_panel(arms, index) for index in range(len(arms))]
-    panels = [panel for panel in panels if panel is not None]
-    if not panels:
-        return "Loss", "the logs have no loss on any line; set logging_steps."
-    text = []
-    timeless = without_axis(arms, "time")
-    if timeless and len(timeless) < len(arms):
-        text.append(f"Without a clock, and so not in the chart over time: {_names(timeless)}.")
-    elif timeless:
-        text.append("No run has logged its training time, so that there is no chart over time.")
-    bad = sum(value is not None and not math.isfinite(value) for _, run in every_run(arms) for value in _losses(run))
-    if bad:
-        text.append(f"{bad} logged {'loss is' if bad == 1 else 'losses are'} not finite: gaps in the curves.")
-    text += _loss_scales(arms)
+def _loss_legend(arms: Sequence[Arm], panels: Sequence[LinePanel]) -> tuple[tuple[str, str], ...]:
     styles = {line.style for panel in panels for line in panel.lines}
     of_seeds = seed_legend(panels)
     divided = any(run.loss_scale.divisor != 1 for _, run in every_run(arms))
@@ -178,9 +228,26 @@ def _loss(arms: Sequence[Arm], target: Target | None) -> Section | tuple[str, st
         + ("; of seeds that all go to the end their median" if of_seeds else "")
     )
     legend = [("faint", logged)] if "faint" in styles else []
-    legend += [("marked", metric)] if "marked" in styles else []
-    legend += of_seeds
-    return Section("loss", "Loss", tuple(text), panels=tuple(panels), legend=tuple(legend))
+    legend += [("marked", main_metric(arms))] if "marked" in styles else []
+    return (*legend, *of_seeds)
+
+
+def _loss(arms: Sequence[Arm], panels: Sequence[LinePanel]) -> Section | tuple[str, str] | None:
+    """Return the charts of the loss that the verdict has no room for."""
+    doubtful = [panel for index in range(len(arms)) if (panel := doubtful_loss_panel(arms, index)) is not None]
+    if not panels and not doubtful:
+        return "Loss", "the logs have no loss on any line; set logging_steps."
+    text = []
+    timeless = without_axis(arms, "time")
+    if timeless and len(timeless) < len(arms):
+        text.append(f"Without a clock, and so not in the chart over time: {_names(timeless)}.")
+    bad = sum(value is not None and not math.isfinite(value) for _, run in every_run(arms) for value in _losses(run))
+    if bad:
+        text.append(f"{bad} logged {'loss is' if bad == 1 else 'losses are'} not finite: gaps in the curves.")
+    shown = (*panels[1:], *doubtful)
+    if not shown and not text:
+        return None
+    return Section("loss", "Loss", tuple(text), panels=shown, legend=_loss_legend(arms, shown))
 
 
 def _losses(run) -> list[float | None]:
@@ -329,16 +396,22 @@ def _choice(choice: StageChoice, count: int) -> str:
 
 
 def _comparison(comparison: ComparisonFolder, index: int, arms: Sequence[Arm]) -> Section:
+    """Return a comparison with another baseline or target than the report's."""
     name = "comparison" if index == 0 else f"comparison_{index + 1}"
     title = "Comparison" if index == 0 else f"Comparison in {comparison.folder}"
-    panel = comparison.panel(name, _colours(comparison, arms))
-    return Section(name, title, comparison.text(), comparison.tables(), (panel,) if panel is not None else ())
-
-
-def _colours(comparison: ComparisonFolder, arms: Sequence[Arm]) -> dict[str, int]:
-    """Return the index of each of a comparison's arms among all arms."""
-    places = {run.folder: index for index, arm in enumerate(arms) for run in arm.runs}
-    return {name: places[run.folder] for name, run in comparison.runs if run.folder in places}
+    panel, target = None, ()
+    if comparison.result is not None:
+        baseline = comparison.result.baseline
+        places = {run.folder: number for number, arm in enumerate(arms) for run in arm.runs}
+        own = next((arms[places[run.folder]] for name, run in comparison.runs
+                    if name == baseline and run.folder in places), None)  # fmt: skip
+        if own is not None:
+            members = {places[run.folder] for _, run in comparison.runs if run.folder in places}
+            ratios = arm_ratios(arms, own, comparison.target, comparison)
+            panel = ratio_panel(name, [ratio for ratio in ratios if ratio.arm in members], arms, baseline)
+        target = (target_words(comparison.result),)
+    panels = (panel,) if panel is not None else ()
+    return Section(name, title, (*target, *comparison.text()), comparison.tables(), panels)
 
 
 def _runs(arms: Sequence[Arm]) -> Section:

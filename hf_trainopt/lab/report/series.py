@@ -99,7 +99,9 @@ def noise_curves(run: Run, arm: int, axis: str) -> tuple[list[Line], Band | None
     lines = []
     # A log axis has no place for estimates that are not positive.
     value = np.where(value > 0, value, np.nan)
-    for style, where in (("line", resolved), ("guess", ~resolved)):
+    # A guess goes on to the known values beside it, so that the curve has no gaps.
+    guessed = ~resolved | np.append(~resolved[1:], False) | np.append(False, ~resolved[:-1])
+    for style, where in (("line", resolved), ("guess", guessed)):
         ys = np.where(where, value, np.nan)
         if not np.isnan(ys).all():
             lines.append(Line(arm, xs, ys, style))

@@ -51,7 +51,9 @@ def _seconds(values: Sequence[float]) -> tuple[list[float], str]:
 
 
 def spread(values: Sequence[float], unit: str = "") -> str:
-    """Return the value of one run, or mean ± standard deviation of several; of those that are not finite, how many.
+    """Return the value of one run, or of several their geometric mean with the lowest and the highest in brackets.
+
+    Of values that are not finite it says how many there are; of some that are not positive it has the range alone.
 
     Args:
         values: At least one.
@@ -69,10 +71,12 @@ def spread(values: Sequence[float], unit: str = "") -> str:
     elif unit == "%":
         shown = [100 * value for value in values]
     digits = 3 if unit in ("s", "%") else 4
-    mean = statistics.fmean(shown)
-    if len(shown) == 1:
-        return figure(mean, digits) + suffix
-    return f"{figure(mean, digits)} ± {figure(statistics.stdev(shown), 2)}{suffix}"
+    low, high = figure(min(shown), digits), figure(max(shown), digits)
+    if low == high:
+        return low + suffix
+    if min(shown) <= 0:
+        return f"{low} to {high}{suffix}"
+    return f"{figure(statistics.geometric_mean(shown), digits)}{suffix} ({low} to {high})"
 
 
 def ratio_text(ratio: float) -> str:
@@ -93,13 +97,11 @@ class Measure:
         label: What it is.
         value: Returns it for a run; `None`: not recorded.
         unit: As for `spread`.
-        compared: Whether arms are compared by its ratio.
     """
 
     label: str
     value: Callable[[Run], float | None]
     unit: str = ""
-    compared: bool = True
 
 
 def _last(key: str) -> Callable[[Run], float | None]:
@@ -161,14 +163,14 @@ PHASES = {
 def measures(arms: Sequence[Arm]) -> list[Measure]:
     """Return what the table of a report has, in its order; evaluation metrics are those that the runs have."""
     rows = [
-        Measure("optimizer steps", lambda run: run.steps, compared=False),
-        Measure("samples", lambda run: run.end("samples"), compared=False),
-        Measure("tokens", tokens, compared=False),
-        Measure("epochs", _last("epoch"), compared=False),
+        Measure("optimizer steps", lambda run: run.steps),
+        Measure("samples", lambda run: run.end("samples")),
+        Measure("tokens", tokens),
+        Measure("epochs", _last("epoch")),
         Measure("training time", lambda run: run.end("time"), "s"),
         Measure("whole run, evaluations and saves included", _of_whole_run("train_runtime"), "s"),
         Measure("train loss, last logged", _last("loss")),
-        Measure("the same, mean or sum over k", _doubtful_loss, compared=False),
+        Measure("the same, mean or sum over k", _doubtful_loss),
     ]
     for metric in evaluation_metrics(arms):
         rows.append(Measure(f"{metric}, last", _last(metric)))
@@ -181,13 +183,13 @@ def measures(arms: Sequence[Arm]) -> list[Measure]:
         Measure("samples/s of the whole run, evaluations included", _of_whole_run("train_samples_per_second")),
         Measure("TFLOP/s", lambda run: _scaled(last_rate(run, "flops_per_second"), 1e-12)),
         Measure("MFU", lambda run: last_rate(run, "mfu"), "%"),
-        Measure("samples per optimizer step, mean", _samples_per_step, compared=False),
-        Measure("k, last", _last_k, compared=False),
-        Measure("noise scale in samples, last", _resolved_noise, compared=False),
+        Measure("samples per optimizer step, mean", _samples_per_step),
+        Measure("k, last", _last_k),
+        Measure("noise scale in samples, last", _resolved_noise),
         Measure("peak memory", lambda run: largest(run, "peak_memory_gib"), "GiB"),
         Measure("peak of a step, measured", measured_peak, "GiB"),
-        Measure("peak of a step, predicted", predicted_peak, "GiB", compared=False),
-        Measure("skipped steps", _last("skipped_steps"), compared=False),
+        Measure("peak of a step, predicted", predicted_peak, "GiB"),
+        Measure("skipped steps", _last("skipped_steps")),
     ]
     return rows
 
@@ -240,25 +242,10 @@ def arm_values(arm: Arm, measure: Measure) -> list[float] | None:
     return None if any(value is None for value in values) else values
 
 
-def cell(arm: Arm, measure: Measure, baseline: Arm | None) -> str:
-    """Return a measure of an arm, and its ratio to the baseline's."""
+def cell(arm: Arm, measure: Measure) -> str:
+    """Return a measure of an arm."""
     values = arm_values(arm, measure)
-    if values is None:
-        return NOT_RECORDED
-    text = spread(values, measure.unit)
-    if baseline is None or arm is baseline or not measure.compared:
-        return text
-    reference = arm_values(baseline, measure)
-    ratio = ratio_of_means(values, reference) if reference else None
-    return text if ratio is None else f"{text} ({ratio_text(ratio)}×)"
-
-
-def ratio_of_means(values: Sequence[float], reference: Sequence[float]) -> float | None:
-    """Return the ratio of two means, both of which must be positive and finite."""
-    if not all(map(math.isfinite, (*values, *reference))):
-        return None
-    above, below = statistics.fmean(values), statistics.fmean(reference)
-    return above / below if above > 0 and below > 0 else None
+    return NOT_RECORDED if values is None else spread(values, measure.unit)
 
 
 def headings(arms: Sequence[Arm], baseline: Arm | None) -> tuple[str, ...]:
@@ -266,20 +253,22 @@ def headings(arms: Sequence[Arm], baseline: Arm | None) -> tuple[str, ...]:
     return ("", *(f"{arm.label}{', baseline' if arm is baseline and len(arms) > 1 else ''}" for arm in arms))
 
 
-def summary_table(arms: Sequence[Arm], baseline: Arm | None) -> Table:
-    """Return the table of all measures that at least one arm has, a column for each arm."""
+def summary_table(arms: Sequence[Arm], baseline: Arm | None, target: Target | None = None) -> Table:
+    """Return the table of all measures that at least one arm has, a column for each arm; the target comes first."""
     rows = []
     models = [sorted({run.model or NOT_RECORDED for run in arm.runs}) for arm in arms]
     if any(names != [NOT_RECORDED] for names in models):
         rows.append(("model", *(", ".join(names) for names in models)))
+    if target is not None:
+        rows += _target_rows(arms, target)
     for measure in measures(arms):
         if any(arm_values(arm, measure) is not None for arm in arms):
-            rows.append((measure.label, *(cell(arm, measure, baseline) for arm in arms)))
+            rows.append((measure.label, *(cell(arm, measure) for arm in arms)))
     return Table(headings(arms, baseline), tuple(rows))
 
 
-def target_table(arms: Sequence[Arm], target: Target, baseline: Arm | None) -> Table:
-    """Return time, samples and steps to a target, a row for each arm and what it took."""
+def _target_rows(arms: Sequence[Arm], target: Target) -> list[tuple[str, ...]]:
+    """Return whether arms have reached a target, and after what time, samples and steps."""
     axes = {"time": ("training time", "s"), "samples": ("samples", ""), "steps": ("optimizer steps", "")}
     rows = []
     reached = []
@@ -293,37 +282,23 @@ def target_table(arms: Sequence[Arm], target: Target, baseline: Arm | None) -> T
             else f"{count} of {len(arm.runs)} seeds" if several
             else "yes" if count else "no"
         )  # fmt: skip
-    rows.append(("reached", *reached))
+    rows.append(("target reached", *reached))
     for axis, (label, unit) in axes.items():
-        cells = [_target_cell(arm, target, axis, unit, baseline) for arm in arms]
+        cells = [_target_cell(arm, target, axis, unit) for arm in arms]
         if any(text != NOT_RECORDED for text in cells):
             rows.append((f"{label} to target", *cells))
-    return Table(headings(arms, baseline), tuple(rows))
+    return rows
 
 
 _FIELDS = {"time": "seconds", "samples": "samples", "steps": "steps"}
 
 
-def _target_values(arm: Arm, target: Target, axis: str) -> tuple[list[float], bool] | None:
-    """Return what each run took, and whether all have reached the target; `None` if it is not known of all."""
+def _target_cell(arm: Arm, target: Target, axis: str, unit: str) -> str:
     crossings = [run.crossing(target) for run in arm.runs]
     values = [getattr(crossing, _FIELDS[axis]) if crossing is not None else None for crossing in crossings]
     if any(value is None for value in values):
-        return None
-    return values, all(crossing.reached for crossing in crossings)
-
-
-def _target_cell(arm: Arm, target: Target, axis: str, unit: str, baseline: Arm | None) -> str:
-    known = _target_values(arm, target, axis)
-    if known is None:
         return NOT_RECORDED
-    values, reached = known
-    if not reached:
-        # Censored: it takes longer than the run was, and a mean with such values in it is a lower bound.
-        return f"over {spread([sum(values) / len(values)], unit)}"
-    text = spread(values, unit)
-    reference = _target_values(baseline, target, axis) if baseline is not None and arm is not baseline else None
-    if reference is None or not reference[1]:
-        return text
-    ratio = ratio_of_means(values, reference[0])
-    return text if ratio is None else f"{text} ({ratio_text(ratio)}×)"
+    if all(crossing.reached for crossing in crossings):
+        return spread(values, unit)
+    # Censored: it takes longer than the run was, and a mean with such values in it is a lower bound.
+    return f"over {spread([statistics.geometric_mean(values) if min(values) > 0 else min(values)], unit)}"
