@@ -18,7 +18,6 @@ from ...accumulation.schedule import METRIC_DRIVEN, NOISE_SCALING_RULES, DataInd
 from ...accumulation.second_moment import decay_of_step, moment_setting
 from ...placement.plan.budget import gib
 from ...placement.show.render import time_words
-from ...reliability.losses import obstacle_to_skipping
 from .memory import MemoryForecast, allocator_settings, device_memory
 
 
@@ -327,8 +326,7 @@ def reliability(trainer: Trainer, resumed_from: str | None) -> Lines:
     lines = [("checkpoints", saves), ("resumes from", resumed_from or "nothing, it begins anew")]
     signals = "save a checkpoint and end" if args.saves_on_interrupt else "end the run, nothing is saved"
     lines.append(("SIGTERM, Ctrl-C", signals))
-    engine = trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.XLA)
-    obstacle = obstacle_to_skipping(trainer.optimizer, str(args.optim), engine)
+    obstacle = trainer.trainopt.skipped_steps.obstacle
     limit = trainer.trainopt.skipped_steps.limit
     if not limit:
         text = "taken, as in stock Trainer"
