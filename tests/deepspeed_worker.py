@@ -1,11 +1,13 @@
-"""Run on two ranks in `test_deepspeed.py`: trains once for each case, with DeepSpeed or DDP, and writes what came of it.
+"""Run on two ranks in `test_deepspeed.py`: trains once for each case, with DeepSpeed or DDP, and writes what it saw.
 
 deepspeed_worker.py OUTPUT_DIR CASES.json
 """
 
+import contextlib
 import gc
 import json
 import os
+import signal
 import sys
 import traceback
 from dataclasses import asdict
@@ -14,16 +16,20 @@ from pathlib import Path
 import deepspeed.ops
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from deepspeed.accelerator import get_accelerator
 from helpers import AnyK, Rows, arguments, quiet, tiny_gpt2
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_trainopt import EfficientTrainer
+from hf_trainopt.reliability import TrainingTerminated
 
 
 torch.set_num_threads(1)
 # Else DeepSpeed compiles it, for minutes.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# PyTorch computes in fp16 on any CPU, if not fast.
+get_accelerator().is_fp16_supported = lambda: True
 
 
 class Poison(TrainerCallback):
@@ -47,6 +53,17 @@ class BadGradient(Poison):
 
     def __call__(self, gradient):
         return gradient * torch.nan if self.on else gradient
+
+
+class Terminate(TrainerCallback):
+    """Sends a signal to one rank at the end of a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Collectives:
@@ -82,6 +99,10 @@ def weights(trainer) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
 
 
+def first_checkpoint(folder: Path) -> str:
+    return str(min(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])))
+
+
 def clean_up(trainer) -> None:
     """Forget a run: the next one may have another configuration, or none."""
     engine = getattr(trainer, "deepspeed", None)
@@ -97,7 +118,7 @@ def clean_up(trainer) -> None:
 def run(case: dict, folder: Path) -> dict:
     stock = case.get("stock", False)
     settings = case.get("arguments", {}) | ({"deepspeed": case["deepspeed"]} if case.get("deepspeed") else {})
-    output = folder / case.get("folder", case["name"])
+    output = folder / case["name"]
     args = arguments(output, TrainingArguments, **settings) if stock else arguments(output, **settings)
     model = tiny_gpt2()
     data = Rows(case.get("rows", 50))
@@ -122,9 +143,12 @@ def run(case: dict, folder: Path) -> dict:
                 model.register_forward_hook(poison)
             else:
                 model.transformer.ln_f.weight.register_hook(poison)
+    if "signal_step" in case:
+        trainer.add_callback(Terminate(case["signal_step"]))
+    start = first_checkpoint(folder / case["resume"]) if "resume" in case else None
     try:
-        with Collectives() as collectives:
-            trainer.train(resume_from_checkpoint=case.get("resume") and str(folder / case["resume"]))
+        with Collectives() as collectives, contextlib.suppress(TrainingTerminated):
+            trainer.train(resume_from_checkpoint=start)
         seen |= {
             "log": trainer.state.log_history,
             "steps": trainer.state.global_step,
