@@ -99,6 +99,12 @@ def weights(trainer) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
 
 
+def loss_of_ones_own(outputs, labels, num_items_in_batch=None):
+    """Whether it divides by the items is tried, in forward passes before the first window."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+
 def first_checkpoint(folder: Path) -> str:
     return str(min(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])))
 
@@ -123,8 +129,9 @@ def run(case: dict, folder: Path) -> dict:
     model = tiny_gpt2()
     data = Rows(case.get("rows", 50))
     options = {"sequence": case["sequence"]} if "sequence" in case else {}
+    own_loss = {"compute_loss_func": loss_of_ones_own} if case.get("own_loss") else {}
     kind = Trainer if stock else AnyK if options else EfficientTrainer
-    trainer = quiet(kind(model=model, args=args, train_dataset=data, **options))
+    trainer = quiet(kind(model=model, args=args, train_dataset=data, **options, **own_loss))
     seen = {"statistics": []}
     if not stock:
         accumulation = trainer.trainopt.accumulation

@@ -74,6 +74,9 @@ def make_cases() -> list[dict]:
     add("zero2, offloaded", zero(2, OFFLOAD), sequence=WANDERING)
     add("zero3, offloaded", zero(3, OFFLOAD_ALL), sequence=WANDERING)
     add("zero3, DeepSpeed's Adam", zero(3, **ADAM), sequence=WANDERING)
+    add("zero3, placed", zero(3), {"checkpoint_placement": "sqrt"}, sequence=WANDERING)
+    for name, config in (("ddp", None), ("zero2", zero(2)), ("zero3", zero(3))):
+        add(f"{name}, own loss", config, sequence=WANDERING, own_loss=True)
     one = {"gradient_accumulation_steps": 1}
     add("ddp, k_ref 1", None, one, sequence=WANDERING)
     add("zero2, k_ref 1", zero(2, OFFLOAD), one, sequence=WANDERING)
@@ -163,6 +166,9 @@ LIKE_DDP = [
     ("zero2, offloaded", "ddp"),
     ("zero3, offloaded", "ddp"),
     ("zero3, DeepSpeed's Adam", "ddp"),
+    ("zero3, placed", "ddp"),
+    ("zero2, own loss", "ddp, own loss"),
+    ("zero3, own loss", "ddp, own loss"),
     ("zero2, k_ref 1", "ddp, k_ref 1"),
     *(pytest.param(f"zero{stage}, one reduction", "ddp", marks=needs_coalescing) for stage in (1, 2, 3)),
 ]

@@ -39,7 +39,7 @@ class Parts:
     6. `interrupts` has the last word on `control`: a run that must end doesn't evaluate first. `checkpoints` saves it.
     7. `out_of_memory` adds its advice to an error on its way out of an epoch, whoever raised it.
     8. `accumulation` shows the loop another `gradient_accumulation_steps` than everybody inside an epoch sees.
-    9. `deepspeed` gives its engine back when all that steps is done, and has it before `adam_clock` asks for it.
+    9. `deepspeed` takes over the engine before `adam_clock` looks for it.
     10. `learning_rate` has no context; it reads what `accumulation` has decided. `adam_clock` reads both.
 
     Args:

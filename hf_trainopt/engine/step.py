@@ -40,7 +40,7 @@ def take_step(parts: Parts, stock_step: StockStep, model: torch.nn.Module, windo
 
     window, loss = parts.out_of_memory.until_it_fits(window, num_items, run, forget=parts.restart_step)
     timer.micro_batch_done(last=True)
-    parts.deepspeed.step(window)  # which Trainer's loop would find taken
+    parts.deepspeed.step(window)  # DeepSpeed knows the norm of a gradient only once it has stepped
     accumulation.advance(window, num_items)
     rate = parts.learning_rate.factor()
     proposal = accumulation.propose(rate)
