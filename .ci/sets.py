@@ -23,7 +23,19 @@ from floors import floors, project
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = ("torch", "torchvision", "transformers", "accelerate", "numpy", "datasets", "evaluate", "timm", "peft", "trl")
+SHOWN = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "datasets",
+    "evaluate",
+    "timm",
+    "peft",
+    "trl",
+    "deepspeed",
+)
 TESTS = ["pytest", "pytest-xdist", "hypothesis", "tensorboard", "scipy"]
 
 

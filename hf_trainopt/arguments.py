@@ -74,6 +74,8 @@ class EfficientTrainingArgumentsMixin(
         noise_scale_interval (`int`, defaults to 8): Every n-th window is measured.
         noise_scale_half_life (`float`, defaults to 0.05): Half-life of the averages, in samples, or below 1 as a share
             of the data budget.
+        coalesce_grad_reduction (`bool`, defaults to `False`): Under DeepSpeed ZeRO-1 to 3, reduce gradients over ranks
+            once in a window.
     """
 
     argument_group: ClassVar[str] = "accumulation"  # in `--help` of the scripts
@@ -85,7 +87,7 @@ class EfficientTrainingArgumentsMixin(
             "per second, from the measured gradient noise and the measured times; 'noise_scale' = batch follows the "
             "noise scale, for those who pay per optimizer step; 'ramp' = a stated schedule (accumulation_ramp); "
             "'fixed' = gradient_accumulation_steps always, exactly as stock Trainer. Set 'fixed' to compare with "
-            "stock, or where varying k is refused (DeepSpeed, FSDP)."
+            "stock, or where varying k is refused (FSDP1, model parallelism)."
         },
     )
     min_accumulation_steps: int = field(
@@ -158,6 +160,14 @@ class EfficientTrainingArgumentsMixin(
             "help": "Half-life of the running averages of the gradient statistics in samples over all devices, or "
             "below 1 as a share of the data. Raise it where noise_scale jumps about in the log, lower it where it "
             "lags."
+        },
+    )
+    coalesce_grad_reduction: bool = field(
+        default=False,
+        metadata={
+            "help": "DeepSpeed ZeRO stages 1 to 3 (>= 0.19.2): reduce gradients over ranks once in an optimizer step "
+            "and not in each micro-batch, for which every rank keeps a whole gradient. Off (the default): as "
+            "DeepSpeed does it. Set it where the network is slow and a whole gradient fits."
         },
     )
 

@@ -1,5 +1,7 @@
 """The files for `accelerate launch` under `examples/accelerate/`."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +22,8 @@ FILES = {
     "ddp_4_gpus.yaml": ("MULTI_GPU", 4, 1),
     "ddp_multi_node.yaml": ("MULTI_GPU", 16, 4),
     "fsdp2_4_gpus.yaml": ("FSDP", 4, 1),
+    "deepspeed_zero2.yaml": ("DEEPSPEED", 4, 1),
+    "deepspeed_zero3_offload.yaml": ("DEEPSPEED", 4, 1),
     "cpu_2_processes.yaml": ("MULTI_GPU", 2, 1),
 }
 
@@ -35,17 +39,38 @@ def test_accelerate_reads_it_and_knows_its_keys(name):
     assert (str(config.distributed_type.value), config.num_processes, config.num_machines) == FILES[name]
     parser = launch_command_parser()
     options = {action.dest for action in parser._actions}
-    fsdp = yaml.safe_load((FOLDER / name).read_text()).get("fsdp_config", {})
-    assert set(fsdp) <= options
+    text = yaml.safe_load((FOLDER / name).read_text())
+    assert set(text.get("fsdp_config", {})) | set(text.get("deepspeed_config", {})) <= options
     args, *_ = _validate_launch_command(parser.parse_args(["--config_file", str(FOLDER / name), "script.py"]))
     assert args.use_fsdp == (FILES[name][0] == "FSDP")
+    assert args.use_deepspeed == (FILES[name][0] == "DEEPSPEED")
     assert args.multi_gpu == (FILES[name][0] == "MULTI_GPU")
     if args.use_fsdp:
         assert args.fsdp_version == 2
 
 
-def test_two_processes_on_the_cpu_run_the_script(tmp_path):
+@pytest.mark.parametrize("name", ["deepspeed_zero2", "deepspeed_zero3_offload"])
+def test_files_of_deepspeed_say_the_same_as_those_of_accelerate(name):
+    """What `--deepspeed` takes, beside what `accelerate launch` takes."""
+    zero = json.loads((FOLDER / f"{name}.json").read_text())["zero_optimization"]
+    inline = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["deepspeed_config"]
+    assert zero["stage"] == inline["zero_stage"]
+    for kind in ("optimizer", "param"):
+        assert zero.get(f"offload_{kind}", {}).get("device", "none") == inline[f"offload_{kind}_device"]
+    saves_whole = zero.get("stage3_gather_16bit_weights_on_model_save", False)
+    assert saves_whole == inline.get("zero3_save_16bit_model", False)
+
+
+@pytest.mark.parametrize("name", ["cpu_2_processes.yaml", "deepspeed_zero2.yaml"])
+def test_two_processes_on_the_cpu_run_the_script(name, tmp_path):
     skip_without_scripts()
+    script = [str(REPOSITORY / "run_clm.py")]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")} | ENVIRONMENT
+    if "deepspeed" in name:
+        if importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("deepspeed is in the extra 'deepspeed'")
+        environment |= {"DS_ACCELERATOR": "cpu"}
+        script.insert(0, str(REPOSITORY / "tests" / "without_builds.py"))
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"The cat number {n} eats fish and sleeps inside." for n in range(90)) + "\n")
     flags = flag_maker(
@@ -60,11 +85,10 @@ def test_two_processes_on_the_cpu_run_the_script(tmp_path):
             "output_dir": tmp_path / "out",
         }
     )
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "cpu_2_processes.yaml"),
-         "--main_process_port", str(free_port()), str(REPOSITORY / "run_clm.py"), *flags()],
-        env=environment | ENVIRONMENT, capture_output=True, text=True, timeout=170,
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / name),
+         "--num_processes", "2", "--main_process_port", str(free_port()), *script, *flags()],
+        env=environment, capture_output=True, text=True, timeout=170,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     weights = load_file(tmp_path / "out" / "model.safetensors")

@@ -140,17 +140,3 @@ def test_experts_and_stages_on_different_ranks_are_refused(name, tmp_path):
     model.config.distributed_config = SimpleNamespace(**{name: 2})
     with pytest.raises(ValueError, match=rf"DistributedConfig\({name}=2\)"):
         EfficientTrainer(model=model, args=arguments(tmp_path), train_dataset=Rows(8)).train()
-
-
-def test_deepspeed_is_refused_with_the_reason(tmp_path, monkeypatch):
-    from transformers import Trainer
-
-    stock = Trainer.__init__
-
-    def init(self, *args, **kwargs):
-        stock(self, *args, **kwargs)
-        self.is_deepspeed_enabled = True
-
-    monkeypatch.setattr(Trainer, "__init__", init)
-    with pytest.raises(ValueError, match=r"DeepSpeed, whose engine reads gradient_accumulation_steps once.*DDP or"):
-        EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=Rows(8)).train()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..core.part import Part
-from .schedule import DataIndexedLR
+from .schedule import DataIndexedLR, torch_optimizer
 from .second_moment import SecondMomentClock, moment_setting, steps_taken
 
 
@@ -52,11 +52,11 @@ class AdamClockPart(Part):
         accumulation = self.parts.accumulation
         if args.adam_clock != "tokens" or accumulation.cursor is None or not accumulation.varies:
             return
-        optimizer = self.trainer.optimizer
-        inner = getattr(optimizer, "optimizer", optimizer)
+        inner = torch_optimizer(self.trainer.optimizer)
+        by_engine = self.parts.deepspeed.engine is not None
         try:
             setting = moment_setting(inner)
-            if setting is not None and not hasattr(inner, "register_step_pre_hook"):
+            if setting is not None and not by_engine and not hasattr(inner, "register_step_pre_hook"):
                 raise LookupError("it isn't a torch.optim.Optimizer")
         except LookupError as error:
             logger.warning(
@@ -69,10 +69,11 @@ class AdamClockPart(Part):
         if setting is None:
             return
         self.clock = SecondMomentClock(inner, setting, *self._start(inner))
-        self._hooks = [
-            inner.register_step_pre_hook(self._before_step),
-            inner.register_step_post_hook(self._after_step),
-        ]
+        if not by_engine:  # which steps it once for each parameter group
+            self._hooks = [
+                inner.register_step_pre_hook(self._before_step),
+                inner.register_step_post_hook(self._after_step),
+            ]
         self._committed_state = self._state()
 
     def _start(self, optimizer: torch.optim.Optimizer) -> tuple[int, float | None]:
@@ -100,15 +101,25 @@ class AdamClockPart(Part):
     # ---- A step ----------------------------------------------------------------------------------------------------
 
     def _before_step(self, *_: Any) -> None:
+        # What k was decided: the short last window of an epoch counts as a whole one, as in stock.
+        self.begin_step(self.parts.accumulation.last_window[0])
+
+    def begin_step(self, k: int) -> None:
+        """Change the optimizer for a step of a window for which k was decided."""
+        if self.clock is None:
+            return
         scheduler = self.trainer.lr_scheduler
         factor = scheduler.applied_scale if isinstance(scheduler, DataIndexedLR) else 1.0
-        accumulation = self.parts.accumulation
-        # What k was decided: the short last window of an epoch counts as a whole one, as in stock.
-        self.clock.begin_step(accumulation.last_window[0] / accumulation.reference_steps, factor)
+        self.clock.begin_step(k / self.parts.accumulation.reference_steps, factor)
 
     def _after_step(self, *_: Any) -> None:
+        self.end_step(self._not_taken != self.trainer.state.global_step)
+
+    def end_step(self, is_taken: bool) -> None:
+        """Put the optimizer back, and count the step if it was taken."""
+        if self.clock is None:
+            return
         step = self.trainer.state.global_step
-        is_taken = self._not_taken != step
         self.clock.end_step(is_taken)
         self._step_begun = step if is_taken else None
 

@@ -20,6 +20,7 @@ from ..core.versions import (
     is_sharded_at_load,
     loss_is_scaled_for_ga,
 )
+from .deepspeed_checks import check_deepspeed
 from .loss_scaling import (
     base_model,
     calls_super,
@@ -53,10 +54,7 @@ def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool)
     elif args.accumulation_policy == "fixed":
         what, remedy = "measuring the noise scale", "leave measure_noise_scale unset and lr_batch_scaling at 'none'"
     if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            f"{what} does not work with DeepSpeed, whose engine reads gradient_accumulation_steps once when it starts "
-            f"and reduces and steps by its own count of micro-batches; train with DDP or FSDP2, or {remedy}."
-        )
+        check_deepspeed(trainer, measures, what, remedy)
     if is_sagemaker_mp_enabled() or trainer.is_fsdp_xla_enabled:
         raise ValueError(f"{what} does not work with SageMaker model parallelism or XLA FSDP; {remedy}.")
     _check_sharding(trainer, measures, what, remedy)
@@ -269,6 +267,8 @@ def warn_of_ignored_settings(trainer: Trainer, measures: bool, has_own_policy: b
     if has_own_policy:
         names = ("noise_scale_ratio", "optimizer_step_cost", "accumulation_ramp")
         ignored += [(name, "the Trainer is given a policy of your own") for name in names]
+    if not trainer.is_deepspeed_enabled:
+        ignored.append(("coalesce_grad_reduction", "there is no DeepSpeed engine"))
     for name, reason in ignored:
         if getattr(args, name) != defaults[name]:
             logger.warning("%s is ignored: %s.", name, reason)

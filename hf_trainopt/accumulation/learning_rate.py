@@ -4,13 +4,17 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper, DummyScheduler
+
 from ..core.part import Part
+from .deepspeed_schedule import take_over
 from .schedule import (
     METRIC_DRIVEN,
     DataIndexedLR,
     batch_scaling_factor,
     chosen_rule,
     is_adaptive_optimizer,
+    torch_optimizer,
 )
 
 
@@ -50,11 +54,11 @@ class LearningRatePart(Part):
 
     def followed(self, scheduler: Any) -> Any:
         """Return what the Trainer keeps for a schedule that it is given: one that follows the data, while k varies."""
-        stays = scheduler is None or isinstance(scheduler, (DataIndexedLR, *METRIC_DRIVEN))
+        of_engine = (DummyScheduler, DeepSpeedSchedulerWrapper)  # DeepSpeed's: not made yet, or to be taken over
+        stays = scheduler is None or isinstance(scheduler, (DataIndexedLR, *METRIC_DRIVEN, *of_engine))
         if stays or not self._follows_data:
             return scheduler
-        optimizer = self.trainer.optimizer
-        return DataIndexedLR(scheduler, getattr(optimizer, "optimizer", optimizer))
+        return DataIndexedLR(scheduler, torch_optimizer(self.trainer.optimizer))
 
     def create(self, create_stock: Callable[[], Any]) -> Any:
         """Return what `create_scheduler` returns.
@@ -76,6 +80,8 @@ class LearningRatePart(Part):
                 f"lr_scheduler_kwargs {args.lr_scheduler_kwargs} do not fit lr_scheduler_type="
                 f"'{args.lr_scheduler_type.value}' ({error}); leave out the ones it doesn't take."
             ) from error
+        if isinstance(before, DummyScheduler):
+            return scheduler  # DeepSpeed's engine asks for it, on a copy of the Trainer, and is not prepared yet
         if not self._follows_data:
             if isinstance(scheduler, DataIndexedLR):  # the user's, of an earlier run in which k varied
                 trainer.lr_scheduler = scheduler = scheduler.unwrapped()
@@ -88,6 +94,12 @@ class LearningRatePart(Part):
                     type(scheduler).__name__,
                 )
             return scheduler
+        if isinstance(scheduler, DeepSpeedSchedulerWrapper):
+            if not isinstance(scheduler, DataIndexedLR):
+                taken = take_over(trainer.accelerator.deepspeed_engine_wrapped.engine)
+                trainer.lr_scheduler = scheduler if taken is None else taken
+                self.apply()
+            return trainer.lr_scheduler
         if scheduler is before or not isinstance(scheduler, DataIndexedLR):
             # The user's: as it was passed, or as an earlier run has left it, from where it goes on.
             trainer.lr_scheduler = scheduler.inner if isinstance(scheduler, DataIndexedLR) else scheduler

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..core.facts import inverse_loss_scale, loss_divides_itself
+from .deepspeed import DeepSpeedPart
 from .gradient_norms import MicroBatchNorms
 from .sums import LocalSums, local_sums, micro_batch_weights
 from .window import Slice, Window, count_samples, count_target_tokens
@@ -17,13 +18,15 @@ class WindowMeasurement:
     Args:
         trainer: The Trainer.
         enabled: Whether any window is.
+        deepspeed: Knows the gradient of a window where DeepSpeed's engine has taken the step already.
 
     Attributes:
         norms: Hooks that take the norms of micro-batch gradients; `None` if nothing is measured.
     """
 
-    def __init__(self, trainer: Any, enabled: bool):
+    def __init__(self, trainer: Any, enabled: bool, deepspeed: DeepSpeedPart):
         self._trainer = trainer
+        self._deepspeed = deepspeed
         self.norms = MicroBatchNorms(trainer.model, trainer.args.device) if enabled else None
         self._items: list[tuple[int, Any]] = []  # samples and target tokens of each slice
 
@@ -55,7 +58,8 @@ class WindowMeasurement:
         if not window.measured:
             return 0.0, None, None
         trainer, args = self._trainer, self._trainer.args
-        unscale = inverse_loss_scale(trainer.accelerator)
+        by_engine = self._deepspeed.engine is not None
+        unscale = 1.0 / self._deepspeed.loss_scale if by_engine else inverse_loss_scale(trainer.accelerator)
         samples, tokens = zip(*self._items, strict=True)
         divides_itself = loss_divides_itself(trainer, num_items_in_batch)
         # Without labels the items are some of the user's: micro-batches are taken to weigh the same.
@@ -67,5 +71,8 @@ class WindowMeasurement:
         items = [int(count) for count in (tokens if by_tokens else samples)]
         shares = [piece.share for piece in window.slices]
         weights = micro_batch_weights(items, args.world_size, by_tokens, total, shares)
-        square_norm = self.norms.square_norm_share(args.process_index, args.world_size) * unscale**2
+        if by_engine:
+            square_norm = self._deepspeed.square_norm if args.process_index == 0 else 0.0
+        else:
+            square_norm = self.norms.square_norm_share(args.process_index, args.world_size) * unscale**2
         return square_norm, local_sums(self.norms.finish(), items, weights, unscale / args.world_size), total

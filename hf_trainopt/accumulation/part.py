@@ -188,7 +188,7 @@ class AccumulationPart(Part):
             epoch_length=steps_in_epoch,
         )
         self.controller = self._make_controller(max_steps)
-        self.measurement = WindowMeasurement(trainer, self.measures)
+        self.measurement = WindowMeasurement(trainer, self.measures, self.parts.deepspeed)
         self.last_window, self._rate_is_outdated = None, False
         self._mean_loss = MeanLoss()
         logger.info(

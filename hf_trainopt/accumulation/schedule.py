@@ -99,10 +99,15 @@ def _best_sign_rate(batch: float, noise: float) -> float:
     return 2 / (math.sqrt(noise / batch) + math.sqrt(batch / noise))
 
 
-def is_adaptive_optimizer(optimizer: Optimizer) -> bool:
-    """Return whether `optimizer` (or the one inside Accelerate's wrapper) is anything but SGD."""
+def torch_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer inside Accelerate's wrapper, and inside the one that DeepSpeed's engine puts around it."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    return "sgd" not in type(inner).__name__.lower()
+    return inner if isinstance(inner, Optimizer) else getattr(inner, "optimizer", inner)
+
+
+def is_adaptive_optimizer(optimizer: Any) -> bool:
+    """Return whether `optimizer` (or the one inside its wrappers) is anything but SGD."""
+    return "sgd" not in type(torch_optimizer(optimizer)).__name__.lower()
 
 
 class DataIndexedLR(LRScheduler):

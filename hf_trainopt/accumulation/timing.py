@@ -42,6 +42,7 @@ class StepTimer:
         self._timed = False
         self._mark = 0.0
         self._fetch = 0.0
+        self._engine_step = 0.0
 
     def _now(self) -> float:
         if self._synchronize is not None:
@@ -52,6 +53,7 @@ class StepTimer:
         """Call before the window's data are fetched."""
         self._timed = self._times_next
         self._count += 1
+        self._engine_step = 0.0
         if self._timed:
             self._mark = self._now()
 
@@ -71,6 +73,12 @@ class StepTimer:
         self._mark = now
         (self._last if last and self._distributed else self._plain).append(seconds)
 
+    def engine_has_stepped(self) -> None:
+        """Call after an optimizer step that was taken before the window was over, as an engine does it."""
+        if self._timed:
+            now = self._now()
+            self._engine_step, self._mark = now - self._mark, now
+
     def abandon_window(self) -> None:
         """Forget the window, and what micro-batches took so far: call where it is repeated with smaller ones."""
         self._timed = False
@@ -85,7 +93,7 @@ class StepTimer:
     def step_done(self) -> None:
         """Call after the optimizer step."""
         if self._timed:
-            self._step.append(self._now() - self._mark)
+            self._step.append(self._now() - self._mark + self._engine_step)
             self._timed = False
 
     @property

@@ -40,6 +40,7 @@ def take_step(parts: Parts, stock_step: StockStep, model: torch.nn.Module, windo
 
     window, loss = parts.out_of_memory.until_it_fits(window, num_items, run, forget=parts.restart_step)
     timer.micro_batch_done(last=True)
+    parts.deepspeed.step(window)  # DeepSpeed knows the norm of a gradient only once it has stepped
     accumulation.advance(window, num_items)
     rate = parts.learning_rate.factor()
     proposal = accumulation.propose(rate)
@@ -61,7 +62,8 @@ def run_slices(parts: Parts, stock_step: StockStep, model: torch.nn.Module, wind
     """
     trainer, accumulation, memory = parts.trainer, parts.accumulation, parts.out_of_memory
     losses, lacks = [], []
-    with accumulation.steps_shown(len(window.slices)), accumulation.measurement.begin(window):
+    shown = accumulation.steps_shown(len(window.slices))
+    with shown, accumulation.measurement.begin(window), parts.deepspeed.window():
         for index, piece in enumerate(window.slices):
             is_last = index == len(window.slices) - 1
             accumulation.measurement.begin_slice(window, piece)
@@ -79,6 +81,8 @@ def run_slices(parts: Parts, stock_step: StockStep, model: torch.nn.Module, wind
 def backward_pass(parts: Parts, model: torch.nn.Module, is_last: bool) -> AbstractContextManager:
     """Return the context of a backward pass: with gradients reduced over ranks in the last one, in others without."""
     trainer = parts.trainer
+    if trainer.is_deepspeed_enabled:
+        return nullcontext()  # its engine is told which is the last one
     in_each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
     if (is_last or in_each) and parts.out_of_memory.ranks is None:
         return nullcontext()

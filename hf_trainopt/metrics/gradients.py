@@ -163,7 +163,7 @@ class GradientStatisticsCallback(MeasurementCallback):
         if args.n_gpu > 1:
             return "nn.DataParallel mixes the gradients of its devices; start one process per GPU, or remove it."
         sharded = any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in model.parameters())
-        if sharded or args.deepspeed or args.fsdp:
+        if sharded or args.deepspeed_plugin is not None or args.fsdp:
             return "no rank of a sharded model (DeepSpeed, FSDP) holds a whole gradient; remove it."
         if activation_checkpointing(args) and activation_checkpointing_kwargs(args).get("use_reentrant"):
             return (

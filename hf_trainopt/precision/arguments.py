@@ -62,7 +62,8 @@ class PrecisionArgumentsMixin:
         """
         device = device_abilities(self.device)
         if self.precision is None:
-            if self.mixed_precision == "fp16" and device.type == "cpu" and not device.scales_fp16:
+            scaled = device.scales_fp16 or self.deepspeed_plugin is not None  # DeepSpeed scales the loss itself
+            if self.mixed_precision == "fp16" and device.type == "cpu" and not scaled:
                 what = "fp16=True" if self.fp16 else "ACCELERATE_MIXED_PRECISION='fp16' (--mixed_precision fp16)"
                 raise ValueError(
                     f"{what} is ignored on a CPU by Accelerate, which would train in fp32 without a word; use "

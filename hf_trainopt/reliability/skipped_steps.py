@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
+from ..accumulation import deepspeed_checks
 from ..accumulation.window import lacks_targets, without_empty_mean
 from ..core.facts import gradient_scaler
 from ..core.part import Part
@@ -34,6 +35,7 @@ class SkippedStepsPart(Part):
         super().__init__(trainer, parts)
         self.count = SkippedWindows()
         self._windows: FiniteWindows | None = None
+        self._lacks: torch.Tensor | None = None
         self._loaded_state: dict[str, Any] | None = None
 
     # ---- A run -----------------------------------------------------------------------------------------------------
@@ -43,11 +45,9 @@ class SkippedStepsPart(Part):
         self._windows = None
         if not self.limit:
             return
-        trainer = self.trainer
-        engine = trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.XLA)
-        obstacle = obstacle_to_skipping(trainer.optimizer, str(args.optim), engine)
+        obstacle = self.obstacle
         if obstacle is None:
-            self._windows = FiniteWindows(trainer.model, trainer.optimizer)
+            self._windows = FiniteWindows(self.trainer.model, self.trainer.optimizer)
         else:
             logger.warning("max_skipped_windows has no effect: %s.", obstacle)
 
@@ -62,6 +62,15 @@ class SkippedStepsPart(Part):
     def is_on(self) -> bool:
         """Whether windows are judged."""
         return self._windows is not None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why steps cannot be left out, if so."""
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled:
+            return deepspeed_checks.obstacle_to_skipping(trainer)
+        by_xla = trainer.accelerator.distributed_type == DistributedType.XLA
+        return obstacle_to_skipping(trainer.optimizer, str(trainer.args.optim), by_xla)
 
     @property
     def limit(self) -> int:
@@ -83,12 +92,26 @@ class SkippedStepsPart(Part):
         if self._windows is None:
             return step(inputs)
         lacks = lacks_targets(inputs, self.trainer._loss_shifts_labels)  # now: the batch may be taken apart
+        self._lacks = lacks
         self._windows.begin_micro_batch()
         loss = step(inputs)
         self._windows.end_micro_batch(loss, lacks)
         if lacks is None or self.trainer.args.logging_nan_inf_filter:
             return loss  # stock logs the mean of the other steps in its place
         return without_empty_mean(loss, lacks)
+
+    def spoiled(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return what DeepSpeed differentiates: of a loss that isn't finite something whose gradient isn't, either.
+
+        Its engine skips steps by the gradients alone, and on all ranks if they aren't finite on one.
+
+        Args:
+            loss: Of the micro-batch that runs.
+        """
+        if self._windows is None:
+            return loss
+        is_bad = ~torch.isfinite(without_empty_mean(loss.detach(), self._lacks))
+        return loss * torch.ones_like(loss).masked_fill(is_bad, torch.nan)
 
     def restart_step(self) -> None:
         if self._windows is not None:
@@ -117,7 +140,7 @@ class SkippedStepsPart(Part):
         if self._windows is None:
             return
         self.settle()
-        by_scaler = gradient_scaler(self.trainer) is not None
+        by_scaler = gradient_scaler(self.trainer) is not None or self.parts.deepspeed.scales_loss
         self._windows.judge(norm, self.trainer.state.global_step, by_scaler=by_scaler)
         if not self._windows.is_deferred:
             self.settle()

@@ -13,13 +13,13 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from ...accumulation.controller import STARTUP_WINDOWS
+from ...accumulation.deepspeed_checks import config_of, stage_of
 from ...accumulation.policy import FixedPolicy
-from ...accumulation.schedule import METRIC_DRIVEN, NOISE_SCALING_RULES, DataIndexedLR, chosen_rule
+from ...accumulation.schedule import METRIC_DRIVEN, NOISE_SCALING_RULES, DataIndexedLR, chosen_rule, torch_optimizer
 from ...accumulation.second_moment import decay_of_step, moment_setting
 from ...machine.device_memory import uses_expandable_segments
 from ...placement.plan.budget import gib
 from ...placement.show.render import time_words
-from ...reliability.losses import obstacle_to_skipping
 from .memory import MemoryForecast, device_memory
 
 
@@ -147,16 +147,18 @@ def learning_rate(trainer: Trainer) -> Lines:
     """Return the schedule at some places of the data, and how it follows k."""
     args, windows, scheduler = trainer.args, _budget(trainer), trainer.lr_scheduler
     inner = getattr(scheduler, "scheduler", scheduler)  # Accelerate's wrapper
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = torch_optimizer(trainer.optimizer)
     lines = [("optimizer", f"{type(optimizer).__name__} ({getattr(args.optim, 'value', args.optim)})")]
     if isinstance(inner, METRIC_DRIVEN):
         return [*lines, ("schedule", f"{type(inner).__name__}: follows the evaluations, whatever k is")]
     warmup = args.get_warmup_steps(windows)
-    lines.append(
-        ("schedule", f"{args.lr_scheduler_type.value}, warm-up over {warmup:,} of {windows:,} {_unit(trainer)}")
-    )
-    indexed = inner if isinstance(inner, DataIndexedLR) else DataIndexedLR(inner, optimizer)
-    if isinstance(indexed.inner, torch.optim.lr_scheduler.LambdaLR):
+    text = f"{args.lr_scheduler_type.value}, warm-up over {warmup:,} of {windows:,} {_unit(trainer)}"
+    own = inner.inner if isinstance(inner, DataIndexedLR) else inner
+    if hasattr(own, "last_batch_iteration"):
+        text = f"{type(own).__name__} of the DeepSpeed configuration"
+    lines.append(("schedule", text))
+    if isinstance(own, torch.optim.lr_scheduler.LambdaLR):
+        indexed = inner if isinstance(inner, DataIndexedLR) else DataIndexedLR(inner, optimizer)
         places = dict.fromkeys([0, warmup, windows // 2, windows])
         rates = [f"{args.learning_rate * indexed.factor(place):.3g} at {place / windows:.0%}" for place in places]
         lines.append(
@@ -306,6 +308,8 @@ def devices(trainer: Trainer) -> Lines:
         lines.append(("in this process", f"{args.n_gpu} GPUs under nn.DataParallel"))
     strategy = trainer.accelerator.distributed_type
     lines.append(("strategy", "none" if strategy == DistributedType.NO else strategy.value))
+    if trainer.is_deepspeed_enabled:
+        lines.append(("DeepSpeed", _deepspeed(trainer)))
     if args.world_size == 1 and os.path.isfile(default_config_file):
         config = load_config_from_file(None)
         lines.append(
@@ -318,6 +322,20 @@ def devices(trainer: Trainer) -> Lines:
     return lines
 
 
+def _deepspeed(trainer: Trainer) -> str:
+    """Return what DeepSpeed spreads and offloads, and how often it reduces gradients."""
+    config = config_of(trainer)
+    stage, zero = stage_of(config), config.get("zero_optimization", {})
+    spread = ("nothing is", "the optimizer's state is", "gradients and the optimizer's state are", "everything is")
+    words = f"ZeRO-{stage}: {spread[stage]} spread over the ranks"
+    for name, what in (("offload_param", "parameters"), ("offload_optimizer", "optimizer")):
+        device = (zero.get(name) or {}).get("device", "none")
+        if device != "none":
+            words += f", {what} offloaded to {device}"
+    in_each = stage >= 2 and not trainer.args.coalesce_grad_reduction
+    return f"{words}; gradients are reduced in each {'micro-batch' if in_each else 'optimizer step'}"
+
+
 def reliability(trainer: Trainer, resumed_from: str | None) -> Lines:
     """Return what is saved, and what becomes of signals and of losses that are not finite."""
     args = trainer.args
@@ -328,8 +346,7 @@ def reliability(trainer: Trainer, resumed_from: str | None) -> Lines:
     lines = [("checkpoints", saves), ("resumes from", resumed_from or "nothing, it begins anew")]
     signals = "save a checkpoint and end" if args.saves_on_interrupt else "end the run, nothing is saved"
     lines.append(("SIGTERM, Ctrl-C", signals))
-    engine = trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.XLA)
-    obstacle = obstacle_to_skipping(trainer.optimizer, str(args.optim), engine)
+    obstacle = trainer.trainopt.skipped_steps.obstacle
     limit = trainer.trainopt.skipped_steps.limit
     if not limit:
         text = "taken, as in stock Trainer"
