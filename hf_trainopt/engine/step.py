@@ -71,7 +71,8 @@ def run_slices(parts: Parts, stock_step: StockStep, model: torch.nn.Module, wind
             trainer.current_gradient_accumulation_steps = window.divisor(piece)
             trainer.accelerator.sync_gradients = is_last
             with backward_pass(parts, model, is_last):
-                losses.append(parts.skipped_steps.run_micro_batch(memory.inputs_of_try(piece), stock_step))
+                inputs = memory.inputs_of_try(piece)
+                losses.append(parts.skipped_steps.run_slice(inputs, lacks[-1], stock_step))
             accumulation.measurement.end_slice(window)
             if not is_last:
                 end_slice(parts, piece)

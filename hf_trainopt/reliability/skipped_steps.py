@@ -91,7 +91,13 @@ class SkippedStepsPart(Part):
         """
         if self._windows is None:
             return step(inputs)
-        lacks = lacks_targets(inputs, self.trainer._loss_shifts_labels)  # now: the batch may be taken apart
+        # Before the step: the batch may be taken apart.
+        return self.run_slice(inputs, lacks_targets(inputs, self.trainer._loss_shifts_labels), step)
+
+    def run_slice(self, inputs: Any, lacks: torch.Tensor | None, step: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """As `run_micro_batch`, with inputs of which `lacks_targets` is known."""
+        if self._windows is None:
+            return step(inputs)
         self._lacks = lacks
         self._windows.begin_micro_batch()
         loss = step(inputs)
