@@ -193,13 +193,20 @@ def test_a_micro_batch_is_planned_for_a_budget(smaller, tmp_path, monkeypatch, c
     assert trainer.placement_plan.predicted_peak_bytes < stock.floor_peak_bytes
     assert trainer.placement_plan.details["micro_batch_size"] == 2
     assert weights_equal(trainer.model, smaller.model)
-    assert "micro-batches of 2 samples are planned: 2 for each batch of the data loader" in caplog.text
+    assert "Micro-batches of 2 samples are planned: 2 for each batch of the data loader" in caplog.text
     assert all(line["accumulation_steps"] == 4 for line in lines(trainer))
     # A resumed run goes on with it, and its plan is not made anew.
     caplog.clear()
     resumed = train(make(tmp_path / "ours", **args), resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-5"))
     assert "The placement is the resumed run's" in caplog.text
     assert resumed.micro_batch_size == 2
+    # With more memory it isn't split any more, for nothing ran out.
+    start = str(tmp_path / "ours" / "checkpoint-5")
+    roomy = train(make(tmp_path / "ours", **{**args, "memory_budget": "1GiB"}), resume_from_checkpoint=start)
+    assert roomy.micro_batch_size == 4
+    caplog.clear()
+    train(make(tmp_path / "ours", auto_micro_batch=False), resume_from_checkpoint=start)
+    assert "had come down to" not in caplog.text
     assert weights_equal(resumed.model, trainer.model)
 
 

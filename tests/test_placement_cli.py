@@ -232,8 +232,24 @@ def test_image_model(capsys):
         ([*GPT2, "--device", "custom"], "--device custom needs --device_memory and --device_bandwidth and"),
         ([*GPT2, "--device_tflops", "3"], "--device_tflops is for --device custom"),
         ([*GPT2, "--device_memory", "90%"], "--device_memory is 90%; give a size"),
+        ([*GPT2, "--device_memory", "24"], "--device_memory is 24; give a size"),
+        (
+            [
+                *GPT2,
+                "--find",
+                "per_device_train_batch_size",
+                "--memory_budget",
+                "1GiB",
+                "--gradient_accumulation_steps",
+                "adaptive",
+            ],
+            "give --gradient_accumulation_steps as a number",
+        ),
         ([*GPT2, "--memory_budget", "110% of device"], "a share is at most 100%"),
-        ([*GPT2, "--memory_budget", "device", "--device", "cpu"], "the memory of this device isn't known"),
+        (
+            [*GPT2, "--memory_budget", "device", "--device", "cpu"],
+            "which needs a GPU, and the memory of this device isn't known",
+        ),
         ([*GPT2, "--find", "block_size"], "--find needs --memory_budget"),
         ([*GPT2, "--find", "block_size", "--memory_budget", "75%"], "the same for all sizes"),
         ([*GPT2, "--find", "block_size", "image_size", "--memory_budget", "1GiB"], "--find takes one size"),
@@ -375,6 +391,8 @@ def test_adapters_are_what_is_trained(capsys):
     assert states[0] > 10 * states[1]
     assert plan(*LLAMA, "--lora_r", "4", "--lora_target_modules", "nothing") == 2
     assert "--lora_target_modules: Target modules" in capsys.readouterr().err
+    one = figures(capsys, *LLAMA, "--lora_r", "4", "--lora_target_modules", "q_proj", "--checkpoint_placement", "none")
+    assert one["plan"]["details"]["num_parameters"] == whole["details"]["num_parameters"] + added // 2
     assert plan(*LLAMA, "--lora_target_modules", "q_proj") == 2
     assert "--lora_target_modules needs --lora_r" in capsys.readouterr().err
 
@@ -397,7 +415,7 @@ def test_a_budget_beyond_the_device_is_pointed_out(capsys):
 def test_a_device_of_ones_own(capsys):
     own = ["--device", "custom", "--device_memory", "10GiB", "--device_bandwidth", "500", "--device_tflops", "100"]
     assert plan(*GPT2, *SMALL, *own, "--memory_budget", "50% of device") == 0
-    assert "The budget is 5.00 GiB: 10.00 GiB of custom" in " ".join(capsys.readouterr().out.split())
+    assert "The budget is 5.00 GiB; custom has 10.00 GiB." in " ".join(capsys.readouterr().out.split())
 
 
 def found(capsys, *arguments):
@@ -422,7 +440,7 @@ def test_the_largest_and_the_fastest_micro_batch(capsys):
     seconds = [row["seconds"] for row in values["micro_batches"]]
     assert seconds == sorted(seconds)
     # The next larger one doesn't fit; the command line without --find says the same.
-    step = ["--gradient_accumulation_steps", "6", "--device", "a100", "--block_size", "64", "--memory_budget", "21MiB"]
+    step = ["--device", "a100", "--block_size", "64", "--memory_budget", "21MiB"]
     for size, code in ((values["largest"], 0), (values["largest"] + 1, 2)):
         assert plan(*PLAIN, *step, "--per_device_train_batch_size", str(size)) == code
         capsys.readouterr()

@@ -269,6 +269,8 @@ def warn_of_ignored_settings(trainer: Trainer, measures: bool, has_own_policy: b
         ignored += [(name, "the Trainer is given a policy of your own") for name in names]
     if not trainer.is_deepspeed_enabled:
         ignored.append(("coalesce_grad_reduction", "there is no DeepSpeed engine"))
+    elif args.accumulation_policy == "fixed" and not measures and not has_own_policy:
+        ignored.append(("coalesce_grad_reduction", "k is fixed and nothing is measured, so DeepSpeed's own loop runs"))
     for name, reason in ignored:
         if getattr(args, name) != defaults[name]:
             logger.warning("%s is ignored: %s.", name, reason)

@@ -50,6 +50,7 @@ class OutOfMemoryPart(Part):
         self.planned_size: int | None = None
         self._slice_size: int | None = None
         self._loaded_size: int | None = None
+        self._loaded_plan: int | None = None
         self._window_start: WindowStart | None = None
         self._is_in_optimizer_step = False
 
@@ -79,20 +80,24 @@ class OutOfMemoryPart(Part):
     def on_train_begin(self, args, state, control, **kwargs):
         """Take up what a checkpoint says; everything is prepared and loaded by now."""
         self._is_in_optimizer_step = False
+        # What a resumed run had come down to; a size that was only planned is planned anew.
+        forced = None if self._loaded_size == self._loaded_plan else self._loaded_size
         if not self.is_on:
-            if self._loaded_size is not None:
+            if forced is not None:
                 logger.warning(
                     "The resumed run had come down to micro-batches of %d to fit into memory; without "
                     "auto_micro_batch=True it goes on with %d.",
-                    self._loaded_size,
+                    forced,
                     rank_batch_size(self.trainer),
                 )
             return
-        self._slice_size = self._loaded_size or self.planned_size or rank_batch_size(self.trainer)
+        if self._loaded_plan != self.planned_size and self.planned_size is not None:
+            forced = None  # under another plan
+        self._slice_size = forced or self.planned_size or rank_batch_size(self.trainer)
         self._is_checked = not self.is_split
-        if self.is_split and self._loaded_size is None and args.should_log:
+        if self.is_split and forced is None and args.should_log:
             logger.info(
-                "For memory_budget micro-batches of %d samples are planned: %d for each batch of the data loader. The "
+                "Micro-batches of %d samples are planned: %d for each batch of the data loader. The "
                 "effective batch size stays the same.",
                 self._slice_size,
                 -(-rank_batch_size(self.trainer) // self._slice_size),
@@ -136,10 +141,14 @@ class OutOfMemoryPart(Part):
 
     def state_dict(self) -> dict[str, Any] | None:
         size = self._slice_size if self.is_split else self._loaded_size
-        return None if size is None else {"micro_batch_size": size}
+        if size is None:
+            return None
+        planned = self.planned_size if self.is_on else self._loaded_plan
+        return {"micro_batch_size": size, **({} if planned is None else {"planned_size": planned})}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         self._loaded_size = None if state is None else state["micro_batch_size"]
+        self._loaded_plan = None if state is None else state.get("planned_size")
 
     # ---- A window --------------------------------------------------------------------------------------------------
 

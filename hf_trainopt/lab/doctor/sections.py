@@ -18,7 +18,7 @@ from ...accumulation.policy import FixedPolicy
 from ...accumulation.schedule import METRIC_DRIVEN, NOISE_SCALING_RULES, DataIndexedLR, chosen_rule, torch_optimizer
 from ...accumulation.second_moment import decay_of_step, moment_setting
 from ...machine.device_memory import uses_expandable_segments
-from ...placement.plan.budget import gib
+from ...placement.plan.budget import gib, is_of_device, stated_budget
 from ...placement.show.render import time_words
 from .memory import MemoryForecast, device_memory
 
@@ -269,7 +269,10 @@ def memory_of_a_step(trainer: Trainer, memory: MemoryForecast) -> Lines:
             peak = plan.predicted_peak_bytes
             lines.append(("with the plan", f"{gib(peak)}, time {time_words(plan)}"))
         if args.memory_budget is not None:
-            lines.append(("budget", args.memory_budget))
+            text = args.memory_budget
+            if not is_of_device(text) or planner.memory is not None:
+                text = stated_budget(text, planner.bytes_of(text))
+            lines.append(("budget", text))
         lines.append(
             ("floor", f"{gib(floor)}, the least that any plan needs (memory_rewrites='{args.memory_rewrites}')")
         )

@@ -157,7 +157,7 @@ class OptionExplorer:
                 continue
             for key, name, choice in tried:
                 self._found[key][choice] = option_profile(replay, self.baseline, name, choice)
-            self.progress(f"{len(tried)} choices of stages")
+            self.progress("one choice" if len(tried) == 1 else f"{len(tried)} choices at once")
 
     def _open(self, key: Key, choices: Iterable[StageChoice]) -> list[StageChoice]:
         """Return choices that are yet to be measured, without the outputs that turned out to be modified."""

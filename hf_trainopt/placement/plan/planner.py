@@ -262,8 +262,8 @@ class PlacementPlanner:
         """
         if is_of_device(memory_budget) and self.memory is None:
             raise PlacementError(
-                f"memory_budget is '{memory_budget}', but the memory of this device isn't known; give a size, such as "
-                "'12GiB'."
+                f"memory_budget is '{memory_budget}', which needs a GPU, and the memory of this device isn't known; "
+                "give a size, such as '12GiB'."
             )
         return parse_budget(memory_budget, self.baseline.peak_bytes, self.memory)
 
@@ -274,7 +274,10 @@ class PlacementPlanner:
         if self.setup.memory is not None or not total:
             return self.setup.memory
         convolves = has_convolutions(self.replayer.model)
-        return device_memory(total, is_expandable=True, convolves=convolves, world_size=self.setup.world_size)
+        memory = device_memory(total, is_expandable=True, convolves=convolves, world_size=self.setup.world_size)
+        return dataclasses.replace(
+            memory, reserve=f"{memory.reserve}, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+        )
 
     def frontier(self, points: int = 10) -> list[PlacementPlan]:
         """Return plans from the baseline's peak down to the floor, each faster than all that need less memory."""

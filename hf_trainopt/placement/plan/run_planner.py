@@ -14,10 +14,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ...core.batch import copy_batch, count_rows, split_batch
-from ...core.facts import is_sharded, rank_batch_size
+from ...core.facts import is_sharded, loss_divides_itself, rank_batch_size
 from ...core.shadow import shadow_of
 from ...core.versions import activation_checkpointing_kwargs
-from ...machine.device_memory import memory_of_run
+from ...machine.device_memory import memory_of_run, uses_expandable_segments
 from ...machine.devices import DeviceSpec, device_spec
 from ..arguments import is_plan_file
 from ..errors import PlacementError, ReplayError
@@ -28,7 +28,7 @@ from ..simulate.example_batch import largest_batch
 from ..simulate.optimizers import STATES, TableOptimizer
 from ..simulate.residents import ResidentModules
 from ..simulate.step_setup import StepSetup, model_loss
-from .budget import is_of_own_peak
+from .budget import is_of_device, is_of_own_peak
 from .own_loss import has_own_loss, overridden, own_loss_planner
 from .plan import NO_REWRITES, PlacementPlan, Rewrites
 from .planner import PlacementPlanner
@@ -143,6 +143,9 @@ class RunPlanner:
             ),
             "accumulation_steps": self._accumulation.most_steps,
         }
+        if "micro_batch_size" in plan.details:
+            self._warn_of_another_micro_batch(plan.details["micro_batch_size"])
+            del found["batch"], found["accumulation_steps"]
         made_for = {name: plan.details[name] for name in found if plan.details.get(name) is not None}
         if "batch" in made_for:
             made_for["batch"] = _largest_shape(made_for["batch"])
@@ -156,6 +159,16 @@ class RunPlanner:
                 "The placement plan was made for %s: its peaks don't hold for this run; make another one with "
                 "`hf-trainopt plan` or memory_budget.",
                 "; ".join(differing),
+            )
+
+    def _warn_of_another_micro_batch(self, size: int) -> None:
+        if size != rank_batch_size(self.trainer) and not self.trainer.args.auto_micro_batch:
+            logger.warning(
+                "The placement plan was made for micro-batches of %d samples, not %d: set auto_micro_batch=True, or "
+                "per_device_train_batch_size=%d and more gradient_accumulation_steps.",
+                size,
+                rank_batch_size(self.trainer),
+                size,
             )
 
     def _plan_for(self, policy: str, batch: Any, available: Rewrites) -> PlacementPlan:
@@ -195,18 +208,20 @@ class RunPlanner:
             return whole.for_budget(budget)
         if rows != rank_batch_size(self.trainer):  # packed samples, pairs: what a part of it is isn't known
             return whole.for_budget(budget)
+        if "labels" not in batch and loss_divides_itself(self.trainer, None):
+            return whole.for_budget(budget)  # divided by items that no part has (see `OutOfMemoryPart`)
         sizes = {size: -(-rows // size) for size in halves(rows)}
         planners = {rows: whole}
 
         def planner_for(size: int) -> PlacementPlanner:
             if size not in planners:
-                part = split_batch(copy_batch(batch), size)[0]
+                part = _with_mask_of(batch, split_batch(copy_batch(batch), size)[0])
                 planners[size] = self._make_planner(part, available, sizes[size], whole)
             return planners[size]
 
         found = fastest_micro_batch(planner_for, sizes, budget)
         if not found:
-            planner_for(1).check_budget(budget)
+            return planners[min(planners)].for_budget(budget)  # which says what would fit
         best = found[0]
         self.last = planner_for(best.micro_batch)
         return dataclasses.replace(best.plan, details={**best.plan.details, "micro_batch_size": best.micro_batch})
@@ -296,8 +311,11 @@ class RunPlanner:
 
     def _optimizer_of(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """Return an optimizer like that of the run, over the same parameters of another model."""
+        name = str(getattr(self.trainer.args.optim, "value", self.trainer.args.optim))
         if self.trainer.optimizer is not None:
             inner = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+            if name in STATES and type(inner).__module__.partition(".")[0] not in ("torch", "transformers"):
+                return TableOptimizer(model, name)  # made by an earlier `train`
             taken = _parameters_of(type(inner))
             defaults = {n: v for n, v in inner.defaults.items() if n in taken}
             return type(inner)(_same_groups(inner, self.trainer.model, model), **defaults)
@@ -306,7 +324,7 @@ class RunPlanner:
             shadow.model = shadow.model_wrapped = model
             made = shadow.create_optimizer()
             return shadow.optimizer if made is None else made
-        if self.trainer.optimizer_cls_and_kwargs is None and (name := str(self.trainer.args.optim.value)) in STATES:
+        if self.trainer.optimizer_cls_and_kwargs is None and name in STATES:
             return TableOptimizer(model, name)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.trainer.optimizer_cls_and_kwargs is not None:
@@ -322,6 +340,11 @@ class RunPlanner:
             if self.trainer.accelerator.mixed_precision in ("fp16", "bf16"):
                 stack.enter_context(self.trainer.accelerator.autocast())
             check_chunked_loss(self.trainer.model, batch)
+
+    def _device_memory(self) -> str:
+        """What a budget of the device depends on, apart from what is free at the moment."""
+        total = self._device_spec.memory / 2**30
+        return f"{total:.0f} GiB{', expandable segments' if uses_expandable_segments() else ''}"
 
     def _request(self, batch: Any) -> dict[str, Any]:
         """What a plan depends on; a resumed run with the same takes the plan that it began with."""
@@ -343,6 +366,7 @@ class RunPlanner:
             "world_size": args.world_size,
             "accumulation_steps": self._accumulation.most_steps,
             **({"auto_micro_batch": True} if args.auto_micro_batch else {}),
+            **({"device_memory": self._device_memory()} if is_of_device(args.memory_budget or "") else {}),
         }
 
 
@@ -352,6 +376,21 @@ def halves(rows: int) -> list[int]:
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
     return sizes
+
+
+def _with_mask_of(batch: Mapping[str, Any], part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a part of a batch with padding in its mask if there is some in the batch: masks need memory."""
+    mask, whole = part.get("attention_mask"), batch.get("attention_mask")
+    if (
+        not isinstance(mask, torch.Tensor)
+        or mask.dim() != 2
+        or bool(whole.bool().all())
+        or not bool(mask.bool().all())
+    ):
+        return part
+    mask = mask.clone()
+    mask[0, -1] = 0
+    return {**part, "attention_mask": mask}
 
 
 def _largest_shape(batch: Any) -> list[int] | None:

@@ -103,7 +103,10 @@ def fastest_micro_batch(
     """
     found = []
     for size in sorted(sizes, reverse=True):
-        planner = planner_for(size)
+        try:
+            planner = planner_for(size)
+        except ValueError:  # batch norms can't train on one sample, lists can't be divided
+            break
         try:
             plan = planner.for_budget(memory_budget)
         except PlacementError:

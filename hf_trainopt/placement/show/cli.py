@@ -100,7 +100,7 @@ def _texts(workshop: Workshop, policy: str | None) -> Iterator[str]:
         table = render.render_frontier(frontier, named, chosen, ends_at_floor=shows_all)
         parts.append(f"{what} (times in % of a step without placement):\n\n{table}")
     parts.append(_advice(arguments, built, chosen))
-    parts.append(render.wrapped(render.NOT_COUNTED))
+    parts.append(render.wrapped(render.not_counted(arguments.memory_budget)))
     yield "\n\n".join(parts) + "\n"
 
 
@@ -130,7 +130,7 @@ def _budget_words(arguments: argparse.Namespace, planner: PlacementPlanner) -> s
     if memory is None:
         return f"{words}."
     name, total = planner.setup.device.name, gib(memory.total_bytes)
-    if is_of_device(given) and budget <= memory.usable_bytes:
+    if is_of_device(given) and budget == memory.usable_bytes:
         return f"{words}: {total} of {name} less {memory.reserve}."
     if budget > memory.usable_bytes:
         return (

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import PlacementError
+from ..errors import PlacementError, ReplayError
 from ..plan.budget import gib
 from ..plan.planner import PlacementPlanner
 from ..plan.sizes import SizedPlan, fastest_micro_batch, largest_size
@@ -18,6 +18,11 @@ from .workshop import Workshop, header, script_of
 UNITS = {BATCH: 1, BLOCK: 64, IMAGE: 32}
 # No batch, sequence or image of interest is larger.
 LIMITS = {BATCH: 2**14, BLOCK: 2**20, IMAGE: 2**12}
+
+
+_WITHOUT_REWRITES = (
+    " A micro-batch that fits as it is has no rewrites; --memory_rewrites fused_activations shows all rows with one."
+)
 
 
 class Finder:
@@ -71,7 +76,8 @@ class Finder:
         arguments = self.arguments
         first, steps = getattr(arguments, BATCH), arguments.gradient_accumulation_steps
         batch = first * steps
-        largest = self._largest(BATCH, budget, steps)
+        # With k = 1 there are no gradients of earlier micro-batches: nothing larger fits with any k.
+        largest = self._largest(BATCH, budget, 1)
         sizes = {size: batch // size for size in range(1, min(batch, largest) + 1) if batch % size == 0}
         found = fastest_micro_batch(
             lambda size: self.planner(sizes[size], **{BATCH: size}), sizes, arguments.memory_budget
@@ -82,11 +88,16 @@ class Finder:
             )
         text = f"The largest micro-batch that fits {gib(budget)} with recomputation is {largest}."
         if not found:
-            return render.wrapped(text + f" None divides the {batch} samples of a step.") + "\n"
-        best = found[0]
+            more = (
+                f" With the gradients of earlier micro-batches, none fits that divides the {batch} samples of a step."
+            )
+            return render.wrapped(text + more) + "\n"
+        best, has_stock = found[0], any(sized.plan.is_stock for sized in found)
         flags = {
             BATCH: str(best.micro_batch),
             "gradient_accumulation_steps": str(best.accumulation_steps),
+            **{name: "True" for name in ("bf16", "fp16") if getattr(arguments, name)},
+            "optim": arguments.optim,
             **({} if best.plan.is_stock else {"memory_budget": arguments.memory_budget}),
         }
         if arguments.memory_rewrites != "auto":
@@ -103,11 +114,20 @@ class Finder:
                     f"The fastest is predicted to be {best.micro_batch}: {render.words(best.plan)}. Times are a "
                     "roofline's, which doesn't know that large matrices run at a higher rate: where two are close, "
                     "try the larger one."
+                    + (_WITHOUT_REWRITES if arguments.memory_rewrites == "auto" and has_stock else "")
                 ),
-                f"  {script_of(self.built)} ... {render.flags(flags)}",
+                "",
+                render.wrapped(render.not_counted(arguments.memory_budget)),
+                "",
+                f"  {self._allocator}{script_of(self.built)} ... {render.flags(flags)}",
                 "",
             ]
         )
+
+    @property
+    def _allocator(self) -> str:
+        """The setting of the allocator that a budget of the device is for."""
+        return "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True " if "device" in self.arguments.memory_budget else ""
 
     def _largest(self, name: str, budget: int, steps: int, **others: int) -> int:
         """Return the largest size that fits with the other sizes as they are.
@@ -122,16 +142,20 @@ class Finder:
             unit = min(unit, limit)
         if first is None:
             first = 4 * unit
-        found = largest_size(
-            lambda size: self.planner(steps, **{name: size}, **others).floor.peak_bytes,
-            limit,
-            budget,
-            first=first,
-            unit=unit,
-        )
+        tried: dict[int, PlacementPlanner] = {}
+
+        def peak(size: int) -> int:
+            try:
+                tried[size] = self.planner(steps, **{name: size}, **others)
+            except ReplayError:
+                if not tried:
+                    raise
+                return budget + 1  # batch norms can't train on one sample
+            return tried[size].floor.peak_bytes
+
+        found = largest_size(peak, limit, budget, first=first, unit=unit)
         if not found:
-            planner = self.planner(steps, **{name: unit}, **others)
-            planner.check_budget(self.arguments.memory_budget)
+            tried[min(tried)].check_budget(self.arguments.memory_budget)
         return found
 
     # ---- The size of samples ---------------------------------------------------------------------------------------

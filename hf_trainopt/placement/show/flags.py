@@ -146,8 +146,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+class Adaptive(int):
+    """Most micro-batches of a step whose number adapts."""
+
+
 def _accumulation(text: str) -> int:
-    return _ADAPTIVE_STEPS if text == "adaptive" else _positive(text)
+    return Adaptive(_ADAPTIVE_STEPS) if text == "adaptive" else _positive(text)
 
 
 def _boolean(text: str) -> bool:
@@ -222,8 +226,11 @@ def _checked_policy(arguments: argparse.Namespace) -> str | None:
 def _check_device(arguments: argparse.Namespace) -> None:
     custom = {name: getattr(arguments, f"device_{name}") for name in ("memory", "bandwidth", "tflops")}
     if custom["memory"] is not None:
-        parse_budget(custom["memory"])
-        if "%" in custom["memory"] or "device" in custom["memory"]:
+        try:
+            is_size = parse_budget(custom["memory"]) > 0
+        except ValueError:
+            is_size = False
+        if not is_size:
             raise ValueError(f"--device_memory is {custom['memory']}; give a size, such as 24GiB.")
     if arguments.device == "custom":
         missing = [f"--device_{name}" for name, value in custom.items() if value is None]
@@ -247,6 +254,11 @@ def _check_find(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--find needs a --memory_budget that is the same for all sizes; {arguments.memory_budget} is a share of "
             "each step's own peak. Give a size, device or 90% of device."
+        )
+    if names == [BATCH] and isinstance(arguments.gradient_accumulation_steps, Adaptive):
+        raise ValueError(
+            f"--find {BATCH} keeps the samples of a step, which adaptive accumulation changes; give "
+            "--gradient_accumulation_steps as a number."
         )
     if len(names) != len(set(names)) or {BLOCK, IMAGE} <= set(names):
         raise ValueError(f"--find takes one size, or {BATCH} with one other; not {' '.join(names)}.")

@@ -288,7 +288,11 @@ def with_lora(model: nn.Module, rank: int, target_modules: tuple[str, ...] | Non
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("--lora_r needs PEFT; pip install peft.") from error
-    targets = target_modules[0] if target_modules is not None and len(target_modules) == 1 else target_modules
+    targets: Any = target_modules
+    if target_modules is not None and len(target_modules) == 1:
+        # A text is a regular expression for PEFT, or "all-linear"; a list has the last parts of names.
+        last_parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        targets = list(target_modules) if target_modules[0] in last_parts else target_modules[0]
     config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
     try:
         with torch.device(device):

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..plan.budget import gib, stated_budget
+from ..plan.budget import gib, is_of_device, stated_budget
 from ..plan.plan import PlacementPlan, StageChoice, describe, runs_of
 from ..plan.sizes import SizedPlan
 from ..simulate.replay import Replay
@@ -34,10 +34,20 @@ NOT_COUNTED = (
 )
 
 
+_NOT_COUNTED_OF_DEVICE = (
+    "Not counted: cuDNN's workspaces, rounding and fragmentation of the allocator, the CUDA context. A budget of device "
+    "leaves room for them."
+)
 _SELECTIVE = (
     "selective (n kept): of each of these layers, the outputs of n matrix products, convolutions or attentions are "
     "stored and everything else is recomputed."
 )
+
+
+def not_counted(budget: str | None) -> str:
+    """Return what plans don't count, and where there is room for it."""
+    return NOT_COUNTED if budget is None or not is_of_device(budget) else _NOT_COUNTED_OF_DEVICE
+
 
 # Plans that save less than this share of the baseline beyond the plan above them are not shown.
 _WORTH_A_LINE = 0.005
@@ -350,6 +360,8 @@ def render_choice(
         )
     if plan.floor_peak_bytes is not None:
         sentences.append(f"The floor is {gib(plan.floor_peak_bytes)}.")
+    if plan.is_stock and plan.budget_bytes is not None and plan.floor_peak_bytes is None and output is None:
+        return wrapped(f"{sentences[1]} Its peak is {gib(plan.predicted_peak_bytes)}.")
     path = output or "plan.json"
     by_file = {"checkpoint_placement": path}
     if settings.get("memory_rewrites") == "none":

@@ -118,8 +118,8 @@ def precision_of(arguments: argparse.Namespace, built: models.BuiltModel) -> str
 
 
 def _trained(model: torch.nn.Module) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return "" if trained == sum(p.numel() for p in model.parameters()) else f", of which {_count(trained)} are trained"
+    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
+    return "" if trained == every else f", {_count(trained).removesuffix(' parameters')} of them trained"
 
 
 def _count(number: int) -> str:
