@@ -35,8 +35,8 @@ NOT_COUNTED = (
 
 
 _NOT_COUNTED_OF_DEVICE = (
-    "Not counted: cuDNN's workspaces, rounding and fragmentation of the allocator, the CUDA context. A budget of device "
-    "leaves room for them."
+    "Not counted: cuDNN's workspaces, rounding and fragmentation of the allocator, the CUDA context. Budgets of the "
+    "device leave room for them."
 )
 _SELECTIVE = (
     "selective (n kept): of each of these layers, the outputs of n matrix products, convolutions or attentions are "
