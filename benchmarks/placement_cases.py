@@ -15,11 +15,12 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 from hf_trainopt.machine.devices import DEVICES, DeviceSpec
+from hf_trainopt.models.lora import with_lora
 from hf_trainopt.models.timm_model import load_timm_model
 from hf_trainopt.placement.plan.plan import PlacementPlan
 from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.recompute.apply import apply_placement
-from hf_trainopt.placement.show.models import TASKS, ModelRequest, build_model, load_config, with_lora
+from hf_trainopt.placement.show.models import TASKS, ModelRequest, build_model, load_config
 from hf_trainopt.placement.show.optimizers import optimizer_maker
 from hf_trainopt.placement.simulate.step_setup import StepSetup, model_loss
 

@@ -131,8 +131,8 @@ ARGUMENTS = [
     case("memory_budget is '12 parsecs'", "must be GiB", memory_budget="12 parsecs"),
     case("memory_budget is '150%'", "at most 100%", memory_budget="150%"),
     case("memory_budget is '0'", "must be positive", memory_budget="0"),
-    case("memory_budget is '-3GiB'", "give '12GiB', '75%'", memory_budget="-3GiB"),
-    case("memory_budget is 'plenty'", "give '12GiB', '75%'", memory_budget="plenty"),
+    case("memory_budget is '-3GiB'", "give '12GiB', 'device'", memory_budget="-3GiB"),
+    case("memory_budget is 'plenty'", "give '12GiB', 'device'", memory_budget="plenty"),
     case("memory_budget is '8'", "give a unit, such as '8GiB'", memory_budget="8"),
     # ramps
     case("accumulation_ramp", "such as '0:1,0.25:2,0.5:4'", accumulation_policy="ramp"),

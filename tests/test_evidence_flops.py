@@ -266,9 +266,9 @@ def test_no_step_is_slowed_down_for_rates_that_never_come(tmp_path, warmup_steps
         ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.float16, None),
         ("NVIDIA GeForce RTX 3090 Ti", torch.float16, None),
         ("NVIDIA H100 PCIe", torch.float16, None),
-        ("NVIDIA L40", torch.float16, None),
+        ("NVIDIA L40", torch.float16, 181e12),
         ("NVIDIA RTX A1000", torch.float16, None),
-        ("AMD Instinct MI300X", torch.bfloat16, None),
+        ("AMD Instinct MI300X", torch.bfloat16, 1307e12),
         ("cpu", torch.float32, None),
     ],
 )

@@ -18,7 +18,7 @@ PACKAGE = Path(hf_trainopt.__file__).parent
 EXTRAS = ("datasets", "evaluate", "timm", "torchvision", "sklearn", "scipy", "matplotlib", "peft", "trl")
 # Modules that only the scripts, `--timm_model`, charts and comparisons need.
 OUTSIDE_THE_CORE = (
-    "scripting/", "models/timm_model.py", "placement/show/plot.py", "lab/report/axes.py",
+    "scripting/", "models/timm_model.py", "models/lora.py", "placement/show/plot.py", "lab/report/axes.py",
     "lab/report/pictures.py", "lab/compare/statistics.py",
 )  # fmt: skip
 

@@ -275,33 +275,11 @@ def _on_meta(request: ModelRequest, config: PreTrainedConfig, task: str) -> nn.M
     model.tie_weights()  # part of the initialisation that was left out
     if task == "causal-lm" and getattr(model, "loss_type", None) is None:
         model.loss_type = "ForCausalLM"  # as run_clm.py has it
-    return model if request.lora_r is None else with_lora(model, request.lora_r, request.lora_target_modules)
+    if request.lora_r is None:
+        return model
+    from hf_trainopt.models.lora import with_lora
 
-
-def with_lora(model: nn.Module, rank: int, target_modules: tuple[str, ...] | None, device: str = "meta") -> nn.Module:
-    """Return a model on a device with LoRA adapters of PEFT, as `get_peft_model` makes them.
-
-    Raises:
-        ValueError: PEFT isn't installed, or doesn't find the modules.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("--lora_r needs PEFT; pip install peft.") from error
-    targets: Any = target_modules
-    if target_modules is not None and len(target_modules) == 1:
-        # A text is a regular expression for PEFT, or "all-linear"; a list has the last parts of names.
-        last_parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        targets = list(target_modules) if target_modules[0] in last_parts else target_modules[0]
-    config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
-    try:
-        with torch.device(device):
-            return get_peft_model(model, config, autocast_adapter_dtype=True)
-    except ValueError as error:
-        raise ValueError(
-            f"--lora_target_modules: {_first_sentence(error)}; name modules of the model, such as q_proj v_proj, or "
-            "all-linear."
-        ) from error
+    return with_lora(model, request.lora_r, request.lora_target_modules)
 
 
 def _first_sentence(error: Exception) -> str:
