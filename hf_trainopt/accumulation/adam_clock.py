@@ -1,9 +1,7 @@
 """The clock of Adam's second moment as a part: while k varies, it runs in data and not in optimizer steps."""
 
-import contextlib
 import logging
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,16 +37,9 @@ class AdamClockPart(Part):
 
     # ---- A run -----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def run(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._leave()
-
     def on_train_begin(self, args, state, control, **kwargs):
         """Watch the optimizer; everything is prepared and loaded by now."""
-        self._leave()
+        self.end_run()
         accumulation = self.parts.accumulation
         if args.adam_clock != "tokens" or accumulation.cursor is None or not accumulation.varies:
             return
@@ -89,7 +80,7 @@ class AdamClockPart(Part):
         # Its state isn't the one of that run (not saved, or begun anew): windows as there are on average.
         return steps, known[1] * steps / known[0] if known[0] else None
 
-    def _leave(self) -> None:
+    def end_run(self) -> None:
         for hook in self._hooks:
             hook.remove()
         if self.clock is not None:

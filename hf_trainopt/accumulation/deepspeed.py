@@ -49,16 +49,9 @@ class DeepSpeedPart(Part):
 
     # ---- A run -----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def run(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._leave()
-
     def on_train_begin(self, args, state, control, **kwargs):
         """Put our wrapper in place of Accelerate's; everything is prepared and loaded by now."""
-        self._leave()
+        self.end_run()
         accelerator = self.trainer.accelerator
         if not self.trainer.is_deepspeed_enabled:
             return
@@ -72,7 +65,7 @@ class DeepSpeedPart(Part):
             self.engine, self._stock_batch_size = engine, engine.train_batch_size()
             self.grad_norm, self.loss_scale = None, 1.0
 
-    def _leave(self) -> None:
+    def end_run(self) -> None:
         if self._stock_wrapper is not None:
             self.trainer.accelerator.deepspeed_engine_wrapped = self._stock_wrapper
         if self.engine is not None:

@@ -1,6 +1,7 @@
 """The protocol of a part: what the Trainer tells each feature, and what it asks of it."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 from transformers import TrainerCallback
@@ -33,9 +34,16 @@ class Part(TrainerCallback):
 
     # ---- A run -----------------------------------------------------------------------------------------------------
 
-    def run(self) -> AbstractContextManager[None]:
-        """Return the context that `train` runs in."""
-        return nullcontext()
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Context that `train` runs in."""
+        try:
+            yield
+        finally:
+            self.end_run()
+
+    def end_run(self) -> None:
+        """Leave nothing of the run behind, whatever has ended it."""
 
     def before_preparing(self, dataloader: Any) -> None:
         """Read the arguments and refuse what can't work; the model isn't wrapped yet, and there is no optimizer."""

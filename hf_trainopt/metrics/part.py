@@ -1,8 +1,6 @@
 """Measurements as a part: our callbacks, kept apart from the user's, and their values on each line."""
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback
@@ -68,14 +66,9 @@ class MeasurementsPart(Part):
     def listeners(self) -> list[TrainerCallback]:
         return list(self.own)
 
-    @contextlib.contextmanager
-    def run(self) -> Iterator[None]:
-        """Leave nothing of the measurements behind, whatever ends the run."""
-        try:
-            yield
-        finally:
-            for callback in self.all:
-                callback.close()
+    def end_run(self) -> None:
+        for callback in self.all:
+            callback.close()
 
     def before_preparing(self, dataloader: Any) -> None:
         accumulation = self.parts.accumulation

@@ -1,10 +1,10 @@
 """Activation checkpointing as a part: plans before the first step, applies, measures, keeps the plan."""
 
-import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,12 @@ class PlacementPart(Part):
 
     # ---- A run -----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def run(self) -> Iterator[None]:
+    def run(self) -> AbstractContextManager[None]:
         self.check()
-        try:
-            yield
-        finally:
-            self._take_off()
+        return super().run()
+
+    def end_run(self) -> None:
+        self._take_off()
 
     def apply(self, dataloader: Any) -> None:
         """Plan for the batches of a loader and apply, before the model is wrapped."""

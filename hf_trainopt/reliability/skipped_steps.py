@@ -1,8 +1,7 @@
 """Windows that aren't finite as a part: their optimizer step is skipped, and too many in a row end the run."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,12 +50,8 @@ class SkippedStepsPart(Part):
         else:
             logger.warning("max_skipped_windows has no effect: %s.", obstacle)
 
-    @contextlib.contextmanager
-    def run(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._windows = None
+    def end_run(self) -> None:
+        self._windows = None
 
     @property
     def is_on(self) -> bool:
