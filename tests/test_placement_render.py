@@ -87,7 +87,7 @@ def test_different_neighbours_are_lines_of_their_own(peak_by_key):
 
 
 def test_the_chosen_plan_is_a_line_below_the_total(peak_by_key):
-    text = render.render_memory(peak_by_key, STAGES, {("parameters", ""): 5 * MIB, ("activations", "h"): 7 * MIB})
+    text = render.render_totals(peak_by_key, {("parameters", ""): 5 * MIB, ("activations", "h"): 7 * MIB})
     assert " ".join(text.splitlines()[-1].split()) == "total under the chosen plan 5 0 0 7 0 12"
 
 

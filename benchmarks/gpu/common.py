@@ -22,7 +22,7 @@ from placement_cases import Case, TrainingStep
 from placement_measure import tracker_peak
 from run import REPOSITORY, write_json
 
-from hf_trainopt.machine.devices import DEVICES, DeviceSpec
+from hf_trainopt.machine.devices import DEVICES, DeviceSpec, named_spec
 from hf_trainopt.placement.simulate.step_setup import model_loss
 
 
@@ -88,9 +88,7 @@ class Context:
         """What plans are made for, told from the name that nvidia-smi gives: CUDA is not started."""
         if self.rehearse:
             return DEVICES["cpu"]
-        name = card().get("name", "").lower().replace(" ", "")
-        known = [key for key, spec in DEVICES.items() if spec.kind == "cuda" and key in name]
-        return DEVICES[max(known, key=len, default="h100")]
+        return named_spec(card().get("name", ""), default="h100")
 
     def pick(self, full: Any, toy: Any) -> Any:
         """Return what belongs to the size of this run."""

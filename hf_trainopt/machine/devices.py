@@ -125,6 +125,10 @@ DEVICES: dict[str, DeviceSpec] = {
 }
 
 
+# What a GPU that isn't in `DEVICES` is taken for.
+UNKNOWN = "a100"
+
+
 def custom_device(memory: int, bandwidth: float, tflops: float, tflops_fp32: float | None = None) -> DeviceSpec:
     """Return the spec of a GPU that isn't in `DEVICES`.
 
@@ -143,17 +147,22 @@ def device_spec(device: torch.device) -> DeviceSpec:
     if device.type == "cpu":
         return measured_cpu()
     if device.type != "cuda" or not torch.cuda.is_available():
-        return DEVICES["a100"]
+        return DEVICES[UNKNOWN]
     total = torch.cuda.get_device_properties(device).total_memory
     return dataclasses.replace(named_spec(torch.cuda.get_device_name(device)), memory=total)
 
 
-def named_spec(name: str) -> DeviceSpec:
-    """Return the spec of a GPU by the name that its driver gives, such as "NVIDIA A100-SXM4-40GB"."""
+def named_spec(name: str, default: str = UNKNOWN) -> DeviceSpec:
+    """Return the spec of a GPU by the name that its driver gives, such as "NVIDIA A100-SXM4-40GB".
+
+    Args:
+        name: That name.
+        default: Key of `DEVICES` for a GPU that isn't among them.
+    """
     words = name.lower().replace(" ", "")
     # The longest name first: "l4" is part of "l40s".
     known = sorted((key for key, spec in DEVICES.items() if spec.kind == "cuda"), key=len, reverse=True)
-    return DEVICES[next((key for key in known if all(part in words for part in key.split("-"))), "a100")]
+    return DEVICES[next((key for key in known if all(part in words for part in key.split("-"))), default)]
 
 
 def measured_cpu() -> DeviceSpec:

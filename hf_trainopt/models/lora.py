@@ -1,12 +1,13 @@
 """LoRA adapters of PEFT on a model, for plans."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 
-def with_lora(model: nn.Module, rank: int, target_modules: tuple[str, ...] | None, device: str = "meta") -> nn.Module:
+def with_lora(model: nn.Module, rank: int, target_modules: Sequence[str] | None, device: str = "meta") -> nn.Module:
     """Return a model on a device with LoRA adapters of PEFT, as `get_peft_model` makes them.
 
     Raises:

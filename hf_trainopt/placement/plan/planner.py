@@ -197,11 +197,11 @@ class PlacementPlanner:
     @cached_property
     def floor(self) -> Candidate:
         """The candidate with the least peak."""
-        found = []
+        found, everything = [], self._choices("all")
         for rewrites, chain in self.chains().items():
             solution = least_peak(chain)
             found.append((solution.peak_bytes, rewrites, choices_of(self.profiles[rewrites], solution.path)))
-            path = path_of(chain, everything := self._choices("all"))
+            path = path_of(chain, everything)
             found.append((chain.fixed_bytes if path is None else chain.peak(path), rewrites, everything))
         least = None
         for counted, rewrites, stages in sorted(found, key=lambda item: item[0]):
@@ -399,8 +399,7 @@ class PlacementPlanner:
 
     def _over_budget(self, memory_budget: str | int | float, budget: int) -> str:
         replay = self.replay(self.floor.stages, self.floor.rewrites)
-        static = {"parameters", "buffers", "optimizer", "gradients", "communication"}
-        resident = sum(n for kind, n in replay.peak_by_kind().items() if kind in static)
+        resident = replay.resident_bytes
         remedies = ["a smaller per_device_train_batch_size (with more gradient_accumulation_steps)"]
         remedies.append("shorter sequences or smaller images")
         missing = [

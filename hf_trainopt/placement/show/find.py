@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import PlacementError, ReplayError
-from ..plan.budget import gib
+from ..plan.budget import gib, is_of_device
 from ..plan.planner import PlacementPlanner
 from ..plan.sizes import SizedPlan, fastest_micro_batch, largest_size
 from . import models, render
@@ -44,8 +44,8 @@ class Finder:
     def planner(self, accumulation_steps: int, **sizes: int) -> PlacementPlanner:
         """Return the planner for sizes; those that aren't named are the flags'."""
         asked = {name: sizes.get(name, getattr(self.arguments, name)) for name in (BATCH, BLOCK, IMAGE)}
-        key = (min(2, accumulation_steps), *asked.values())
-        if key not in self._planners or accumulation_steps > 1:
+        key = (accumulation_steps, *asked.values())
+        if key not in self._planners:
             self.built = self.workshop.build(asked[BATCH], asked[BLOCK], asked[IMAGE])
             # Images of another size can be another model, whose layers have other operators.
             self._planners[key] = self.workshop.planner(self.built, accumulation_steps, self._first)
@@ -89,7 +89,7 @@ class Finder:
         text = f"The largest micro-batch that fits {gib(budget)} with recomputation is {largest}."
         if not found:
             more = (
-                f" With the gradients of earlier micro-batches, none fits that divides the {batch} samples of a step."
+                f" None that divides the {batch} samples of a step fits together with the gradients of earlier ones."
             )
             return render.wrapped(text + more) + "\n"
         best, has_stock = found[0], any(sized.plan.is_stock for sized in found)
@@ -127,7 +127,9 @@ class Finder:
     @property
     def _allocator(self) -> str:
         """The setting of the allocator that a budget of the device is for."""
-        return "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True " if "device" in self.arguments.memory_budget else ""
+        return (
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True " if is_of_device(self.arguments.memory_budget) else ""
+        )
 
     def _largest(self, name: str, budget: int, steps: int, **others: int) -> int:
         """Return the largest size that fits with the other sizes as they are.
@@ -135,13 +137,9 @@ class Finder:
         Raises:
             PlacementError: Not even the smallest one fits.
         """
-        unit, limit, first = UNITS[name], LIMITS[name], getattr(self.arguments, name)
-        if name == BLOCK:
-            most = models.max_positions_of(self.built.model.config)
-            limit = most if most is not None else limit
-            unit = min(unit, limit)
-        if first is None:
-            first = 4 * unit
+        limit = self._limit(name)
+        unit = min(UNITS[name], limit)
+        first = getattr(self.arguments, name) or 4 * unit
         tried: dict[int, PlacementPlanner] = {}
 
         def peak(size: int) -> int:
@@ -167,7 +165,7 @@ class Finder:
         plan = planner.for_budget(self.arguments.memory_budget)
         if self.arguments.json:
             return _as_json(budget_bytes=budget, largest=largest, plan=plan.to_dict())
-        most = " (as many as the model has positions for)" if largest == self._most(name) else ""
+        most = " (as many as the model has positions for)" if name == BLOCK and largest == self._limit(name) else ""
         batch = getattr(self.arguments, BATCH)
         return (
             render.wrapped(
@@ -178,14 +176,16 @@ class Finder:
             + "\n"
         )
 
-    def _most(self, name: str) -> int | None:
-        return models.max_positions_of(self.built.model.config) if name == BLOCK else None
+    def _limit(self, name: str) -> int:
+        """Return the largest size of interest: a sequence has no more tokens than the model has positions."""
+        most = models.max_positions_of(self.built.model.config) if name == BLOCK else None
+        return LIMITS[name] if most is None else most
 
     def _table(self, name: str, budget: int) -> str:
         """Return, for sizes of samples, the largest micro-batch with and without recomputation."""
         steps, rows = self.arguments.gradient_accumulation_steps, []
         own = getattr(self.arguments, name)
-        most = self._most(name) or LIMITS[name]
+        most = self._limit(name)
         if own is None:
             own = min(most, 1024 if name == BLOCK else 224)
         for size in sorted({own // 4, own // 2, own, 2 * own, 4 * own}):

@@ -9,7 +9,7 @@ import torch
 
 from ...machine.devices import DEVICES, DeviceSpec, custom_device, device_spec, measured_cpu
 from ..arguments import is_plan_file
-from ..plan.budget import parse_budget
+from ..plan.budget import is_of_own_peak, parse_budget
 from ..plan.policies import POLICIES, named_choices
 from ..rewrite.allowed_rewrites import check_rewrites
 from . import plot
@@ -96,9 +96,7 @@ def _add_device(device: argparse._ArgumentGroup) -> None:
         choices=(*DEVICES, "custom"),
         help=f"default: the GPU of this machine, else a100; one of {', '.join(DEVICES)}, or custom with:",
     )
-    device.add_argument(
-        "--device_memory", help="size of the device's memory, such as 24GiB; default: its data sheet's"
-    )
+    device.add_argument("--device_memory", help="its memory, such as 24GiB; default: as its data sheet says")
     device.add_argument("--device_bandwidth", type=float, metavar="GB/s", help="to and from its memory, for custom")
     device.add_argument(
         "--device_tflops", type=float, metavar="TFLOP/s", help="of dense 16-bit matrix products, for custom"
@@ -108,8 +106,8 @@ def _add_device(device: argparse._ArgumentGroup) -> None:
 def _add_choice(choice: argparse._ArgumentGroup) -> None:
     choice.add_argument(
         "--memory_budget",
-        help="most memory that a step may take: 12GiB; device (what tensors can take of it: its memory less the CUDA "
-        "context and room for the allocator); 90%% of device; 75%% (of the step's own peak); or bytes; default: none, "
+        help="most memory that a step may take: 12GiB; device (its memory less the CUDA context and room for the "
+        "allocator); 90%% of device; 75%% (of the step's own peak); or bytes; default: none, "
         "only the frontier is shown",
     )
     choice.add_argument(
@@ -118,7 +116,7 @@ def _add_choice(choice: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         choices=(BATCH, BLOCK, IMAGE),
         help=f"find the largest {BATCH}, {BLOCK} or {IMAGE} that fits the budget; for {BATCH} also the fastest one "
-        "with the same samples in a step; both a size of samples and the batch: a table of the two",
+        f"with the same samples in a step; {BATCH} together with one of the others gives a table of both",
     )
     choice.add_argument(
         "--checkpoint_placement",
@@ -250,7 +248,7 @@ def _check_find(arguments: argparse.Namespace) -> None:
         return
     if arguments.memory_budget is None:
         raise ValueError("--find needs --memory_budget, such as 24GiB or device.")
-    if "%" in arguments.memory_budget and "device" not in arguments.memory_budget:
+    if is_of_own_peak(arguments.memory_budget):
         raise ValueError(
             f"--find needs a --memory_budget that is the same for all sizes; {arguments.memory_budget} is a share of "
             "each step's own peak. Give a size, device or 90% of device."

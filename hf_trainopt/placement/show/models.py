@@ -1,6 +1,7 @@
 """A model and an example batch without memory, from what a command line names."""
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import ModuleType
@@ -68,7 +69,7 @@ class ModelRequest:
     attn_implementation: str | None = None
     dtype: torch.dtype | None = None
     lora_r: int | None = None
-    lora_target_modules: tuple[str, ...] | None = None
+    lora_target_modules: Sequence[str] | None = None
 
     @property
     def name(self) -> str:

@@ -35,8 +35,8 @@ NOT_COUNTED = (
 
 
 _NOT_COUNTED_OF_DEVICE = (
-    "Not counted: cuDNN's workspaces, rounding and fragmentation of the allocator, the CUDA context. Budgets of the "
-    "device leave room for them."
+    "Not counted: cuDNN's workspaces, rounding and fragmentation of the allocator, the CUDA context. A budget given "
+    "as device leaves room for them."
 )
 _SELECTIVE = (
     "selective (n kept): of each of these layers, the outputs of n matrix products, convolutions or attentions are "
@@ -81,8 +81,13 @@ def memory_rows(peak_by_key: Mapping[Key, int], stages: Sequence[str]) -> list[M
     return [MemoryRow(name, columns) for name, columns in table.items()]
 
 
-# What stays in memory whatever is recomputed.
-_RESIDENT = ("parameters", "buffers", "gradients", "communication", "optimizer", "workspace")
+def _summed(name: str, rows: Sequence[MemoryRow]) -> MemoryRow:
+    return MemoryRow(name, {column: sum(row.columns[column] for row in rows) for column in COLUMNS})
+
+
+def _cells(row: MemoryRow, size: int, decimals: int) -> list[str]:
+    """Return the figures of a row, its total last, in units of `size` bytes."""
+    return [f"{value / size:,.{decimals}f}" for value in (*row.columns.values(), row.total)]
 
 
 def first_answer(baseline: Replay, budget: str | None) -> str:
@@ -92,27 +97,23 @@ def first_answer(baseline: Replay, budget: str | None) -> str:
         baseline: That step.
         budget: What the budget is, as a sentence.
     """
-    kinds = baseline.peak_by_kind()
-    resident = sum(kinds.get(kind, 0) for kind in _RESIDENT)
     text = (
-        f"Without recomputation a step takes {gib(baseline.peak_bytes)}. Of it, {gib(resident)} (parameters, "
-        "gradients, optimizer state) stay whatever is recomputed."
+        f"Without recomputation a step takes {gib(baseline.peak_bytes)}. Of it, {gib(baseline.resident_bytes)} "
+        "(parameters, gradients, optimizer state) stay whatever is recomputed."
     )
     return text if budget is None else f"{text} {budget}"
 
 
 def render_totals(baseline_by_key: Mapping[Key, int], chosen_by_key: Mapping[Key, int]) -> str:
     """Return a table of what the peaks without recomputation and under the chosen plan consist of."""
-    totals = []
-    for name, by_key in (("without recomputation", baseline_by_key), ("total under the chosen plan", chosen_by_key)):
-        rows = memory_rows(by_key, ())
-        totals.append(MemoryRow(name, {column: sum(row.columns[column] for row in rows) for column in COLUMNS}))
+    totals = [
+        _summed("without recomputation", memory_rows(baseline_by_key, ())),
+        _summed("total under the chosen plan", memory_rows(chosen_by_key, ())),
+    ]
     unit, size, decimals = _unit(max(row.total for row in totals))
     header = [*COLUMNS, "total"]
     lines = [f"({unit})".ljust(28) + "".join(f"{name:>13}" for name in header)]
-    for row in totals:
-        figures = [f"{value / size:,.{decimals}f}" for value in (*row.columns.values(), row.total)]
-        lines.append(row.name.ljust(28) + "".join(f"{text:>13}" for text in figures))
+    lines += [row.name.ljust(28) + "".join(f"{text:>13}" for text in _cells(row, size, decimals)) for row in totals]
     return "\n".join(lines)
 
 
@@ -142,29 +143,18 @@ def _unit(total: int) -> tuple[str, int, int]:
     return "MiB", 2**20, 0 if total >= 2**30 else 1 if total >= 2**24 else 3
 
 
-def render_memory(
-    peak_by_key: Mapping[Key, int], stages: Sequence[str], chosen_by_key: Mapping[Key, int] | None = None
-) -> str:
+def render_memory(peak_by_key: Mapping[Key, int], stages: Sequence[str]) -> str:
     """Return the table of where the memory goes at the peak of the step without recomputation.
 
     Args:
         peak_by_key: (kind, stage) -> bytes in that step.
         stages: Names of the stages, in order.
-        chosen_by_key: The same under the chosen plan, of which only the totals are shown.
     """
     rows = memory_rows(peak_by_key, stages)
     unit, size, decimals = _unit(sum(row.total for row in rows))
-
-    def cells(row: MemoryRow) -> list[str]:
-        return [f"{value / size:,.{decimals}f}" for value in (*row.columns.values(), row.total)]
-
-    def summed(parts: Iterable[MemoryRow]) -> list[str]:
-        parts = list(parts)
-        return cells(MemoryRow("", {column: sum(row.columns[column] for row in parts) for column in COLUMNS}))
-
     groups: list[tuple[list[str], list[str]]] = []
     for row in rows:
-        figures = cells(row)
+        figures = _cells(row, size, decimals)
         # Neighbours that look the same are one line; only those that `describe` can write as a range.
         joined = groups and groups[-1][1] == figures and "," not in describe([*groups[-1][0], row.name])
         if joined:
@@ -172,9 +162,7 @@ def render_memory(
         else:
             groups.append(([row.name], figures))
     lines = [(_group_name(names), figures) for names, figures in groups]
-    total = [("total at the peak", summed(rows))]
-    if chosen_by_key is not None:
-        total.append(("total under the chosen plan", summed(memory_rows(chosen_by_key, stages))))
+    total = [("total at the peak", _cells(_summed("", rows), size, decimals))]
     header = [*COLUMNS, "total"]
     widths = [max(len(header[i]), *(len(figures[i]) for _, figures in lines + total)) + 2 for i in range(len(header))]
     room = WIDTH - sum(widths)

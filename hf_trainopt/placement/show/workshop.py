@@ -36,9 +36,7 @@ class Workshop:
             attn_implementation=arguments.attn_implementation,
             dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
             lora_r=arguments.lora_r,
-            lora_target_modules=None
-            if arguments.lora_target_modules is None
-            else tuple(arguments.lora_target_modules),
+            lora_target_modules=arguments.lora_target_modules,
         )
 
     def build(self, batch: int, block: int | None, image: int | None) -> models.BuiltModel:
@@ -94,10 +92,12 @@ def header(
         how += f", {gib(device.memory)}"
     optimizer = f"{arguments.optim}, gradients clipped at {arguments.max_grad_norm:g}"
     if arguments.optim in PAGED:
-        optimizer += "; its pages aren't counted, for they can be moved to the host"
-    count = _count(sum(p.numel() for p in parameters))
+        optimizer += "; its pages aren't counted, because they can move to the host"
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    count = f"{_count(total)} parameters" + (f", {_count(trained)} of them trained" if trained < total else "")
     return [
-        ("Model", f"{request.name}: {type(built.model).__name__}, {count}{_trained(built.model)}"),
+        ("Model", f"{request.name}: {type(built.model).__name__}, {count}"),
         *([("Config", request.changes)] if request.changes else []),
         ("Batch", batch),
         ("Precision", precision_of(arguments, built)),
@@ -117,14 +117,8 @@ def precision_of(arguments: argparse.Namespace, built: models.BuiltModel) -> str
     return f"weights in {' and '.join(types)}, {autocast}"
 
 
-def _trained(model: torch.nn.Module) -> str:
-    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
-    return "" if trained == every else f", {_count(trained).removesuffix(' parameters')} of them trained"
-
-
 def _count(number: int) -> str:
-    text = f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
-    return f"{text} parameters"
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
 
 
 def script_of(built: models.BuiltModel) -> str:

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 _LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnknownNumberError)
 
 
+_RESIDENT = frozenset({"parameters", "buffers", "optimizer", "gradients", "communication"})
+
+
 @dataclass(frozen=True)
 class Replay:
     """What one step took.
@@ -82,6 +85,11 @@ class Replay:
         for (kind, _), num_bytes in self.peak_by_key.items():
             kinds[kind] = kinds.get(kind, 0) + num_bytes
         return {kind: num_bytes for kind, num_bytes in kinds.items() if num_bytes}
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of parameters, gradients and optimizer state at the peak, which no placement changes."""
+        return sum(num_bytes for (kind, _), num_bytes in self.peak_by_key.items() if kind in _RESIDENT)
 
 
 # What the host does besides issuing recomputed operators, as shares of its time for the forward pass: Python handles
