@@ -1,4 +1,4 @@
-"""What of DeepSpeed doesn't work with varying k, and what it does about gradients that aren't finite."""
+"""Which DeepSpeed settings don't work with varying k, and how it handles gradients that aren't finite."""
 
 from collections.abc import Mapping
 from typing import Any

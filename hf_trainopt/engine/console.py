@@ -1,4 +1,4 @@
-"""Log lines on a terminal: the numbers that one looks at while a run goes on, in at most 120 characters.
+"""Log lines on a terminal: the numbers to watch during a run, in at most 120 characters.
 
 Trackers and `trainer_state.json` get every key. Stock's `PrinterCallback` and `ProgressCallback` say where to print,
 and on which ranks; only the text is ours, and only where lines have keys of ours. Subclasses of them are left alone.

@@ -1,4 +1,4 @@
-"""Models and planners as the flags of `hf-trainopt plan` ask, and what they are in words."""
+"""Builds models and planners from the flags of `hf-trainopt plan`, and describes them."""
 
 import argparse
 
@@ -15,7 +15,7 @@ from .progress import Progress
 
 
 class Workshop:
-    """Makes models and planners as the flags ask.
+    """Builds models and planners from the flags.
 
     Args:
         arguments: The flags, checked.
