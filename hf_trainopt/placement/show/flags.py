@@ -62,6 +62,12 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="modules that get adapters, a regular expression, or all-linear; default: PEFT's for the model",
     )
+    bits = model.add_mutually_exclusive_group()
+    bits.add_argument("--load_in_4bit", action="store_true", help="weights of 4 bits, as bitsandbytes keeps them")
+    bits.add_argument("--load_in_8bit", action="store_true", help="weights of 8 bits; both need --lora_r")
+    model.add_argument(
+        "--bnb_4bit_use_double_quant", action="store_true", help="the scales of 4-bit weights have 8 bits, too"
+    )
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights")
 
 
@@ -174,6 +180,7 @@ def check_flags(arguments: argparse.Namespace) -> str | None:
         raise ValueError("--dtype is for models of transformers; leave it out, or use --bf16 with --timm_model.")
     if arguments.lora_target_modules is not None and arguments.lora_r is None:
         raise ValueError("--lora_target_modules needs --lora_r, such as 16.")
+    _check_quantization(arguments)
     if not arguments.max_grad_norm >= 0:
         raise ValueError(f"--max_grad_norm is {arguments.max_grad_norm}; it must be 0 or positive.")
     if arguments.placement_stages is not None:
@@ -219,6 +226,16 @@ def _checked_policy(arguments: argparse.Namespace) -> str | None:
     if policy is not None:
         named_choices(policy, ["a", "b"])
     return policy
+
+
+def _check_quantization(arguments: argparse.Namespace) -> None:
+    bits = next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(arguments, name)), None)
+    if bits is not None and arguments.timm_model is not None:
+        raise ValueError(f"--{bits} is for models of transformers; leave it out with --timm_model.")
+    if bits is not None and arguments.lora_r is None:
+        raise ValueError(f"--{bits} needs --lora_r, such as 16: weights of so few bits can't be trained themselves.")
+    if arguments.bnb_4bit_use_double_quant and not arguments.load_in_4bit:
+        raise ValueError("--bnb_4bit_use_double_quant needs --load_in_4bit.")
 
 
 def _check_device(arguments: argparse.Namespace) -> None:
