@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import difflib
 import os
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -99,7 +101,7 @@ def _add_device(device: argparse._ArgumentGroup) -> None:
     device.add_argument(
         "--device",
         metavar="NAME",
-        choices=(*DEVICES, "custom"),
+        type=_one_of(*DEVICES, "custom"),
         help=f"default: the GPU of this machine, else a100; one of {', '.join(DEVICES)}, or custom with:",
     )
     device.add_argument("--device_memory", help="its memory, such as 24GiB; default: as its data sheet says")
@@ -120,7 +122,7 @@ def _add_choice(choice: argparse._ArgumentGroup) -> None:
         "--find",
         nargs="+",
         metavar="SIZE",
-        choices=(BATCH, BLOCK, IMAGE),
+        type=_one_of(BATCH, BLOCK, IMAGE),
         help=f"find the largest {BATCH}, {BLOCK} or {IMAGE} that fits the budget; for {BATCH} also the fastest one "
         f"with the same samples in a step; {BATCH} together with one of the others gives a table of both",
     )
@@ -142,6 +144,19 @@ def _add_choice(choice: argparse._ArgumentGroup) -> None:
         help="whole names of the modules between which activations are placed; default: the layers; for models where "
         "these are not found, or for finer ones ('transformer\\.h\\.\\d+\\.mlp')",
     )
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    """Return what checks that a word is one of some names. With `choices` argparse would list all of them."""
+
+    def check(text: str) -> str:
+        if text in names:
+            return text
+        close = difflib.get_close_matches(text, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"'{text}' is not known; {hint}")
+
+    return check
 
 
 def _positive(text: str) -> int:
