@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 Key = Any
 
+# A class of stages is small beside one that is so many times larger, and then so many choices are tried for it.
+_SMALL, _OF_A_SMALL_CLASS = 8, 5
+
 
 class OptionExplorer:
     """Finds the choices that are worth having for each stage of a model, by replays in which stages differ.
@@ -60,9 +63,7 @@ class OptionExplorer:
             full = {key: names for key, names in self.classes.items() if models[key] == key}
             self._measure({key: self._first_choices(names[0]) for key, names in full.items()})
             self._measure({key: self._nested_choices(key, names[0]) for key, names in full.items()})
-            self._measure(
-                {key: list(_undominated(self._found[model])) for key, model in models.items() if model != key}
-            )
+            self._measure({key: self._taken_over(key, model) for key, model in models.items() if model != key})
         options = {}
         for key, names in self.classes.items():
             useful = _undominated(self._found[key])
@@ -101,6 +102,19 @@ class OptionExplorer:
 
         alike = [other for other in self.classes if forward_of(other) == forward_of(key)]
         return max(alike, key=lambda other: len(self.classes[other]))  # the first of equals
+
+    def _taken_over(self, key: Key, model: Key) -> list[StageChoice]:
+        """Return the choices of a larger class that are tried for this one: all, or some of all sizes if it is small.
+
+        A class of one stage needs a replay of the whole model for each choice.
+        """
+        worth_having = _undominated(self._found[model])
+        choices = sorted(worth_having, key=lambda choice: worth_having[choice].forward_delta)
+        if len(self.classes[model]) < _SMALL * len(self.classes[key]) or len(choices) <= _OF_A_SMALL_CLASS:
+            return choices
+        last = len(choices) - 1
+        places = {round(number * last / (_OF_A_SMALL_CLASS - 1)) for number in range(_OF_A_SMALL_CLASS)}
+        return [choices[place] for place in sorted(places)]
 
     def _num_ops(self, name: str) -> int:
         return len(self.baseline.section("forward", name).compute_ops)
