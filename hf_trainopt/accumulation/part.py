@@ -189,8 +189,8 @@ class AccumulationPart(Part):
             epoch_length=steps_in_epoch,
         )
         self.controller = self._make_controller(max_steps)
-        group = self.parts.tensor_parallel.begin()
-        self.measurement = WindowMeasurement(trainer, self.measures, self.parts.deepspeed, group)
+        parts = self.parts
+        self.measurement = WindowMeasurement(trainer, self.measures, parts.deepspeed, parts.tensor_parallel.begin())
         self.last_window, self._rate_is_outdated = None, False
         self._mean_loss = MeanLoss()
         logger.info(
@@ -251,8 +251,7 @@ class AccumulationPart(Part):
         return cursor.epoch, cursor.micro_batch
 
     def _forecast_steps(self) -> int:
-        remaining = self.cursor.remaining_windows(self.controller.accumulation_steps)
-        return self.trainer.state.global_step + remaining
+        return self.trainer.state.global_step + self.cursor.remaining_windows(self.controller.accumulation_steps)
 
     @contextlib.contextmanager
     def epoch(self, *, epoch: int, train_dataloader: Any = None, **loop: Any) -> Iterator[None]:
@@ -447,6 +446,5 @@ class AccumulationPart(Part):
         Raises:
             ValueError: The run is stock, and k has varied in the checkpoint.
         """
-        check_state(
-            path, state, setup or {}, self.setup, self.adapts, keeps_place=not self.trainer.args.ignore_data_skip
-        )
+        keeps_place = not self.trainer.args.ignore_data_skip
+        check_state(path, state, setup or {}, self.setup, self.adapts, keeps_place)

@@ -1,4 +1,4 @@
-"""Tensor parallelism as a part: the ranks that hold a layer together, and weights of which each has a term of the gradient.
+"""Tensor parallelism as a part: ranks that share layers train on the same data, and gradients of some are sums.
 
 The ranks of a group train on the same micro-batches. Autograd gives each the gradient of its piece of a weight, or the
 same gradient of a weight that all of them hold whole. So a square norm is the sum over the group, with whole ones
