@@ -146,6 +146,8 @@ def test_modules_are_found_by_the_plan_of_the_model():
     sizes = {"hidden_size": 8, "intermediate_size": 8, "head_dim": 4, "num_attention_heads": 2}
     config = Qwen3Config(vocab_size=8, num_hidden_layers=11, num_key_value_heads=2, **sizes)
     model = Qwen3ForCausalLM(config)
+    assert modules_with_summed_gradients(model) == []  # it is whole
+    model._tp_size = 2
     found = modules_with_summed_gradients(model)
     layers = model.model.layers
     assert set(found) == {norm for layer in layers for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm)}
@@ -179,9 +181,9 @@ def test_a_loader_that_has_read_its_last_batch_may_have_micro_batches_left():
 # ---- Refusals ------------------------------------------------------------------------------------------------------
 
 
-def parallel_trainer(tmp_path, monkeypatch, sizes: dict, model=None, **options) -> EfficientTrainer:
+def parallel_trainer(tmp_path, monkeypatch, sizes: dict, **options) -> EfficientTrainer:
     """A Trainer that believes that its model is parallel: on a CPU Accelerate refuses it."""
-    trainer = EfficientTrainer(model=model or tiny_gpt2(), args=arguments(tmp_path, **options), train_dataset=Rows(8))
+    trainer = EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, **options), train_dataset=Rows(8))
     config = SimpleNamespace(**{"tp_size": 1, "cp_size": 1, "sp_size": 1, "sp_backend": "deepspeed", **sizes})
     monkeypatch.setitem(trainer.accelerator.state.__dict__, "parallelism_config", config)
     return trainer
@@ -250,10 +252,10 @@ def test_a_memory_budget_is_refused(policy, tmp_path, monkeypatch):
 
 
 def test_stock_accumulation_of_such_a_model_is_warned_of(tmp_path, monkeypatch, caplog):
-    model = tiny_gpt2()
-    model._tp_plan = {"transformer.h.*.ln_1": "replicated_with_grad_allreduce"}
     options = {"accumulation_policy": "fixed", "gradient_accumulation_steps": 2}
-    trainer = parallel_trainer(tmp_path, monkeypatch, {"tp_size": 2}, model=model, **options)
+    trainer = parallel_trainer(tmp_path, monkeypatch, {"tp_size": 2}, **options)
+    model = trainer.model
+    model._tp_size, model._tp_plan = 2, {"transformer.h.*.ln_1": "replicated_with_grad_allreduce"}
     with caplog.at_level(logging.WARNING, "hf_trainopt"):
         trainer.trainopt.tensor_parallel.trainer_made()
     assert "accumulation_ramp='0:2'" in caplog.text

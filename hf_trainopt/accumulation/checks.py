@@ -183,8 +183,8 @@ def _check_sharding(trainer: Trainer, measures: bool, what: str, remedy: str) ->
             )
     if measures and (sharded or shares) and (args.torch_compile or is_compiled_module(trainer.model)):
         raise ValueError(
-            "torch_compile leaves out the hooks that find gradients of a sharded model (FSDP2, tensor parallelism), so "
-            f"that their norms cannot be measured; set torch_compile to False, or {remedy}."
+            "torch_compile leaves out the hooks that find gradients of a sharded model (FSDP2, tensor parallelism), "
+            f"so that their norms cannot be measured; set torch_compile to False, or {remedy}."
         )
 
 

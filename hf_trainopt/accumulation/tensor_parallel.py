@@ -33,13 +33,12 @@ def modules_with_summed_gradients(model: torch.nn.Module) -> list[torch.nn.Modul
     """Return the modules whose weights are whole on each rank, and whose gradients are sums over the ranks.
 
     Args:
-        model: With a plan of tensor parallelism, or without.
+        model: Tensor-parallel by transformers, or not.
     """
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    plan = (inner.tp_plan or {}) if inner is not None else {}
-    styles = {name for name, style in plan.items() if style == _SUMMED_STYLE}
-    if not styles:
+    if inner is None or (inner.tp_size or 1) == 1:  # it has a plan all the same
         return []
+    styles = {name for name, style in (inner.tp_plan or {}).items() if style == _SUMMED_STYLE}
     return [
         module for name, module in inner.named_modules() if re.sub(r"\.\d+(?=\.|$)", ".*", name) in styles
     ]  # as transformers matches names with plans
