@@ -1,5 +1,6 @@
 """Tensor parallelism (gloo, CPU): alone on two ranks, and with data parallelism and FSDP2 on four."""
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -8,12 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import Rows, arguments, skip_below, tiny_gpt2
+from packaging.version import Version
+from parallel_norms_worker import FAMILIES
+from processes import run_program
 from test_distributed import assert_close_weights, launch_all
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.accumulation import fetch
 from hf_trainopt.accumulation.sums import local_sums, micro_batch_weights, pack_sums, unpack_sums
 from hf_trainopt.accumulation.tensor_parallel import TensorParallelGroup, modules_with_summed_gradients
+from hf_trainopt.core import versions as _versions
 from hf_trainopt.core.facts import data_parallel_size, sequence_shards, tensor_parallel_size
 
 
@@ -112,6 +117,26 @@ def test_decisions_and_counts_are_the_same_on_all_ranks(runs):
     assert last["train_samples_per_second"] == pytest.approx(3 * 48 / last["train_runtime"], rel=1e-2)
 
 
+@pytest.fixture(scope="module")
+def norms_of_families(tmp_path_factory) -> list[dict]:
+    """What each rank found, by family of models."""
+    skip_below("transformers", "5.23", "tensor parallelism of experts")
+    folder = tmp_path_factory.mktemp("families")
+    worker = Path(__file__).parent / "parallel_norms_worker.py"
+    done = run_program([worker, folder], ranks=2, cwd=worker.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_of_many_kinds_of_layers_equal_those_of_whole_gradients(family, norms_of_families):
+    for found in norms_of_families:
+        case = found[family]
+        assert case["norms"] == pytest.approx(case["expected"], rel=1e-6)
+        assert case["window"] == pytest.approx(case["expected_window"], rel=1e-6)
+        assert case["difference"] < 1e-4
+
+
 # ---- Sums ----------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +229,8 @@ def test_sizes_multiply(sizes, expected, tmp_path, monkeypatch):
     args = trainer.args
     assert (tensor_parallel_size(args), sequence_shards(args), data_parallel_size(args)) == expected
     assert trainer.trainopt.accumulation.setup["world_size"] == expected[-1]
-    # As upstream counts them.
+    if _versions.TRANSFORMERS < Version("5.23"):  # upstream asks the model alone
+        return
     samples = trainer._train_batch_size * args.gradient_accumulation_steps * expected[-1]
     assert trainer.get_total_train_batch_size(args) == samples
 
