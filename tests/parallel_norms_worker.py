@@ -1,4 +1,4 @@
-"""Run on two ranks in `test_tensor_parallel.py`: gradient norms of tensor-parallel models of several kinds, no Trainer.
+"""Run on two ranks in `test_tensor_parallel.py`: gradient norms of tensor-parallel models, without a Trainer.
 
 parallel_norms_worker.py OUTPUT_DIR
 """

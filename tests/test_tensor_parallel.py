@@ -229,7 +229,7 @@ def test_sizes_multiply(sizes, expected, tmp_path, monkeypatch):
     args = trainer.args
     assert (tensor_parallel_size(args), sequence_shards(args), data_parallel_size(args)) == expected
     assert trainer.trainopt.accumulation.setup["world_size"] == expected[-1]
-    if _versions.TRANSFORMERS < Version("5.23"):  # upstream asks the model alone
+    if Version("5.23") > _versions.TRANSFORMERS:  # upstream asks the model alone
         return
     samples = trainer._train_batch_size * args.gradient_accumulation_steps * expected[-1]
     assert trainer.get_total_train_batch_size(args) == samples
