@@ -62,7 +62,10 @@ def make(case: str, output_dir: str, watch: Watch):
     if what == "recompute":
         options |= {"checkpoint_placement": "all"}
     if what == "goodput":
-        options |= {"gradient_accumulation_steps": 4, "num_train_epochs": 3, "measurements": "throughput"}
+        options |= {
+            "gradient_accumulation_steps": 4, "num_train_epochs": 3, "measurements": "throughput",
+            "parallelism_config": ParallelismConfig(tp_size=2), "save_strategy": "epoch", "save_only_model": True,
+        }  # fmt: skip
     if what != "stock":
         options["noise_scale_interval"] = 2 if what == "goodput" else 1
     args = arguments(output_dir, TrainingArguments if what == "stock" else EfficientTrainingArguments, **options)
