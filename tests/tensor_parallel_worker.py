@@ -63,7 +63,7 @@ def make(case: str, output_dir: str, watch: Watch):
         options |= {"checkpoint_placement": "all"}
     if what == "goodput":
         options |= {
-            "gradient_accumulation_steps": 4, "num_train_epochs": 3, "measurements": "throughput",
+            "gradient_accumulation_steps": 4, "num_train_epochs": 2, "measurements": "throughput",
             "parallelism_config": ParallelismConfig(tp_size=2), "save_strategy": "epoch", "save_only_model": True,
         }  # fmt: skip
     if what != "stock":
