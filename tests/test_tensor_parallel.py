@@ -41,6 +41,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def runs(folder) -> dict[str, list[dict]]:
     """Two ranks: tensor-parallel, or DDP."""
+    skip_below("transformers", "5.23", "saving tensor-parallel models")
     cases = ["tp qwen3 sequence", "tp qwen3 recompute", "tp qwen3 constant", "tp qwen3 stock", "tp llama stock",
              "tp llama constant", "tp llama goodput", "ddp qwen3 sequence"]  # fmt: skip
     return launch_all(cases, folder, worker=WORKER)
@@ -267,6 +268,14 @@ def test_statistics_of_shared_sequences_are_refused(name, options, tmp_path, mon
 def test_policies_that_measure_nothing_are_taken(name, tmp_path, monkeypatch):
     ramp = {"accumulation_policy": "ramp", "accumulation_ramp": "0:2"}
     parallel_trainer(tmp_path, monkeypatch, {name: 2}, **ramp).trainopt.accumulation.check_setup()
+
+
+def test_a_version_whose_trainer_cannot_save_such_models_is_refused(tmp_path, monkeypatch):
+    trainer = parallel_trainer(tmp_path, monkeypatch, {"tp_size": 2})
+    trainer.model._tp_size = 2
+    monkeypatch.setattr(_versions, "TRANSFORMERS", Version("5.17.0"))
+    with pytest.raises(ValueError, match=r"tensor parallelism\) needs transformers >= 5\.23, not"):
+        trainer.train()
 
 
 def test_tensor_parallelism_may_be_measured(tmp_path, monkeypatch):
