@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
@@ -22,6 +23,7 @@ from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.recompute.apply import apply_placement
 from hf_trainopt.placement.show.models import TASKS, ModelRequest, build_model, load_config
 from hf_trainopt.placement.show.optimizers import optimizer_maker
+from hf_trainopt.placement.simulate.quantized import Quantization
 from hf_trainopt.placement.simulate.step_setup import StepSetup, model_loss
 
 
@@ -82,6 +84,8 @@ class Case:
             model = getattr(transformers, TASKS[built.task]).from_config(config)
             if getattr(model, "loss_type", None) is None:
                 model.loss_type = "ForCausalLM"  # as run_clm.py has it
+        if self.request.quantization is not None:
+            model = _quantized(model, self.request.quantization)
         if self.request.lora_r is not None:
             model = with_lora(model, self.request.lora_r, self.request.lora_target_modules, device="cpu")
         batch = {}
@@ -91,6 +95,19 @@ class Case:
             else:
                 batch[name] = torch.randint(0, config.num_labels if like.dim() == 1 else config.vocab_size, like.shape)
         return model.train(), batch
+
+
+def _quantized(model: torch.nn.Module, how: Quantization) -> torch.nn.Module:
+    """Return the model as bitsandbytes quantizes it when it is loaded."""
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if how.bits == 4:
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": how.double}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        settings = transformers.BitsAndBytesConfig(**options)
+        loaded = type(model).from_pretrained(folder, quantization_config=settings, device_map="cpu")
+    loaded.loss_type = model.loss_type
+    return loaded
 
 
 def _with_image_size(config: Any, built: Any) -> Any:
@@ -139,6 +156,20 @@ REAL = {
             ModelRequest("llama", _LLAMA_384, lora_r=16),
             4,
             256,
+        ),
+        *(
+            Case(
+                f"llama-384-{name}",
+                f"Llama type, 6 layers x 384, B=4, T=256, weights of {bits} bits, LoRA of rank 16",
+                # On a CPU the products of 4-bit layers are in float32, the default.
+                ModelRequest("llama", _LLAMA_384, lora_r=16, quantization=how),
+                4,
+                256,
+            )
+            for name, bits, how in (
+                ("qlora", "4", Quantization(4, torch.float32, double=True)),
+                ("int8", "8", Quantization(8)),
+            )
         ),
         _llama(
             "llama-384-8bit",

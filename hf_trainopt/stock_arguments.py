@@ -1,23 +1,16 @@
-"""Values of `TrainingArguments` that make no sense: refused at once, by name, with the remedy.
+"""Values of `TrainingArguments` that stock takes without a word and that end a run late, or train nothing.
 
-Stock `TrainingArguments` takes many of them without a word and fails when training has begun, trains nothing, or
-raises an error that does not say which argument it means. No default is touched, and no value that works in
-stock `Trainer` is refused.
+They are refused at once, by name, with the remedy. Values that stock refuses itself when `TrainingArguments` or
+`Trainer` is made are left to it. No default is touched, and no value that works in stock `Trainer` is refused.
 """
 
 import difflib
 import json
 import math
 import numbers
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
-
-from transformers.integrations import INTEGRATION_TO_CALLBACK
-from transformers.integrations.deepspeed import is_deepspeed_available
-from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
-from transformers.training_args import OptimizerNames
 
 from .core.versions import ACTIVATION_CHECKPOINTING
 from .removed_names import REMOVED_NAMES
@@ -75,7 +68,6 @@ COUNT = Range(1, whole=True)
 OPTIONAL_COUNT = Range(1, whole=True, optional=True)
 NOT_NEGATIVE = Range(0)
 SHARE = Range(0, 1)
-SEED = {"limit": 2**32, "whole": True, "remedy": "it must be at least 0 and at most 4294967295"}
 
 RANGES: dict[str, Range] = {
     "per_device_train_batch_size": COUNT,
@@ -90,12 +82,8 @@ RANGES: dict[str, Range] = {
     "adam_beta2": SHARE,
     "adam_epsilon": NOT_NEGATIVE,
     "max_grad_norm": Range(optional=True, infinite=True),  # not positive: nothing is clipped
-    "warmup_steps": NOT_NEGATIVE,
     "label_smoothing_factor": SHARE,
     "neftune_noise_alpha": Range(0, optional=True),
-    "eval_delay": NOT_NEGATIVE,
-    "seed": Range(0, **SEED),
-    "data_seed": Range(0, optional=True, **SEED),
     "dataloader_num_workers": Range(0, whole=True),
 }
 
@@ -109,18 +97,8 @@ INTERVALS = {
                    "save_strategy='no'")),
 }  # fmt: skip
 
-CHOICES = {
-    "eval_strategy": IntervalStrategy,
-    "logging_strategy": IntervalStrategy,
-    "save_strategy": SaveStrategy,
-    "hub_strategy": HubStrategy,
-    "lr_scheduler_type": SchedulerType,
-    "optim": OptimizerNames,
-}
-
-# Mappings, as JSON on a command line; those that may be files too. The old name stays until transformers 6.
-MAPPINGS = {"lr_scheduler_kwargs", f"{ACTIVATION_CHECKPOINTING}_kwargs", "gradient_checkpointing_kwargs"}
-MAPPINGS_OR_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
+# Mappings, as JSON on a command line. The old name stays until transformers 6.
+MAPPINGS = ("lr_scheduler_kwargs", f"{ACTIVATION_CHECKPOINTING}_kwargs", "gradient_checkpointing_kwargs")
 
 
 def check_names(cls: type, names: Mapping[str, Any]) -> None:
@@ -159,22 +137,15 @@ def check_stock_arguments(args: Any) -> None:
         args: A `TrainingArguments` at the beginning of its `__post_init__`.
 
     Raises:
-        ValueError: A value is of the wrong type, out of range, unknown, or contradicts another.
+        ValueError: A value is of the wrong type or out of range.
     """
     check_ranges(args, RANGES)
-    for name, choices in CHOICES.items():
-        check_choice(name, getattr(args, name), [str(choice.value) for choice in choices])
     for name, (strategy, interval) in INTERVALS.items():
-        if _plain(getattr(args, strategy)) == "steps":
+        if getattr(args, strategy) == "steps":
             check_ranges(args, {name: interval})
-    for name in (*MAPPINGS, *MAPPINGS_OR_FILES):
-        _check_mapping(name, getattr(args, name), may_be_file=name in MAPPINGS_OR_FILES)
-    if args.fp16 and args.bf16:
-        raise ValueError("fp16=True and bf16=True contradict each other; set one of them to False.")
-    if args.deepspeed and not is_deepspeed_available():
-        raise ValueError("deepspeed is set, but DeepSpeed is not installed; pip install deepspeed, or leave it unset.")
+    for name in MAPPINGS:
+        _check_mapping(name, getattr(args, name))
     _check_optim_args(args.optim_args)
-    _check_trackers(args.report_to)
 
 
 def check_ranges(args: Any, ranges: Mapping[str, Range]) -> None:
@@ -185,7 +156,7 @@ def check_ranges(args: Any, ranges: Mapping[str, Range]) -> None:
         ranges: What each may be.
 
     Raises:
-        ValueError: One is no number, not finite, or out of its range.
+        ValueError: One isn't a number, isn't finite, or is out of its range.
     """
     for name, allowed in ranges.items():
         value = getattr(args, name)
@@ -194,46 +165,19 @@ def check_ranges(args: Any, ranges: Mapping[str, Range]) -> None:
             raise ValueError(f"{name} is {f'{value!r}' if isinstance(value, str) else value}; {problem}")
 
 
-def check_choice(name: str, value: Any, choices: list[str]) -> None:
-    """Check a name out of a list.
-
-    Raises:
-        ValueError: It is not in the list; the message has the closest one, or all if they are few.
-    """
-    text = _plain(value)
-    if text in choices:
-        return
-    close = difflib.get_close_matches(str(text), choices, n=3) if len(choices) > 20 else []
-    raise ValueError(f"{name} is {text!r}; choose one of {', '.join(close or choices)}.")
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)
-
-
-def _check_mapping(name: str, value: Any, may_be_file: bool) -> None:
+def _check_mapping(name: str, value: Any) -> None:
     if value is None or not isinstance(value, str | int | float | list):  # mappings, and objects made of them
         return
-    what = "give a JSON object" + (" or the path of a JSON file" if may_be_file else "")
+    why = ""
     if isinstance(value, str) and value.startswith("{"):
         try:
             json.loads(value)
+            return
         except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is {value!r}, which isn't JSON ({error}); {what}.") from None
-    elif may_be_file and isinstance(value, str):
-        if not os.path.isfile(value):
-            raise ValueError(f"{name} is {value!r}, but there is no such file; {what}.")
-    else:
-        raise ValueError(f"{name} is {value!r}; {what}.")
+            why = f", which isn't JSON ({error})"
+    raise ValueError(f"{name} is {value!r}{why}; give a JSON object.")
 
 
 def _check_optim_args(value: str | None) -> None:
     if value and any("=" not in pair for pair in value.replace(" ", "").split(",")):
         raise ValueError(f"optim_args is '{value}'; write name=value pairs, divided by commas.")
-
-
-def _check_trackers(report_to: Any) -> None:
-    known = {"all", "none", *INTEGRATION_TO_CALLBACK}
-    for name in [report_to] if isinstance(report_to, str) else report_to or []:
-        if name not in known:
-            raise ValueError(f"report_to is {name!r}; choose out of {', '.join(sorted(known))}.")

@@ -12,10 +12,11 @@ import pytest
 import torch
 from helpers import Rows, arguments, tiny_gpt2
 from scripts_helpers import REPOSITORY, flag_maker, run_script
+from transformers import Trainer, TrainingArguments
 
 import run_clm
 import run_image
-from hf_trainopt import EfficientTrainer, cli
+from hf_trainopt import EfficientTrainer, EfficientTrainingArguments, cli
 
 
 RUN = {
@@ -92,6 +93,23 @@ def test_arguments(case, files, tmp_path):
     with pytest.raises((ValueError, TypeError)) as error:
         arguments(tmp_path, **changes)
     check(str(error.value), case)
+
+
+@pytest.mark.parametrize("changes", cases.LEFT_TO_STOCK, ids=str)
+def test_stock_refuses_at_once(changes, tmp_path):
+    """If it no longer does, `stock_arguments.py` has to."""
+    told = []
+    for arguments_class, trainer_class in (
+        (TrainingArguments, Trainer),
+        (EfficientTrainingArguments, EfficientTrainer),
+    ):
+        try:
+            args = arguments(tmp_path, arguments_class, **changes)
+            trainer_class(model=tiny_gpt2(), args=args, train_dataset=Rows(8))
+        except Exception as error:
+            told.append((type(error), str(error)))
+    assert len(told) == 2
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize(

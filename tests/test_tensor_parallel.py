@@ -310,3 +310,13 @@ def test_stock_accumulation_of_such_a_model_is_warned_of(tmp_path, monkeypatch, 
     with caplog.at_level(logging.WARNING, "hf_trainopt"):
         trainer.trainopt.tensor_parallel.trainer_made()
     assert "accumulation_ramp='0:2'" in caplog.text
+
+
+def test_doctor_says_which_devices_share_a_micro_batch(tmp_path, monkeypatch):
+    from hf_trainopt.lab.doctor.sections import data
+
+    trainer = parallel_trainer(tmp_path, monkeypatch, {"tp_size": 2})
+    monkeypatch.setattr(type(trainer.args), "world_size", 8)
+    trainer.state.max_steps, trainer.state.logging_steps = 4, 1
+    lines = dict(data(trainer, torch.utils.data.DataLoader(Rows(8))))
+    assert lines["micro-batch"] == "3 samples on each of 4 groups of 2 devices"

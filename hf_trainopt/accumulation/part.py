@@ -194,10 +194,9 @@ class AccumulationPart(Part):
         self.last_window, self._rate_is_outdated = None, False
         self._mean_loss = MeanLoss()
         logger.info(
-            "%s: in what is logged next, steps are reference windows of %d micro-batches, and 'update steps per "
-            "epoch' are micro-batches.",
+            "%s: in the next lines a step is the data of %s, and 'update steps per epoch' counts micro-batches.",
             "k varies" if self.varies else "auto_micro_batch",
-            self.reference_steps,
+            "a micro-batch" if self.reference_steps == 1 else f"{self.reference_steps} micro-batches",
         )
         # k >= 1, so an epoch has at most as many windows as micro-batches; an iterator that is dry ends it earlier.
         return epochs, steps_in_epoch, examples, samples, total_batch, steps_in_epoch, max_steps

@@ -102,6 +102,7 @@ FORMULAS = {
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
     torch.ops.aten._grouped_mm: _grouped_mm_flops,
+    torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm],
 }
 
 
@@ -124,7 +125,9 @@ def op_cost(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, sp
     num_bytes = sum(_nbytes(tensor) for tensor in tensors) + sum(_nbytes(tensor) for tensor in outputs)
     count = FORMULAS.get(packet)
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
-    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    # Products of 8-bit numbers run at the rate of 16-bit ones at least.
+    whole = torch.float16 if packet is torch.ops.aten._int_mm else torch.float32
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), whole)
     seconds = spec.measured.seconds(func, args, kwargs) if spec.measured is not None else None
     if seconds is None:
         aligned = packet not in _PRODUCTS or all(map(is_aligned, [*tensors, *outputs]))

@@ -71,7 +71,7 @@ def data(trainer: Trainer, dataloader: Any) -> Lines:
     count, groups = args.world_size * max(1, args.n_gpu), data_parallel_size(args)
     on_each = f" on each of {count} devices" if count > 1 else ""
     if groups < args.world_size:
-        on_each = f" on each of {groups} group(s) of {args.world_size // groups} devices"
+        on_each = f" on each of {groups} groups of {args.world_size // groups} devices"
     lines = [("micro-batch", f"{args.per_device_train_batch_size} samples{on_each}")]
     if has_length(dataloader):
         samples, micro_batches = trainer.num_examples(dataloader), len(dataloader)

@@ -15,6 +15,7 @@ from ..errors import PlacementError
 from ..rewrite.allowed_rewrites import allowed_rewrites
 from ..rewrite.rewrites import available_rewrites
 from ..simulate.optimizers import name_of
+from ..simulate.quantized import num_parameters
 from ..simulate.replay import Replay, StepReplayer
 from ..simulate.step_setup import DEFAULT_SETUP, StepSetup
 from .budget import enough_share, gib, is_of_device, parse_budget, stated_budget
@@ -391,7 +392,7 @@ class PlacementPlanner:
                 "world_size": self.setup.world_size,
                 "optimizer": name_of(self.replayer.optimizer),
                 "model": type(self.replayer.model).__name__,
-                "num_parameters": sum(p.numel() for p in self.replayer.model.parameters()),
+                "num_parameters": num_parameters(self.replayer.model),
                 "batch": _shapes(self.replayer.batch),
                 "versions": installed_versions(("torch", "transformers", "timm", "hf-trainopt")),
             },

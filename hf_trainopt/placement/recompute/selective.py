@@ -32,6 +32,7 @@ COMPUTE_OPS = frozenset(
         "_scaled_mm",
         "_grouped_mm",
         "_scaled_grouped_mm",
+        "_int_mm",
         "convolution",
         "_convolution",
         "convolution_overrideable",
@@ -46,6 +47,9 @@ COMPUTE_OPS = frozenset(
         "_cudnn_attention_forward",
     }
 )
+# Products of layers with 4 or 8 bits, of bitsandbytes. In the plan's `QuantizedLinear` an operator of `COMPUTE_OPS`
+# stands in the place of each.
+QUANTIZED_OPS = frozenset({"gemm_4bit", "int8_mixed_scaled_mm", "int8_scaled_mm"})
 
 
 @functools.cache
@@ -54,6 +58,8 @@ def is_compute_op(func: Any) -> bool:
     if not isinstance(func, torch._ops.OpOverload):
         return False
     namespace, _, name = func._schema.name.partition("::")
+    if namespace == "bitsandbytes":
+        return name in QUANTIZED_OPS
     return namespace == "aten" and name in COMPUTE_OPS and not func._overloadname.endswith("out")
 
 

@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import difflib
 import os
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -62,6 +64,12 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="modules that get adapters, a regular expression, or all-linear; default: PEFT's for the model",
     )
+    bits = model.add_mutually_exclusive_group()
+    bits.add_argument("--load_in_4bit", action="store_true", help="weights of 4 bits, as bitsandbytes keeps them")
+    bits.add_argument("--load_in_8bit", action="store_true", help="weights of 8 bits; both need --lora_r")
+    model.add_argument(
+        "--bnb_4bit_use_double_quant", action="store_true", help="the scales of 4-bit weights have 8 bits, too"
+    )
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights")
 
 
@@ -93,7 +101,7 @@ def _add_device(device: argparse._ArgumentGroup) -> None:
     device.add_argument(
         "--device",
         metavar="NAME",
-        choices=(*DEVICES, "custom"),
+        type=_one_of(*DEVICES, "custom"),
         help=f"default: the GPU of this machine, else a100; one of {', '.join(DEVICES)}, or custom with:",
     )
     device.add_argument("--device_memory", help="its memory, such as 24GiB; default: as its data sheet says")
@@ -114,7 +122,7 @@ def _add_choice(choice: argparse._ArgumentGroup) -> None:
         "--find",
         nargs="+",
         metavar="SIZE",
-        choices=(BATCH, BLOCK, IMAGE),
+        type=_one_of(BATCH, BLOCK, IMAGE),
         help=f"find the largest {BATCH}, {BLOCK} or {IMAGE} that fits the budget; for {BATCH} also the fastest one "
         f"with the same samples in a step; {BATCH} together with one of the others gives a table of both",
     )
@@ -136,6 +144,19 @@ def _add_choice(choice: argparse._ArgumentGroup) -> None:
         help="whole names of the modules between which activations are placed; default: the layers; for models where "
         "these are not found, or for finer ones ('transformer\\.h\\.\\d+\\.mlp')",
     )
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    """Return what checks that a word is one of some names. With `choices` argparse would list all of them."""
+
+    def check(text: str) -> str:
+        if text in names:
+            return text
+        close = difflib.get_close_matches(text, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"'{text}' is not known; {hint}")
+
+    return check
 
 
 def _positive(text: str) -> int:
@@ -174,6 +195,7 @@ def check_flags(arguments: argparse.Namespace) -> str | None:
         raise ValueError("--dtype is for models of transformers; leave it out, or use --bf16 with --timm_model.")
     if arguments.lora_target_modules is not None and arguments.lora_r is None:
         raise ValueError("--lora_target_modules needs --lora_r, such as 16.")
+    _check_quantization(arguments)
     if not arguments.max_grad_norm >= 0:
         raise ValueError(f"--max_grad_norm is {arguments.max_grad_norm}; it must be 0 or positive.")
     if arguments.placement_stages is not None:
@@ -219,6 +241,16 @@ def _checked_policy(arguments: argparse.Namespace) -> str | None:
     if policy is not None:
         named_choices(policy, ["a", "b"])
     return policy
+
+
+def _check_quantization(arguments: argparse.Namespace) -> None:
+    bits = next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(arguments, name)), None)
+    if bits is not None and arguments.timm_model is not None:
+        raise ValueError(f"--{bits} is for models of transformers; leave it out with --timm_model.")
+    if bits is not None and arguments.lora_r is None:
+        raise ValueError(f"--{bits} needs --lora_r, such as 16: weights of so few bits can't be trained themselves.")
+    if arguments.bnb_4bit_use_double_quant and not arguments.load_in_4bit:
+        raise ValueError("--bnb_4bit_use_double_quant needs --load_in_4bit.")
 
 
 def _check_device(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,8 @@ from transformers.initialization import meta_device_safe_creation_ops, no_init_w
 from hf_trainopt.models.hub import hub_errors
 from hf_trainopt.models.overrides import config_with
 
+from ..simulate.quantized import Quantization, quantize
+
 
 # Task -> the class that builds its models.
 TASKS = {
@@ -57,6 +59,7 @@ class ModelRequest:
         lora_r: Rank of LoRA adapters, which alone are trained; `None`: the whole model is.
         lora_target_modules: Modules that get adapters: names, a regular expression, or `"all-linear"`; `None`: PEFT's
             default for the model.
+        quantization: How the weights of linear layers are kept; `None`: as they are.
     """
 
     model_type: str | None = None
@@ -70,6 +73,7 @@ class ModelRequest:
     dtype: torch.dtype | None = None
     lora_r: int | None = None
     lora_target_modules: Sequence[str] | None = None
+    quantization: Quantization | None = None
 
     @property
     def name(self) -> str:
@@ -276,6 +280,8 @@ def _on_meta(request: ModelRequest, config: PreTrainedConfig, task: str) -> nn.M
     model.tie_weights()  # part of the initialisation that was left out
     if task == "causal-lm" and getattr(model, "loss_type", None) is None:
         model.loss_type = "ForCausalLM"  # as run_clm.py has it
+    if request.quantization is not None:
+        quantize(model, request.quantization)
     if request.lora_r is None:
         return model
     from hf_trainopt.models.lora import with_lora

@@ -7,6 +7,7 @@ import torch
 from ..plan.budget import gib
 from ..plan.planner import PlacementPlanner
 from ..simulate.optimizers import PAGED
+from ..simulate.quantized import Quantization, num_parameters
 from ..simulate.step_setup import StepSetup
 from . import models
 from .flags import device_of
@@ -37,6 +38,7 @@ class Workshop:
             dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
             lora_r=arguments.lora_r,
             lora_target_modules=arguments.lora_target_modules,
+            quantization=_quantization(arguments),
         )
 
     def build(self, batch: int, block: int | None, image: int | None) -> models.BuiltModel:
@@ -69,12 +71,21 @@ class Workshop:
         )
 
 
+def _quantization(arguments: argparse.Namespace) -> Quantization | None:
+    if arguments.load_in_8bit:
+        return Quantization(8)
+    if not arguments.load_in_4bit:
+        return None
+    # As recipes set bnb_4bit_compute_dtype.
+    compute = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    return Quantization(4, compute, arguments.bnb_4bit_use_double_quant)
+
+
 def header(
     workshop: Workshop, built: models.BuiltModel, planner: PlacementPlanner, sizes: str | None = None
 ) -> list[tuple[str, str]]:
     """Return what is planned for, as names and values; `sizes` stands in for those of the batch."""
     arguments, request = workshop.arguments, workshop.request
-    parameters = list(built.model.parameters())
     steps, world = arguments.gradient_accumulation_steps, arguments.world_size
     batch = sizes or f"{arguments.per_device_train_batch_size} x {built.sample}"
     if steps > 1 and sizes is None:
@@ -93,8 +104,7 @@ def header(
     optimizer = f"{arguments.optim}, gradients clipped at {arguments.max_grad_norm:g}"
     if arguments.optim in PAGED:
         optimizer += "; its pages aren't counted, because they can move to the host"
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total, trained = num_parameters(built.model), num_parameters(built.model, is_trained=True)
     count = f"{_count(total)} parameters" + (f", {_count(trained)} of them trained" if trained < total else "")
     return [
         ("Model", f"{request.name}: {type(built.model).__name__}, {count}"),
@@ -112,7 +122,9 @@ def header(
 
 def precision_of(arguments: argparse.Namespace, built: models.BuiltModel) -> str:
     """Return the types of numbers in words."""
+    packed = {"uint8": "4 bits", "int8": "8 bits"}
     types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in built.model.parameters()})
+    types = [packed.get(name, name) for name in types]
     autocast = "autocast to bfloat16" if arguments.bf16 else "autocast to float16" if arguments.fp16 else "no autocast"
     return f"weights in {' and '.join(types)}, {autocast}"
 

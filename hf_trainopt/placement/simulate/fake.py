@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import PlacementError
 from ..rewrite import chunked_cross_entropy
+from . import quantized
 
 
 def fake_mode() -> FakeTensorMode:
@@ -36,6 +37,11 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
+        with mode:
+            made = quantized.stand_in(module)
+        if made is not None:
+            memo[id(module)] = made
+            continue
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
                 fake = fake_tensor(parameter.detach(), mode)
@@ -165,15 +171,16 @@ def cuda_kernels() -> Iterator[None]:
     Functions are patched, and not a mode used, so that recomputation in the backward pass meets them as well.
     """
     stock_dropout, stock_attention = F.dropout, F.scaled_dot_product_attention
-    stock_product = chunked_cross_entropy.has_wide_product
+    stock_product, stock_int8 = chunked_cross_entropy.has_wide_product, quantized.has_int8_kernels
     F.dropout, F.scaled_dot_product_attention = _cuda_dropout(stock_dropout), _cuda_attention(stock_attention)
     chunked_cross_entropy.has_wide_product = lambda matrix: True
+    quantized.has_int8_kernels = lambda: True
     try:
         with cuda_autocast_rules():
             yield
     finally:
         F.dropout, F.scaled_dot_product_attention = stock_dropout, stock_attention
-        chunked_cross_entropy.has_wide_product = stock_product
+        chunked_cross_entropy.has_wide_product, quantized.has_int8_kernels = stock_product, stock_int8
 
 
 def _grouped_mm_shape(mat_a, mat_b, offs=None, bias=None, out_dtype=None):
