@@ -293,13 +293,16 @@ def make(case: str, output_dir: str, watch: Watch):
         )
         return uneven.trainer
     if case.startswith("shard"):
-        sharding = case.removeprefix("shard ")
+        _, sharding, *clock = case.split()
         goodput = sharding == "goodput"
         # SGD: Adam makes large steps of gradients that are zero but for rounding.
         options = {"gradient_accumulation_steps": 2, "noise_scale_interval": 1, "optim": "sgd", "learning_rate": 0.1}
         if goodput:
             options |= {"gradient_accumulation_steps": 4, "num_train_epochs": 4, "noise_scale_interval": 2}
-        if sharding.endswith("each"):
+        if clock in (["tokens"], ["steps"]):
+            # A large epsilon, for the reason above.
+            options |= {"optim": "adamw_torch", "learning_rate": 1e-2, "adam_epsilon": 1e-3, "adam_clock": clock[0]}
+        if clock == ["each"]:
             options["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
         args = arguments(output_dir, **options, **common)
         args.device  # starts torch.distributed  # noqa: B018

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_extend_env_parallelism_config
 from helpers import free_port, skip_without_scripts
 from safetensors.torch import load_file
 from scripts_helpers import ENVIRONMENT, REPOSITORY, SHORT_RUN, flag_maker
@@ -22,6 +24,7 @@ FILES = {
     "ddp_4_gpus.yaml": ("MULTI_GPU", 4, 1),
     "ddp_multi_node.yaml": ("MULTI_GPU", 16, 4),
     "fsdp2_4_gpus.yaml": ("FSDP", 4, 1),
+    "fsdp2_tp_4_gpus.yaml": ("FSDP", 4, 1),
     "deepspeed_zero2.yaml": ("DEEPSPEED", 4, 1),
     "deepspeed_zero3_offload.yaml": ("DEEPSPEED", 4, 1),
     "cpu_2_processes.yaml": ("MULTI_GPU", 2, 1),
@@ -40,13 +43,23 @@ def test_accelerate_reads_it_and_knows_its_keys(name):
     parser = launch_command_parser()
     options = {action.dest for action in parser._actions}
     text = yaml.safe_load((FOLDER / name).read_text())
-    assert set(text.get("fsdp_config", {})) | set(text.get("deepspeed_config", {})) <= options
+    sections = (text.get(f"{name}_config", {}) for name in ("fsdp", "deepspeed", "parallelism"))
+    assert set().union(*sections) <= options
     args, *_ = _validate_launch_command(parser.parse_args(["--config_file", str(FOLDER / name), "script.py"]))
     assert args.use_fsdp == (FILES[name][0] == "FSDP")
     assert args.use_deepspeed == (FILES[name][0] == "DEEPSPEED")
     assert args.multi_gpu == (FILES[name][0] == "MULTI_GPU")
     if args.use_fsdp:
         assert args.fsdp_version == 2
+    assert args.use_parallelism_config == ("parallelism_config" in text)
+    if args.use_parallelism_config:
+        environment = prepare_extend_env_parallelism_config(args, {})
+        sizes = {key: int(value) for key, value in environment.items() if key.endswith("_SIZE")}
+        assert math.prod(sizes.values()) == config.num_processes
+        assert {key for key, size in sizes.items() if size > 1} == {
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE",
+            "PARALLELISM_CONFIG_TP_SIZE",
+        }
 
 
 @pytest.mark.parametrize("name", ["deepspeed_zero2", "deepspeed_zero3_offload"])

@@ -31,10 +31,10 @@ def read(folder: Path, num_processes: int = 2) -> list[dict]:
     return records
 
 
-def launch_all(cases: list[str], folder: Path) -> dict[str, list[dict]]:
+def launch_all(cases: list[str], folder: Path, num_processes: int = 2, worker: Path = WORKER) -> dict[str, list[dict]]:
     """Run several cases one after the other in the same processes; starting them takes longer than most runs."""
-    launch(";".join(cases), folder)
-    return {case: read(folder / case) for case in cases}
+    launch(";".join(cases), folder, num_processes, worker=worker)
+    return {case: read(folder / case, num_processes) for case in cases}
 
 
 def assert_ranks_agree(records: list[dict]) -> None:

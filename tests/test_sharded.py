@@ -63,7 +63,8 @@ def test_a_gradient_that_is_a_sum_yet_to_be_made_is_no_number():
 def runs(tmp_path_factory) -> dict[str, list[dict]]:
     """The same training under DDP and sharded at load time by transformers."""
     skip_below("transformers", "5.23", "sharding at load time")
-    cases = ["shard none", "shard fsdp", "shard fsdp each", "shard hsdp", "shard goodput"]
+    cases = ["shard none", "shard fsdp", "shard fsdp each", "shard hsdp", "shard goodput",
+             "shard none tokens", "shard fsdp tokens", "shard fsdp steps"]  # fmt: skip
     return launch_all(cases, tmp_path_factory.mktemp("runs"))
 
 
@@ -80,6 +81,16 @@ def test_training_of_a_sharded_model_equals_ddp(case, runs):
             estimate_noise(WindowStatistics(**b)), rel=2e-3, abs=1e-6
         )
     assert_close_weights(ddp[0], ours[0])
+
+
+def test_the_clock_of_adam_runs_in_tokens_under_fsdp2(runs):
+    """Second moments in pieces follow the data as whole ones do."""
+    ddp, tokens, steps = (runs[f"shard {case}"] for case in ("none tokens", "fsdp tokens", "fsdp steps"))
+    assert_ranks_agree(tokens)
+    assert len({step["k"] for step in tokens[0]["steps"]}) > 2
+    assert_close_weights(ddp[0], tokens[0])
+    with pytest.raises(AssertionError):
+        assert_close_weights(steps[0], tokens[0])
 
 
 def test_decisions_on_measured_noise_are_the_same_on_all_ranks(runs):

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
+from ..core.facts import data_parallel_size, sequence_shards, tensor_parallel_size
 from ..core.versions import (
     ACTIVATION_CHECKPOINTING,
     MEAN_LOSS_REMEDY,
@@ -58,8 +59,12 @@ def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool)
     if is_sagemaker_mp_enabled() or trainer.is_fsdp_xla_enabled:
         raise ValueError(f"{what} does not work with SageMaker model parallelism or XLA FSDP; {remedy}.")
     _check_sharding(trainer, measures, what, remedy)
-    if trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1:
-        raise ValueError(f"{what} does not work with tensor, context or sequence parallelism yet; {remedy}.")
+    if measures and sequence_shards(args) > 1:
+        raise ValueError(
+            f"{what} needs gradient statistics, which context and sequence parallelism (cp_size, sp_size) do not "
+            "allow: no rank holds the whole gradient of a sample. Set accumulation_policy='ramp' and "
+            f"measure_noise_scale=False, or {remedy}."
+        )
     k_varies = has_own_policy or measures or args.accumulation_policy != "fixed"
     if k_varies and args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         raise ValueError(
@@ -156,11 +161,13 @@ def check_amount_of_data(args: TrainingArguments, num_micro_batches: int | None,
 
 def _check_sharding(trainer: Trainer, measures: bool, what: str, remedy: str) -> None:
     check_sharding_at_load(trainer.model)
+    args = trainer.args
     sharded = trainer.is_fsdp_enabled or is_sharded_at_load(trainer)
-    if sharded and trainer.args.auto_micro_batch:
+    shares = tensor_parallel_size(args) * sequence_shards(args) > 1
+    if (sharded or shares) and args.auto_micro_batch:
         raise ValueError(
-            "auto_micro_batch does not work with sharded models (FSDP, DistributedConfig), whose ranks communicate in "
-            "each micro-batch; train with DDP, or leave auto_micro_batch out."
+            "auto_micro_batch does not work with sharded models (FSDP, DistributedConfig, tensor or context "
+            "parallelism), whose ranks communicate in each micro-batch; train with DDP, or leave auto_micro_batch out."
         )
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
         raise ValueError(
@@ -174,10 +181,10 @@ def _check_sharding(trainer: Trainer, measures: bool, what: str, remedy: str) ->
                 f"{what} does not work with DistributedConfig({name}={getattr(config, name)}), where a gradient on "
                 f"one rank is of more than its own samples; leave {name} at 1, or {remedy}."
             )
-    if measures and sharded and (trainer.args.torch_compile or is_compiled_module(trainer.model)):
+    if measures and (sharded or shares) and (args.torch_compile or is_compiled_module(trainer.model)):
         raise ValueError(
-            "torch_compile leaves out the hooks that find gradients of a sharded model (FSDP2), so that their norms "
-            f"cannot be measured; set torch_compile to False, or {remedy}."
+            "torch_compile leaves out the hooks that find gradients of a sharded model (FSDP2, tensor parallelism), "
+            f"so that their norms cannot be measured; set torch_compile to False, or {remedy}."
         )
 
 
@@ -219,7 +226,7 @@ def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
         measures
         and args.accumulation_policy == "fixed"
         and args.gradient_accumulation_steps == 1
-        and args.world_size == 1
+        and data_parallel_size(args) == 1
     ):
         logger.warning(
             "measure_noise_scale with gradient_accumulation_steps=1 on one device: one micro-batch cannot tell its "

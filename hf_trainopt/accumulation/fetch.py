@@ -21,14 +21,17 @@ class WindowFetcher:
     Args:
         accelerator: Of the Trainer.
         fetches_together: Whether one rank may run out of data before another (see `checks.may_end_unevenly`).
+        looks_ahead: Whether a loader that has read its last batch has no more micro-batches. Under sequence
+            parallelism it has: DeepSpeed's adapter reads a batch on each rank, and hands them out one by one.
 
     Attributes:
         epoch_is_over: Whether the epoch has no more micro-batches, on any rank.
     """
 
-    def __init__(self, accelerator: Accelerator, fetches_together: bool):
+    def __init__(self, accelerator: Accelerator, fetches_together: bool, looks_ahead: bool = True):
         self._accelerator = accelerator
         self._fetches_together = fetches_together
+        self._looks_ahead = looks_ahead
         self._warned_of_uneven_ranks = False
         self.epoch_is_over = False
         self._loader: Any = None
@@ -86,6 +89,8 @@ class WindowFetcher:
         Accelerate's loaders look one batch ahead. Which of them is active is state of the process: it may be one that
         an earlier run or a callback has left halfway, and this run's loader may not be one of Accelerate's.
         """
+        if not self._looks_ahead:
+            return False
         if self._loader is None:
             active = self._accelerator.gradient_state.active_dataloader
             self._loader = active if active is not self._other_loader else False

@@ -1,10 +1,12 @@
 """Square norms of the micro-batch gradients, read as they are produced."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 
-from .sharded import GatheredParameters, is_sharded, local_piece, put_in_pieces
+from .sharded import GatheredParameters, is_sharded, local_piece, put_in_pieces, without_partial_sums
+from .tensor_parallel import TensorParallelGroup
 
 
 class MicroBatchNorms:
@@ -20,17 +22,23 @@ class MicroBatchNorms:
     Under FSDP2 the hooks sit on the whole parameters, which come up in the first forward pass (see `sharded`). Where a
     parameter in pieces has a gradient and no whole one came up, every micro-batch is reported as NaN.
 
+    Under tensor parallelism each rank has its part of a square norm: added up over the group it is the whole.
+
     Args:
         model: Its parameters that require gradients when a window begins are measured.
         device: Where the sums are kept; nothing waits for the device until `finish`.
+        group: Of tensor parallelism, if any.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device):
+    def __init__(self, model: torch.nn.Module, device: torch.device, group: TensorParallelGroup | None = None):
         self._model = model
+        self._group = group
         self._parameters: list[torch.nn.Parameter] = []
         self._device = device
         self._norms: list[torch.Tensor] = []
+        self._terms: list[torch.Tensor] = []  # gradients of which each rank of the group has one
         self._seen: set[int] = set()
+        self._whole: set[int] = set()  # parameters that autograd has given a gradient, of those that began the window
         self._repeated = False
         self._micro_batches: list[torch.Tensor | None] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -42,12 +50,13 @@ class MicroBatchNorms:
         put_in_pieces(self._model)
         # Anew each time: callbacks freeze and unfreeze.
         self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        whole = [parameter for parameter in self._parameters if not is_sharded(parameter)]
-        for parameter in whole:
+        # Autograd never reaches those that FSDP2 has in pieces. Pieces of tensor parallelism it does.
+        for parameter in self._parameters:
             self._handles.append(parameter.register_hook(self._make_hook(id(parameter))))
+        self._whole = set()
         self._gathered = None
-        if len(whole) < len(self._parameters):
-            known = {id(parameter) for parameter in whole}
+        if any(is_sharded(parameter) for parameter in self._parameters):
+            known = {id(parameter) for parameter in self._model.parameters()}
             self._gathered = GatheredParameters(self._model, known, self._listen)
         return self
 
@@ -70,25 +79,35 @@ class MicroBatchNorms:
         def hook(gradient: torch.Tensor) -> None:
             self._repeated |= key in self._seen
             self._seen.add(key)
-            values = _values(gradient)
-            self._norms.append(torch.linalg.vector_norm(values.detach(), dtype=_norm_type(values)))
+            self._whole.add(key)
+            if self._group is None:
+                self._norms.append(_norm(gradient))
+            elif self._group.sums_gradient_of(key):
+                self._terms.append(gradient.detach().clone())  # upstream adds the others' to it in place
+            else:
+                piece, share = local_piece(without_partial_sums(gradient), self._group.size)
+                self._norms.append(_norm(piece) * math.sqrt(share))
 
         return hook
 
     def _reset(self) -> None:
-        self._norms = []
+        self._norms, self._terms = [], []
         self._seen = set()
         self._repeated = False
 
     def end_micro_batch(self) -> None:
-        """Close the sum of one micro-batch: call after each backward pass."""
+        """Close the sum of one micro-batch: call after each backward pass, on all ranks of a tensor-parallel group."""
+        if self._terms:
+            share = 1 / self._group.size
+            self._norms += [_norm(gradient) * math.sqrt(share) for gradient in self._group.summed(self._terms)]
         self._micro_batches.append(None if self._repeated or not self._norms else _stack(self._norms, self._device))
         self._reset()
 
     def finish(self) -> list[float]:
         """Return the square norm of each micro-batch (waits for the device); NaN where it cannot be told."""
         if self._gathered is not None:
-            reduced = sum(is_sharded(p) and p.grad is not None for p in self._parameters)
+            in_pieces = [p for p in self._parameters if is_sharded(p) and id(p) not in self._whole]
+            reduced = sum(p.grad is not None for p in in_pieces)
             if len(self._gathered) < reduced:
                 return [float("nan")] * len(self._micro_batches)
         return [float("nan") if norms is None else _square_sum(norms) for norms in self._micro_batches]
@@ -129,6 +148,11 @@ def _gradient_square_sum(gradients: Iterable[torch.Tensor], device: torch.device
 
 def _values(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    values = _values(gradient).detach()
+    return torch.linalg.vector_norm(values, dtype=_norm_type(values))
 
 
 def _norm_type(gradient: torch.Tensor) -> torch.dtype:

@@ -9,8 +9,9 @@ import torch
 from transformers import Trainer
 
 from ..core.batch import copy_batch, count_rows, split_batch
+from ..core.facts import is_sharded
 from ..core.shadow import shadow_of
-from ..core.versions import is_sharded_at_load, loss_is_scaled_for_ga
+from ..core.versions import loss_is_scaled_for_ga
 from ..machine.random_state import devices_of, forked_random_state
 from .loss_scaling import base_model, calls_super, own_compute_loss
 
@@ -66,7 +67,7 @@ def divides_by_items(trainer: Trainer, model: torch.nn.Module, batch: Any, num_i
     """
     if not isinstance(batch, Mapping) or num_items is None:
         return None
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_sharded_at_load(trainer):
+    if is_sharded(trainer):
         return _try(trainer, model, batch, num_items)
     if trainer.args.world_size > 1 and any(isinstance(m, torch.nn.SyncBatchNorm) for m in trainer.model.modules()):
         return None  # it would wait for ranks that make fewer tries

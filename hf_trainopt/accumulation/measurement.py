@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from ..core.facts import inverse_loss_scale, loss_divides_itself
+from ..core.facts import data_parallel_size, inverse_loss_scale, loss_divides_itself
 from .deepspeed import DeepSpeedPart
 from .gradient_norms import MicroBatchNorms
 from .sums import LocalSums, local_sums, micro_batch_weights
+from .tensor_parallel import TensorParallelGroup
 from .window import Slice, Window, count_samples, count_target_tokens
 
 
@@ -19,15 +20,18 @@ class WindowMeasurement:
         trainer: The Trainer.
         enabled: Whether any window is.
         deepspeed: Knows the gradient of a window where DeepSpeed's engine has taken the step already.
+        group: Of tensor parallelism, if any.
 
     Attributes:
         norms: Hooks that take the norms of micro-batch gradients; `None` if nothing is measured.
     """
 
-    def __init__(self, trainer: Any, enabled: bool, deepspeed: DeepSpeedPart):
+    def __init__(
+        self, trainer: Any, enabled: bool, deepspeed: DeepSpeedPart, group: TensorParallelGroup | None = None
+    ):
         self._trainer = trainer
         self._deepspeed = deepspeed
-        self.norms = MicroBatchNorms(trainer.model, trainer.args.device) if enabled else None
+        self.norms = MicroBatchNorms(trainer.model, trainer.args.device, group) if enabled else None
         self._items: list[tuple[int, Any]] = []  # samples and target tokens of each slice
 
     def begin(self, window: Window) -> contextlib.AbstractContextManager:
@@ -70,9 +74,12 @@ class WindowMeasurement:
             total = float(torch.as_tensor(num_items_in_batch).flatten()[0])
         items = [int(count) for count in (tokens if by_tokens else samples)]
         shares = [piece.share for piece in window.slices]
-        weights = micro_batch_weights(items, args.world_size, by_tokens, total, shares)
+        data_parallel = data_parallel_size(args)
+        weights = micro_batch_weights(items, data_parallel, by_tokens, total, shares)
         if by_engine:
             square_norm = self._deepspeed.square_norm if args.process_index == 0 else 0.0
         else:
             square_norm = self.norms.square_norm_share(args.process_index, args.world_size) * unscale**2
-        return square_norm, local_sums(self.norms.finish(), items, weights, unscale / args.world_size), total
+        copies = args.world_size // data_parallel
+        sums = local_sums(self.norms.finish(), items, weights, unscale / data_parallel, copies)
+        return square_norm, sums, total

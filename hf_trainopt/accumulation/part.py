@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.trainer_utils import has_length
 
-from ..core.facts import rank_batch_size
+from ..core.facts import data_parallel_size, rank_batch_size, sequence_shards
 from ..core.part import Part
 from .checkpoint import check_constant, check_state, place_after_stock_steps, restore, run_state
 from .checks import (
@@ -136,7 +136,7 @@ class AccumulationPart(Part):
         """What the position in the data is counted in."""
         return {
             "per_device_train_batch_size": self.trainer._train_batch_size,
-            "world_size": self.trainer.args.world_size,
+            "world_size": data_parallel_size(self.trainer.args),
             "gradient_accumulation_steps": self.reference_steps,
         }
 
@@ -180,7 +180,8 @@ class AccumulationPart(Part):
         if args.world_size > 1 and sized:
             check_equal_lengths(trainer.accelerator, len(dataloader))
         self._epoch_examples = examples
-        self._fetcher = WindowFetcher(trainer.accelerator, args.world_size > 1 and may_end_unevenly(dataloader))
+        uneven = args.world_size > 1 and may_end_unevenly(dataloader)
+        self._fetcher = WindowFetcher(trainer.accelerator, uneven, looks_ahead=sequence_shards(args) == 1)
         self.cursor = DataCursor(
             reference_steps=self.reference_steps,
             budget=max_steps,
@@ -188,7 +189,8 @@ class AccumulationPart(Part):
             epoch_length=steps_in_epoch,
         )
         self.controller = self._make_controller(max_steps)
-        self.measurement = WindowMeasurement(trainer, self.measures, self.parts.deepspeed)
+        parts = self.parts
+        self.measurement = WindowMeasurement(trainer, self.measures, parts.deepspeed, parts.tensor_parallel.begin())
         self.last_window, self._rate_is_outdated = None, False
         self._mean_loss = MeanLoss()
         logger.info(
@@ -202,23 +204,24 @@ class AccumulationPart(Part):
     def _make_controller(self, budget: int) -> AccumulationController:
         args = self.trainer.args
         minimum, maximum = args.accumulation_bounds
+        data_parallel = data_parallel_size(args)
         micro_batch_size = rank_batch_size(self.trainer)
         half_life = args.noise_scale_half_life
         if half_life < 1:
-            half_life *= budget * self.reference_steps * micro_batch_size * args.world_size
+            half_life *= budget * self.reference_steps * micro_batch_size * data_parallel
         on_cpu = args.device.type == "cpu"
         return AccumulationController(
             policy=self.policy,
             reference_steps=self.reference_steps,
             minimum=minimum,
             maximum=maximum,
-            world_size=args.world_size,
+            world_size=data_parallel,
             micro_batch_size=micro_batch_size,
             tracker=NoiseScaleTracker(half_life) if self.measures else None,
             measure_interval=args.noise_scale_interval,
             timer=StepTimer(
                 synchronize=None if on_cpu else torch.accelerator.synchronize,
-                distributed=args.world_size > 1,
+                distributed=data_parallel > 1,
                 interval=1 if on_cpu else args.noise_scale_interval,
                 enabled=self.has_own_policy or getattr(self.policy, "step_cost", 0.0) is None,
             ),
@@ -247,8 +250,7 @@ class AccumulationPart(Part):
         return cursor.epoch, cursor.micro_batch
 
     def _forecast_steps(self) -> int:
-        remaining = self.cursor.remaining_windows(self.controller.accumulation_steps)
-        return self.trainer.state.global_step + remaining
+        return self.trainer.state.global_step + self.cursor.remaining_windows(self.controller.accumulation_steps)
 
     @contextlib.contextmanager
     def epoch(self, *, epoch: int, train_dataloader: Any = None, **loop: Any) -> Iterator[None]:
@@ -314,7 +316,7 @@ class AccumulationPart(Part):
             control.should_training_stop |= cursor.exhausted
             return [], num_items
         controller.timer.fetched(len(micro_batches))
-        measured = measures and len(micro_batches) * self.trainer.args.world_size >= 2
+        measured = measures and len(micro_batches) * data_parallel_size(self.trainer.args) >= 2
         return [Window(micro_batches, planned, measured)], num_items
 
     def try_loss(self, model: torch.nn.Module, window: Window, num_items_in_batch: Any) -> None:
@@ -443,6 +445,5 @@ class AccumulationPart(Part):
         Raises:
             ValueError: The run is stock, and k has varied in the checkpoint.
         """
-        check_state(
-            path, state, setup or {}, self.setup, self.adapts, keeps_place=not self.trainer.args.ignore_data_skip
-        )
+        keeps_place = not self.trainer.args.ignore_data_skip
+        check_state(path, state, setup or {}, self.setup, self.adapts, keeps_place)

@@ -16,13 +16,13 @@ import torch
 
 try:
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
 except ImportError:  # PyTorch without torch.distributed
-    FSDPModule = DTensor = None
+    FSDPModule = DTensor = Replicate = None
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a `DTensor`: a parameter that FSDP2 manages, or its gradient."""
+    """Return whether a tensor is a `DTensor`: a parameter of FSDP2 or of tensor parallelism, or its gradient."""
     return DTensor is not None and isinstance(tensor, DTensor)
 
 
@@ -48,6 +48,17 @@ def local_piece(tensor: torch.Tensor, num_ranks: int) -> tuple[torch.Tensor, flo
     return tensor.to_local(), pieces / num_ranks
 
 
+def without_partial_sums(gradient: torch.Tensor) -> torch.Tensor:
+    """Return a gradient whose ranks hold pieces or copies; those that hold terms of a sum add them up together.
+
+    Args:
+        gradient: Plain or a `DTensor`. All ranks of its mesh call it.
+    """
+    if not is_sharded(gradient) or not any(placement.is_partial() for placement in gradient.placements):
+        return gradient
+    return gradient.redistribute(placements=[Replicate() if p.is_partial() else p for p in gradient.placements])
+
+
 def fsdp_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Iterate over the modules that `fully_shard` was called with."""
     return (module for module in model.modules() if FSDPModule is not None and isinstance(module, FSDPModule))
@@ -68,7 +79,7 @@ class GatheredParameters:
 
     Args:
         model: Its `FSDPModule`s are listened to.
-        known: Ids of parameters that are left out: whole all the time, not managed by FSDP2.
+        known: Ids of the parameters of the model outside a pass, which are left out.
         found: Called once for each whole parameter that requires gradients, and returns what removes its hook.
     """
 
@@ -92,9 +103,10 @@ class GatheredParameters:
         return len(self._seen)
 
     def _before_forward(self, module: torch.nn.Module, _: tuple) -> None:
-        # Those of modules inside that are groups of their own are in pieces yet, and come up there.
+        # Those of modules inside that are groups of their own are in pieces yet, and come up there. A whole one may
+        # be a `DTensor`, too: a piece of tensor parallelism.
         for parameter in module.parameters():
-            if is_sharded(parameter) or not parameter.requires_grad or id(parameter) in self._known:
+            if not parameter.requires_grad or id(parameter) in self._known:
                 continue
             if id(parameter) not in self._seen:
                 self._seen[id(parameter)] = parameter

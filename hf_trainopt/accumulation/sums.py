@@ -19,7 +19,7 @@ def micro_batch_weights(
 
     Args:
         num_items: n_i of each of them.
-        world_size: Number of ranks.
+        world_size: W, ranks that hold different data.
         by_items: Whether the loss of each micro-batch was divided by the items of the window; if not, it is a mean of
             its own, divided by their number.
         num_items_over_ranks: Items of the window on all ranks; `None` if each rank divides by its own.
@@ -42,7 +42,7 @@ class LocalSums:
     individual_coefficient: float
     mean_coefficient: float
     squared_weight: float
-    num_micro_batches: int
+    num_micro_batches: float
     num_items: float
 
 
@@ -51,6 +51,7 @@ def local_sums(
     num_items: list[int],
     weights: list[float],
     gradient_factor: float,
+    copies: int = 1,
 ) -> LocalSums:
     """Return this rank's terms of A, Q, c_A, c_L and S (see `noise_scale`).
 
@@ -60,17 +61,19 @@ def local_sums(
         weights: w_i, share of each micro-batch in the window's gradient over all ranks.
         gradient_factor: What `.grad` on this rank must be multiplied by to give its term of the averaged gradient:
             1/W under DDP (which averages), and 1/(loss scale) under a `GradScaler`.
+        copies: Ranks that run the same micro-batches (tensor parallelism). Each has its pieces' part of the square
+            norms, but all of them count the same items.
     """
     # A micro-batch without a single item (all labels ignored) has no gradient and no weight.
     terms = [t for t in zip(square_norms, num_items, weights, strict=True) if t[1] > 0 and t[2] > 0]
     return LocalSums(
         weighted_square_norm=sum(s * gradient_factor**2 / w for s, _, w in terms),
         squared_weight_square_norm=sum(s * gradient_factor**2 for s, _, _ in terms),
-        individual_coefficient=sum(w / n for _, n, w in terms),
-        mean_coefficient=sum(w * w / n for _, n, w in terms),
-        squared_weight=sum(w * w for _, _, w in terms),
-        num_micro_batches=len(terms),
-        num_items=float(sum(n for _, n, _ in terms)),
+        individual_coefficient=sum(w / n for _, n, w in terms) / copies,
+        mean_coefficient=sum(w * w / n for _, n, w in terms) / copies,
+        squared_weight=sum(w * w for _, _, w in terms) / copies,
+        num_micro_batches=len(terms) / copies,
+        num_items=sum(n for _, n, _ in terms) / copies,
     )
 
 
@@ -126,7 +129,7 @@ class Proposal:
 
 
 def pack_sums(
-    proposal: Proposal, num_samples: int, gradient_square_norm: float, sums: LocalSums | None
+    proposal: Proposal, num_samples: float, gradient_square_norm: float, sums: LocalSums | None
 ) -> torch.Tensor:
     """Pack what ranks add up, in the order of `SUMMED`; float64 on the CPU."""
     parts = astuple(sums) if sums is not None else (0.0,) * len(fields(LocalSums))

@@ -4,14 +4,50 @@ import math
 from typing import Any
 
 import torch
-from transformers import Trainer
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState, is_initialized
+from transformers import Trainer, TrainingArguments
 
 from .versions import is_sharded_at_load, loss_is_scaled_for_ga
 
 
 def is_sharded(trainer: Trainer) -> bool:
     """Return whether ranks hold pieces of the model (FSDP, DeepSpeed, `from_pretrained` with a distributed config)."""
-    return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_sharded_at_load(trainer)
+    by_wrapper = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return by_wrapper or is_sharded_at_load(trainer) or tensor_parallel_size(trainer.args) > 1
+
+
+def _parallelism() -> ParallelismConfig | None:
+    # `Trainer` tells Accelerate about models that `from_pretrained` has parallelized.
+    return AcceleratorState().parallelism_config if is_initialized() else None
+
+
+def tensor_parallel_size(args: TrainingArguments) -> int:
+    """Return how many ranks hold a layer together (tensor parallelism); 1 without it.
+
+    Args:
+        args: Of a Trainer that has been made: its Accelerator knows.
+    """
+    config = _parallelism()
+    if config is not None and config.tp_size > 1:
+        return config.tp_size
+    deepspeed = getattr(args, "hf_deepspeed_config", None)  # set only under DeepSpeed
+    return (deepspeed.config.get("tensor_parallel", {}).get("autotp_size") or 1) if deepspeed is not None else 1
+
+
+def sequence_shards(args: TrainingArguments) -> int:
+    """Return how many ranks share the positions of a sample (context or sequence parallelism); 1 without them."""
+    config = _parallelism()
+    return 1 if config is None else config.cp_size * config.sp_size
+
+
+def data_parallel_size(args: TrainingArguments) -> int:
+    """Return W, how many groups of ranks train on different rows; each rank is one unless the model is parallelized.
+
+    Args:
+        args: As for `tensor_parallel_size`.
+    """
+    return args.world_size // (tensor_parallel_size(args) * sequence_shards(args))
 
 
 def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
@@ -58,4 +94,4 @@ def rank_batch_size(trainer: Any) -> int:
 
     With `split_batches` in `accelerator_config` the ranks share each batch.
     """
-    return trainer._train_batch_size // (trainer.args.world_size if trainer.accelerator.split_batches else 1)
+    return trainer._train_batch_size // (data_parallel_size(trainer.args) if trainer.accelerator.split_batches else 1)

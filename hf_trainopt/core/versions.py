@@ -92,16 +92,17 @@ def is_sharded_at_load(trainer: Trainer) -> bool:
 
 
 def check_sharding_at_load(model: torch.nn.Module) -> None:
-    """Refuse a model that `from_pretrained` has sharded where `Trainer` cannot accumulate over it. Goes with 5.23.
+    """Refuse a model that `from_pretrained` has sharded where `Trainer` doesn't train or save it. Goes with 5.23.
 
     Raises:
         ValueError: transformers is too old for it.
     """
-    if Version("5.23") > TRANSFORMERS and is_fsdp_managed_module(model):
+    is_split = (getattr(model, "tp_size", None) or 1) > 1  # 5.17 trains it, and waits for ever when it saves
+    if Version("5.23") > TRANSFORMERS and (is_split or is_fsdp_managed_module(model)):
         raise ValueError(
-            "Training a model that from_pretrained has sharded (FSDP2 at load time) needs transformers >= 5.23, not "
-            f"{transformers.__version__}. Upgrade transformers, or let accelerate shard the model (fsdp_version: 2 in "
-            "the accelerate config)."
+            "Training a model that from_pretrained has sharded (FSDP2 at load time, tensor parallelism) needs "
+            f"transformers >= 5.23, not {transformers.__version__}. Upgrade transformers, or let accelerate shard the "
+            "model (fsdp_version: 2 in the accelerate config)."
         )
 
 

@@ -12,6 +12,7 @@ from ..accumulation.deepspeed import DeepSpeedPart
 from ..accumulation.learning_rate import LearningRatePart
 from ..accumulation.part import AccumulationPart
 from ..accumulation.policy import AccumulationPolicy
+from ..accumulation.tensor_parallel import TensorParallelPart
 from ..core.old_state import forget_old_entries
 from ..core.part import Part
 from ..core.state import RunState, read_state, write_state
@@ -39,8 +40,9 @@ class Parts:
     6. `interrupts` has the last word on `control`: a run that must end doesn't evaluate first. `checkpoints` saves it.
     7. `out_of_memory` adds its advice to an error on its way out of an epoch, whoever raised it.
     8. `accumulation` shows the loop another `gradient_accumulation_steps` than everybody inside an epoch sees.
-    9. `deepspeed` takes over the engine before `adam_clock` looks for it.
-    10. `learning_rate` has no context; it reads what `accumulation` has decided. `adam_clock` reads both.
+    9. `tensor_parallel` asks `accumulation` whether training goes through windows.
+    10. `deepspeed` takes over the engine before `adam_clock` looks for it.
+    11. `learning_rate` has no context; it reads what `accumulation` has decided. `adam_clock` reads both.
 
     Args:
         trainer: The Trainer, before its own `__init__`.
@@ -58,6 +60,7 @@ class Parts:
         self.random_data = RandomDataPart(trainer, self)
         self.checkpoints = CheckpointsPart(trainer, self)
         self.out_of_memory = OutOfMemoryPart(trainer, self)
+        self.tensor_parallel = TensorParallelPart(trainer, self)
         self.deepspeed = DeepSpeedPart(trainer, self)
         self.learning_rate = LearningRatePart(trainer, self)
         self.adam_clock = AdamClockPart(trainer, self)
@@ -71,6 +74,7 @@ class Parts:
             self.checkpoints,
             self.out_of_memory,
             self.accumulation,
+            self.tensor_parallel,
             self.deepspeed,
             self.learning_rate,
             self.adam_clock,

@@ -11,6 +11,7 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from ..accumulation.noise_scale import WindowStatistics
 from ..accumulation.sums import POLICY_FAILED, SUMMED, LocalSums, Proposal, pack_sums, unpack_sums
 from ..accumulation.window import Slice, Window, lacks_targets, window_loss
+from ..core.facts import data_parallel_size
 from ..core.versions import deferred_fsdp_reduction, is_sharded_at_load
 from .parts import Parts
 
@@ -45,7 +46,8 @@ def take_step(parts: Parts, stock_step: StockStep, model: torch.nn.Module, windo
     rate = parts.learning_rate.factor()
     proposal = accumulation.propose(rate)
     square_norm, sums, divided_by = accumulation.measurement.result(window, num_items)
-    agreed = agree(parts, proposal, window.num_samples, square_norm, sums, loss)
+    samples = window.num_samples * data_parallel_size(parts.trainer.args) / parts.trainer.args.world_size
+    agreed = agree(parts, proposal, samples, square_norm, sums, loss)
     if agreed.proposal.next_k == POLICY_FAILED:
         raise proposal.failure or RuntimeError("accumulation_policy has failed on rank 0, which says how.")
     accumulation.finish_window(window, agreed.loss, agreed.proposal.next_k, agreed.statistics, divided_by, rate)
@@ -75,6 +77,7 @@ def run_slices(parts: Parts, stock_step: StockStep, model: torch.nn.Module, wind
                 losses.append(parts.skipped_steps.run_slice(inputs, lacks[-1], stock_step))
             accumulation.measurement.end_slice(window)
             if not is_last:
+                parts.tensor_parallel.end_micro_batch()
                 end_slice(parts, piece)
     return window_loss(losses, lacks, trainer.args.logging_nan_inf_filter)
 
@@ -118,7 +121,7 @@ class Agreed:
 def agree(
     parts: Parts,
     proposal: Proposal,
-    num_samples: int,
+    num_samples: float,
     square_norm: float,
     sums: LocalSums | None,
     loss: torch.Tensor,

@@ -8,6 +8,8 @@ import torch
 from transformers import TrainerControl, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
+from ..core.facts import sequence_shards, tensor_parallel_size
+
 
 # Inputs whose elements (positions, for embeddings) are tokens; the first that is there counts.
 _TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds")
@@ -146,7 +148,10 @@ class TrainingMeter:
         if reads:
             if args.device.type != "cpu":
                 torch.accelerator.synchronize()
-            new = reduced(self._unread, args)
+            samples, tokens = reduced(self._unread, args)
+            # Each rank of a tensor-parallel group counts the same; those that share a sequence, its samples.
+            copies = tensor_parallel_size(args)
+            new = [samples // (copies * sequence_shards(args)), tokens // copies]
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now

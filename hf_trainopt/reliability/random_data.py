@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from ..core.facts import rank_batch_size
+from ..core.facts import data_parallel_size, rank_batch_size
 from ..core.part import Part
 
 
@@ -183,7 +183,7 @@ class RandomDataPart(Part):
     @property
     def _batch(self) -> tuple[int, int]:
         """What batches are counted in."""
-        return rank_batch_size(self.trainer), self.trainer.args.world_size
+        return rank_batch_size(self.trainer), data_parallel_size(self.trainer.args)
 
     def _data_state_path(self, folder: str) -> str:
         rank = f"_{self.trainer.args.process_index}" if self.trainer.args.world_size > 1 else ""

@@ -17,6 +17,7 @@ from ...accumulation.deepspeed_checks import config_of, stage_of
 from ...accumulation.policy import FixedPolicy
 from ...accumulation.schedule import METRIC_DRIVEN, NOISE_SCALING_RULES, DataIndexedLR, chosen_rule, torch_optimizer
 from ...accumulation.second_moment import decay_of_step, moment_setting
+from ...core.facts import data_parallel_size
 from ...machine.device_memory import uses_expandable_segments
 from ...placement.plan.budget import gib, is_of_device, stated_budget
 from ...placement.show.render import time_words
@@ -67,8 +68,10 @@ def data(trainer: Trainer, dataloader: Any) -> Lines:
     args, windows = trainer.args, _budget(trainer)
     batch = trainer.get_total_train_batch_size(args)
     unit = "optimizer steps" if trainer.trainopt.accumulation.cursor is None else "reference windows"
-    count = args.world_size * max(1, args.n_gpu)
+    count, groups = args.world_size * max(1, args.n_gpu), data_parallel_size(args)
     on_each = f" on each of {count} devices" if count > 1 else ""
+    if groups < args.world_size:
+        on_each = f" on each of {groups} groups of {args.world_size // groups} devices"
     lines = [("micro-batch", f"{args.per_device_train_batch_size} samples{on_each}")]
     if has_length(dataloader):
         samples, micro_batches = trainer.num_examples(dataloader), len(dataloader)
