@@ -48,7 +48,7 @@ class Quantized(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias, self.compute_dtype = (*whole.weight.shape[::-1], None, None)
         self.weight = nn.Parameter(self.packed(), requires_grad=False)
-        self.quant_state = SimpleNamespace(dtype=torch.float32, nested=True)
+        self.quant_state = SimpleNamespace(dtype=torch.float32, nested=False)
 
     def packed(self):
         return torch.zeros((self.in_features * self.out_features + 1) // 2, 1, dtype=torch.uint8)
@@ -110,7 +110,7 @@ def test_a_budget_in_a_run(tmp_path, bits):
 def test_what_stands_in():
     layer = nn.Linear(40, 30)
     four, eight = stand_in(Linear4bit(layer)), stand_in(Linear8bitLt(layer).eval())
-    assert (four.weight.numel(), four.weight.dtype, four.how) == (600, torch.uint8, Quantization(4, None, True))
+    assert (four.weight.numel(), four.weight.dtype, four.how) == (600, torch.uint8, Quantization(4))
     assert (eight.weight.shape, eight.weight.dtype) == ((30, 40), torch.int8)
     assert (four.training, eight.training) == (True, False)
     assert num_parameters(nn.Sequential(four, eight, nn.Linear(3, 4))) == 1200 + 1200 + 16

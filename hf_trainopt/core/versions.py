@@ -97,7 +97,7 @@ def check_sharding_at_load(model: torch.nn.Module) -> None:
     Raises:
         ValueError: transformers is too old for it.
     """
-    is_split = (getattr(model, "tp_size", None) or 1) > 1  # 5.17 trains it, and waits for ever when it saves
+    is_split = (getattr(model, "tp_size", None) or 1) > 1  # 5.17 trains it; its ranks stop matching when it saves
     if Version("5.23") > TRANSFORMERS and (is_split or is_fsdp_managed_module(model)):
         raise ValueError(
             "Training a model that from_pretrained has sharded (FSDP2 at load time, tensor parallelism) needs "
