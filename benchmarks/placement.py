@@ -32,6 +32,7 @@ from placement_effort import DEPTHS, MODELS, effort_record
 RESULTS = Path(__file__).resolve().parent / "results" / "placement"
 # Those whose steps are short enough for seven rounds of all placements within ten minutes together.
 TIMED = ("gpt2-512-b4", "knob-gpt2", "resnet50-b32", "vit-tiny-b48")
+FASTEST = ("fastest-gpt2", "fastest-vit")
 SMALL = ("gpt2-512-b4", "resnet50-b8", "vit-tiny-b48", "llama-384-b4")
 
 
@@ -52,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         "frontier": (FRONTIERS, "peak against time to recompute, on shapes"),
         "budgets": (("gpt2-small-fp32", "resnet50-224"), "plans for round budgets, on shapes"),
         "knob": (("knob-gpt2",), "against torch's activation_memory_budget"),
+        "fastest": (FASTEST, "the micro-batch that --find calls the fastest, against all that fit"),
         "overhead": ((), "what placement costs while it is off"),
         "effort": ((), "CPU seconds that planning takes"),
         "table": ((), "write benchmarks/placement.md and its plots from the records"),
@@ -62,8 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("--threads", type=int, default=1)
         if cases:
             one.add_argument("--case", nargs="+", choices=sorted(CASES), default=list(cases))
-        if name in ("time", "overhead", "knob"):
-            one.add_argument("--rounds", type=int, default={"time": 7, "overhead": 9, "knob": 5}[name])
+        if name in ("time", "overhead", "knob", "fastest"):
+            rounds = {"time": 7, "overhead": 9, "knob": 5, "fastest": 7}[name]
+            one.add_argument("--rounds", type=int, default=rounds)
         if name == "knob":
             one.add_argument("--values", nargs="+", type=float, help="budgets of torch's knob")
         if name in ("frontier", "knob"):
@@ -116,6 +119,10 @@ def run_case(options: argparse.Namespace, name: str) -> dict[str, Any]:
         from placement_time import time_case
 
         return time_case(case, options.rounds)
+    if options.command == "fastest":
+        from placement_fastest import fastest
+
+        return fastest(case, options.rounds)
     if options.command == "frontier":
         from placement_frontier import frontier
 

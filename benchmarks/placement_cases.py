@@ -213,7 +213,12 @@ _KNOB = "n_layer=4,n_embd=256,n_head=4,vocab_size=5000,n_positions=256,resid_pdr
 KNOB = {
     "knob-gpt2": _gpt2("knob-gpt2", "GPT-2, 4 layers x 256, vocabulary 5000, B=4, T=256, no dropout", _KNOB, 4, 256)
 }
-CASES = {**REAL, **FRONTIERS, **KNOB, **TINY}
+# Batches of a step, to be divided into micro-batches.
+FASTEST = {
+    "fastest-gpt2": _gpt2("fastest-gpt2", "GPT-2, 4 layers x 256, 16 samples of T=256", _KNOB, 16, 256),
+    "fastest-vit": _timm("fastest-vit", "ViT-Ti/16, 96², 48 samples", "vit_tiny_patch16_224", 48, 96),
+}
+CASES = {**REAL, **FRONTIERS, **KNOB, **FASTEST, **TINY}
 
 
 @dataclass

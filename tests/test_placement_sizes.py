@@ -1,6 +1,7 @@
 """Which sizes fit: the search against a scan, and what a step of several micro-batches takes."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -8,9 +9,10 @@ from hypothesis import strategies as st
 from placement_models import gpt2, tokens
 from reference import largest_size_by_scan
 
+from hf_trainopt.machine.costs import Cost
 from hf_trainopt.machine.devices import DEVICES
 from hf_trainopt.placement.errors import PlacementError
-from hf_trainopt.placement.plan.plan import FULL, STORE
+from hf_trainopt.placement.plan.plan import FULL, STORE, PlacementPlan
 from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.plan.sizes import fastest_micro_batch, largest_size, step_seconds
 from hf_trainopt.placement.simulate.step_setup import StepSetup
@@ -71,6 +73,31 @@ def test_the_fastest_micro_batch_beats_every_other_with_any_uniform_placement():
                 others.append(step_seconds(replay, 12 // size))
     assert found[0].seconds <= min(others) + 1e-9
     assert found[0].samples_per_second == 12 / found[0].seconds
+
+
+class Timed:
+    """A planner on a device, whose plans need no recomputation; a step of this micro-batch takes so many seconds."""
+
+    def __init__(self, seconds, kind):
+        plan = PlacementPlan("budget", {"a": STORE})
+        self.setup, self.baseline = SimpleNamespace(device=SimpleNamespace(kind=kind)), SimpleNamespace(peak_bytes=1)
+        once = SimpleNamespace(cost=Cost())
+        replay = SimpleNamespace(cost=Cost(device_seconds=seconds), section=lambda phase: once)
+        self.for_budget, self.replay = lambda budget: plan, lambda stages, rewrites: replay
+
+
+@pytest.mark.parametrize(("kind", "tried"), [("cpu", [8, 4, 2, 1]), ("cuda", [8])])
+def test_on_a_cpu_all_sizes_are_tried(kind, tried):
+    seconds = {8: 8.0, 4: 4.5, 2: 1.25, 1: 0.7}  # of a micro-batch
+    asked = []
+
+    def planner(size):
+        asked.append(size)
+        return Timed(seconds[size], kind)
+
+    found = fastest_micro_batch(planner, {8: 1, 4: 2, 2: 4, 1: 8}, "1GiB")
+    assert asked == tried
+    assert found[0].micro_batch == (2 if kind == "cpu" else 8)
 
 
 def test_choices_that_are_worth_having_for_one_batch_are_for_another():

@@ -106,7 +106,7 @@ class Finder:
             [
                 render.wrapped(text),
                 "",
-                f"Micro-batches of a step with {batch} samples, from one that needs no recomputation up:",
+                f"Micro-batches of a step with {batch} samples, each with its best plan:",
                 "",
                 render.render_sizes(sorted(found, key=lambda sized: -sized.micro_batch), best),
                 "",
