@@ -9,6 +9,17 @@ from transformers import Trainer
 from .versions import is_sharded_at_load, loss_is_scaled_for_ga
 
 
+try:
+    from torch.distributed.fsdp import FSDPModule
+except ImportError:  # PyTorch without torch.distributed
+    FSDPModule = None
+
+
+def fsdp_module_class() -> type | None:
+    """Return the class of modules that `fully_shard` was called with; `None` if PyTorch has no `torch.distributed`."""
+    return FSDPModule
+
+
 def is_sharded(trainer: Trainer) -> bool:
     """Return whether ranks hold pieces of the model (FSDP, DeepSpeed, `from_pretrained` with a distributed config)."""
     return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_sharded_at_load(trainer)

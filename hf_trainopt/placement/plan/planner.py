@@ -274,7 +274,7 @@ class PlacementPlanner:
         if self.setup.memory is not None or not total:
             return self.setup.memory
         convolves = has_convolutions(self.replayer.model)
-        memory = device_memory(total, is_expandable=True, convolves=convolves, world_size=self.setup.world_size)
+        memory = device_memory(total, is_expandable=True, convolves=convolves, world_size=self.setup.sharding.num_devices)
         return dataclasses.replace(
             memory, reserve=f"{memory.reserve}, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
         )
@@ -388,7 +388,9 @@ class PlacementPlanner:
                 "device": self.setup.device.name,
                 "precision": str(self.setup.autocast_dtype or torch.float32).removeprefix("torch."),
                 "accumulation_steps": self.setup.accumulation_steps,
-                "world_size": self.setup.world_size,
+                "sharding": self.setup.sharding.kind,
+                "num_devices": self.setup.sharding.num_devices,
+                "host_bytes": replay.host_bytes,
                 "optimizer": name_of(self.replayer.optimizer),
                 "model": type(self.replayer.model).__name__,
                 "num_parameters": sum(p.numel() for p in self.replayer.model.parameters()),

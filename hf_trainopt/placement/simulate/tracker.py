@@ -18,8 +18,8 @@ from ..recompute.selective import is_compute_op
 
 # What bytes are for.
 KINDS = (
-    "parameters", "buffers", "inputs", "optimizer", "gradients", "communication", "activations", "loss", "workspace",
-    "temporary",
+    "parameters", "buffers", "inputs", "optimizer", "gradients", "communication", "gathered", "activations", "loss",
+    "workspace", "temporary",
 )  # fmt: skip
 
 Key = tuple[str, str]
@@ -62,6 +62,9 @@ class StorageTracker(TorchDispatchMode):
         spec: Device to compute costs for; `None`: no costs.
         counts_arguments: Whether tensors that were there before are counted once an operator takes them.
         scratch: Returns what an operator (func, args, out) allocates and frees within its kernel; `None`: not counted.
+
+    Attributes:
+        host_bytes: Most bytes at a time that were counted as the host's (see `on_host`).
     """
 
     def __init__(
@@ -81,6 +84,8 @@ class StorageTracker(TorchDispatchMode):
         self.peak_by_key: dict[Key, int] = {}
         self.sections: list[Section] = []
         self.kind, self.scope = "temporary", ""
+        self.host_bytes = self._current_host_bytes = 0
+        self._is_on_host = False
         self._live: dict[int, list[Any]] = {}
         self._boundaries: set[int] = set()
         self.is_active = False
@@ -171,22 +176,44 @@ class StorageTracker(TorchDispatchMode):
         finally:
             self.kind, self.scope = before
 
+    def exempt(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors, and all that share their storages, as nothing: others stand in for them."""
+        for tensor in tensors:
+            self._register(tensor, num_bytes=0)
+
+    @contextmanager
+    def on_host(self):
+        """Context in which new storages, and those that are counted first, are memory of the host."""
+        before, self._is_on_host = self._is_on_host, True
+        try:
+            yield
+        finally:
+            self._is_on_host = before
+
     def _add(self, key: Key, num_bytes: int) -> None:
         self.by_key[key] = self.by_key.get(key, 0) + num_bytes
 
-    def _register(self, tensor: torch.Tensor, key: Key | None = None) -> list[Any] | None:
+    def _register(
+        self, tensor: torch.Tensor, key: Key | None = None, num_bytes: int | None = None
+    ) -> list[Any] | None:
         storage = tensor.untyped_storage()
         identity = storage._cdata
         entry = self._live.get(identity)
         if entry is not None:
             return entry
-        num_bytes = storage.nbytes()
+        num_bytes = storage.nbytes() if num_bytes is None else num_bytes
+        host_bytes = 0
+        if self._is_on_host:
+            num_bytes, host_bytes = 0, num_bytes
+            self._current_host_bytes += host_bytes
+            self.host_bytes = max(self.host_bytes, self._current_host_bytes)
         key = key or (self.kind, self.scope)
         live, entry = self._live, [num_bytes, key, None, None]
 
-        def freed(_, self=self, identity=identity, entry=entry):
+        def freed(_, self=self, identity=identity, entry=entry, host_bytes=host_bytes):
             if live.get(identity) is entry:
                 del live[identity]
+                self._current_host_bytes -= host_bytes
                 self.current_bytes -= entry[0]
                 self.by_key[entry[1]] -= entry[0]
                 if identity in self._boundaries:
