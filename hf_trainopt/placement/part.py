@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from ..core.facts import is_sharded
 from ..core.part import Part
 from ..core.versions import ACTIVATION_CHECKPOINTING, activation_checkpointing_kwargs
 from ..machine.random_state import forked_random_state
@@ -84,11 +83,6 @@ class PlacementPart(Part):
             raise ValueError(
                 f"{what} does not work with nn.DataParallel; start one process per GPU (accelerate launch, torchrun), "
                 "or set CUDA_VISIBLE_DEVICES to one of them."
-            )
-        if is_sharded(self.trainer) and args.placement_policy == "budget":
-            raise ValueError(
-                f"{what} cannot predict the memory of sharded models yet (FSDP, DeepSpeed); choose 'all', 'every_n', "
-                "'sqrt' or a plan file."
             )
         if activation_checkpointing_kwargs(args).get("use_reentrant"):
             raise ValueError(

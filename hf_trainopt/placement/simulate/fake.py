@@ -29,11 +29,16 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     return out.requires_grad_(tensor.requires_grad)
 
 
-def as_type(dtype: torch.dtype) -> Callable[[torch.Tensor, FakeTensorMode], torch.Tensor]:
-    """Return `fake_tensor` for floating-point tensors that are cast."""
+def fake_whole(parameter: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """Return a fake tensor like the whole of a parameter that may be spread over devices."""
+    return fake_tensor(whole_like(parameter), mode)
 
-    def like(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-        fake = fake_tensor(tensor, mode)
+
+def as_type(dtype: torch.dtype) -> Callable[[torch.Tensor, FakeTensorMode], torch.Tensor]:
+    """Return `fake_whole` for floating-point parameters that are cast."""
+
+    def like(parameter: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+        fake = fake_whole(parameter, mode)
         return fake.detach().to(dtype) if fake.is_floating_point() else fake
 
     return like
@@ -42,7 +47,7 @@ def as_type(dtype: torch.dtype) -> Callable[[torch.Tensor, FakeTensorMode], torc
 def fake_copy(
     model: nn.Module,
     mode: FakeTensorMode,
-    parameter_like: Callable[[torch.Tensor, FakeTensorMode], torch.Tensor] = fake_tensor,
+    parameter_like: Callable[[torch.Tensor, FakeTensorMode], torch.Tensor] = fake_whole,
 ) -> nn.Module:
     """Return a copy of a model whose parameters and buffers are fake; ties between them are kept.
 
@@ -58,7 +63,7 @@ def fake_copy(
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
-                fake = parameter_like(whole_like(parameter), mode)
+                fake = parameter_like(parameter, mode)
                 memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:

@@ -21,6 +21,7 @@ from .rank import Owner, Rank, ceil_div
 from .sharding import Group
 from .step_setup import StepSetup
 from .tracker import StorageTracker
+from .wrapped import storage_numel, whole_like
 
 
 IDLE, FORWARD, BEFORE_BACKWARD, AFTER_BACKWARD = "idle", "forward", "before backward", "after backward"
@@ -77,9 +78,7 @@ class Fsdp2Rank(Rank):
         source: The model that it was copied from, whose parameters have the type that shards have.
     """
 
-    def __init__(
-        self, model: nn.Module, mode: FakeTensorMode, setup: StepSetup, stages: list[str], source: nn.Module
-    ):
+    def __init__(self, model: nn.Module, mode: FakeTensorMode, setup: StepSetup, stages: list[str], source: nn.Module):
         super().__init__(model, mode, setup)
         self._num = self.sharding.num_devices
         self.shards = fake_copy(source, mode, self._shard_like)
@@ -89,12 +88,19 @@ class Fsdp2Rank(Rank):
         self._order: list[_Gathered] = []
 
     def _shard_like(self, parameter: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-        shape, dtype = tuple(parameter.shape), self.sharding.shard_dtype
+        whole, dtype = whole_like(parameter), self.sharding.shard_dtype
         if dtype is None or not (parameter.requires_grad and parameter.is_floating_point()):
             dtype = parameter.dtype
+        shape = tuple(whole.shape)
         if shape:
             shape = (ceil_div(shape[0], self._num), *shape[1:])
-        return fake_tensor(torch.empty(shape, dtype=dtype, device="meta"), mode)
+        shard = fake_tensor(torch.empty(shape, dtype=dtype, device="meta"), mode)
+        held = 0 if self.sharding.shard_dtype else storage_numel(parameter)
+        if held <= shard.numel():
+            return shard
+        # On a CPU, transformers 5.23 loads shards as views of whole parameters, which stay in memory.
+        with mode:
+            return torch.empty(held, dtype=dtype).narrow(0, 0, shard.numel()).view(shape).detach()
 
     def _make_groups(self, stages: list[str]) -> list[_Gathered]:
         wanted = self.sharding.groups

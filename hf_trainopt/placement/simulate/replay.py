@@ -19,7 +19,7 @@ from ...machine.costs import Cost
 from ..errors import FilledCacheError, PlacementError, ReplayError
 from ..plan.plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice, describe
 from ..recompute.apply import apply_placement, check_model
-from .fake import as_on, as_type, fake_batch, fake_copy, fake_mode, fake_tensor
+from .fake import as_on, as_type, fake_batch, fake_copy, fake_mode, fake_whole
 from .fake_contexts import no_checks_of_values, no_logged_traceback, no_packed_sequences
 from .passes import calls_of_checkpoint, passes_of
 from .ranks import rank_of
@@ -123,7 +123,7 @@ class StepReplayer:
         if mode is not None and cast is None:
             self.model = model
         else:
-            self.model = fake_copy(model, self.mode, fake_tensor if cast is None else as_type(cast))
+            self.model = fake_copy(model, self.mode, fake_whole if cast is None else as_type(cast))
         if mode is None and setup.compute_loss is model_loss and "forward" in vars(type(self.model)):
             # A `forward` that someone has put on the instance (TRL does) may call the real model.
             self.model.__dict__.pop("forward", None)

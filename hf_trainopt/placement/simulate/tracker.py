@@ -16,6 +16,12 @@ from ...machine.devices import DeviceSpec
 from ..recompute.selective import is_compute_op
 
 
+try:
+    from torch.distributed.tensor import DTensor as DTENSOR
+except ImportError:  # PyTorch without torch.distributed
+    DTENSOR = None
+
+
 # What bytes are for.
 KINDS = (
     "parameters", "buffers", "inputs", "optimizer", "gradients", "communication", "gathered", "activations", "loss",
@@ -94,20 +100,44 @@ class StorageTracker(TorchDispatchMode):
 
     def __enter__(self):
         self.is_active = True
+        if self.counts_arguments:
+            self._stock_resize = torch.UntypedStorage.resize_
+            torch.UntypedStorage.resize_ = self._resize()
         return super().__enter__()
 
     def __exit__(self, *exception):
         self.is_active = False
+        if self.counts_arguments:
+            torch.UntypedStorage.resize_ = self._stock_resize
         return super().__exit__(*exception)
 
+    def _resize(self) -> Callable[..., Any]:
+        """Return `UntypedStorage.resize_`, with which FSDP2 frees and allocates parameters, with a count."""
+        stock, tracker = self._stock_resize, self
+
+        def resize_(storage, size):
+            out = stock(storage, size)
+            entry = tracker._live.get(storage._cdata)
+            if entry is not None and storage.device.type != "meta":
+                tracker._add(entry[1], size - entry[0])
+                tracker.current_bytes += size - entry[0]
+                entry[0] = size
+                tracker._peak(0)
+            return out
+
+        return resize_
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTENSOR is not None and DTENSOR in types:
+            return NotImplemented  # it comes back with the pieces that this rank holds
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # three of four calls under fake tensors: no need to go through their mode
         kwargs = kwargs or {}
         if self.counts_arguments:
             for leaf in args:
-                if isinstance(leaf, torch.Tensor):
-                    self._register(leaf, ("inputs", ""))
+                for inner in leaf if isinstance(leaf, tuple | list) else (leaf,):
+                    if isinstance(inner, torch.Tensor):
+                        self._register(inner, ("inputs", ""))
         out = func(*args, **kwargs)
         for leaf in out if isinstance(out, tuple | list) else (out,):
             if isinstance(leaf, torch.Tensor):
@@ -159,6 +189,8 @@ class StorageTracker(TorchDispatchMode):
     def count(self, tensors: Iterable[Any], kind: str, scope: str = "") -> None:
         """Count tensors that exist already, or give those that are counted another kind."""
         for tensor in tensors:
+            if DTENSOR is not None and isinstance(tensor, DTENSOR):
+                tensor = tensor.to_local()
             if isinstance(tensor, torch.Tensor):
                 entry = self._register(tensor, (kind, scope))
                 if entry is not None and entry[1] != (kind, scope):
@@ -197,6 +229,8 @@ class StorageTracker(TorchDispatchMode):
         self, tensor: torch.Tensor, key: Key | None = None, num_bytes: int | None = None
     ) -> list[Any] | None:
         storage = tensor.untyped_storage()
+        if storage.device.type == "meta" and not isinstance(tensor, FakeTensor):
+            return None
         identity = storage._cdata
         entry = self._live.get(identity)
         if entry is not None:

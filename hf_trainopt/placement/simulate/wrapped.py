@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.facts import fsdp_module_class
+from ...core.facts import fsdp_module_class, is_distributed
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
@@ -30,6 +30,13 @@ def whole_like(parameter: torch.Tensor) -> torch.Tensor:
 def num_elements(parameter: torch.Tensor) -> int:
     """Return how many numbers the whole of a parameter has."""
     return getattr(parameter, "ds_numel", None) or parameter.numel()
+
+
+def storage_numel(parameter: torch.Tensor) -> int:
+    """Return for how many numbers there is room where the piece of a DTensor lies; 0 for other tensors."""
+    if not is_distributed(parameter):
+        return 0
+    return parameter.to_local().untyped_storage().nbytes() // parameter.element_size()
 
 
 @contextmanager
@@ -58,7 +65,7 @@ def without_wrapping(model: nn.Module) -> Iterator[dict[int, Any]]:
             if type(values["_parameters"]).__module__.startswith(_WRAPPERS):
                 stack.callback(values.__setitem__, "_parameters", values["_parameters"])
                 values["_parameters"] = dict(values["_parameters"])
-            for name in [name for name, value in values.items() if _is_state_of_deepspeed(name, value)]:
+            for name in [name for name, value in values.items() if _is_state(name, value)]:
                 stack.callback(values.__setitem__, name, values.pop(name))
         yield shared
 
@@ -68,7 +75,11 @@ def _is_of_wrapper(hook: Any) -> bool:
     return type(owner).__module__.startswith(_WRAPPERS) or getattr(hook, "__module__", "").startswith(_WRAPPERS)
 
 
-def _is_state_of_deepspeed(name: str, value: Any) -> bool:
-    return name in ("pre_bwd_fn", "post_bwd_fn", "_original_parameters") or (
-        type(value).__module__.startswith("deepspeed") and not isinstance(value, nn.Module | torch.Tensor | Mapping)
-    )
+def _is_state(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is what FSDP2 or DeepSpeed keeps there."""
+    if name in ("pre_bwd_fn", "post_bwd_fn", "_original_parameters"):
+        return True
+    if isinstance(value, nn.Module | torch.Tensor) or name in ("_parameters", "_buffers", "_modules", *_HOOKS):
+        return False
+    values = value.values() if isinstance(value, Mapping) else [value]
+    return any(type(inner).__module__.startswith(_WRAPPERS) for inner in values)

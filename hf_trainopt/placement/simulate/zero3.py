@@ -89,9 +89,7 @@ class Zero3Rank(Rank):
                 self._hold(tracker, [torch.empty_like(master) for master, _, _ in self._masters], "gradients")
             numel = sum(self._partition(parameter) for _, parameter in self.trained)
             self._hold(tracker, [torch.empty(numel, dtype=self._dtype)], "gradients")
-        self._hold(
-            tracker, [torch.empty(self.sharding.zero.reduce_bucket_size, dtype=self._dtype)], "communication"
-        )
+        self._hold(tracker, [torch.empty(self.sharding.zero.reduce_bucket_size, dtype=self._dtype)], "communication")
         self._gathering.begin_step(tracker)
 
     @contextmanager
