@@ -80,7 +80,6 @@ class PeakMeasurement(TrainerCallback):
             if self._is_second or peak > self._before:  # else the mark is not of this step
                 done(peak)
         elif self._tracker is not None:
-            import os; print("PEAK", os.environ.get("RANK"), {k: v for k, v in self._tracker.peak_by_key.items() if v}, file=open("/tmp/w/peak.txt","a"))
             peak = self._tracker.peak_bytes
             self.stop()
             done(peak)

@@ -135,7 +135,7 @@ class ZeroRank(Rank):
                 for group in self._groups:
                     self._hold(tracker, [torch.empty_like(group.master, dtype=dtype)], "optimizer")
                 self._hold(tracker, [torch.empty(largest, dtype=dtype)], "communication")
-                if self.accumulates:
+                if self.accumulates and self._partitions_gradients:
                     owned = [p for _, p in self.trained if id(p) in self._owned]
                     self._hold(tracker, map(torch.empty_like, owned), "gradients")
         if offloaded:
@@ -147,6 +147,7 @@ class ZeroRank(Rank):
         elif self.accumulates:
             self._count_gradients(tracker, owner)
             self._make_buckets(tracker)  # since the first micro-batch
+            tracker.count(self._buckets, "communication")
 
     def watch(self, tracker: StorageTracker, owner: Owner) -> Callable[[], None]:
         def hook(parameter):

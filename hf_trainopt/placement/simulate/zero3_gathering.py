@@ -112,6 +112,7 @@ class Gathering:
         """Count what stays whole, as the step before has left it."""
         self._tracker = tracker
         self.gather_persistent()
+        tracker.count(self._whole.values(), "gathered")
 
     def gather_persistent(self) -> None:
         """Gather the small parameters, each on its own."""
