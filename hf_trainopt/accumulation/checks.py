@@ -157,11 +157,6 @@ def check_amount_of_data(args: TrainingArguments, num_micro_batches: int | None,
 def _check_sharding(trainer: Trainer, measures: bool, what: str, remedy: str) -> None:
     check_sharding_at_load(trainer.model)
     sharded = trainer.is_fsdp_enabled or is_sharded_at_load(trainer)
-    if sharded and trainer.args.auto_micro_batch:
-        raise ValueError(
-            "auto_micro_batch does not work with sharded models (FSDP, DistributedConfig), whose ranks communicate in "
-            "each micro-batch; train with DDP, or leave auto_micro_batch out."
-        )
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
         raise ValueError(
             f"{what} does not work with FSDP1, which hides parameters in flat ones; set `fsdp_version: 2` in the "

@@ -155,14 +155,15 @@ class PlacementPart(Part):
         """Return the plan of the first process, on all of them; its error if it has none."""
         # The plan, the class of an error, its text.
         message: list[Any] = [None, None, None]
-        failure: ValueError | None = None
+        failure: Exception | None = None
         if self.trainer.args.process_index == 0:
             try:
                 with forked_random_state([self.trainer.args.device]):
                     message[0] = self.planner.make_plan(dataloader, self._plans_of_resumed()).to_dict()
-            except ValueError as error:
+            except Exception as error:  # the other ranks wait: whatever it is, they end with it
                 failure = error
-                message[1:] = [PlacementError if isinstance(error, PlacementError) else ValueError, str(error)]
+                kinds = (PlacementError, ValueError, RuntimeError)
+                message[1:] = [next((kind for kind in kinds if isinstance(error, kind)), RuntimeError), str(error)]
         if self.trainer.args.world_size > 1:
             broadcast_object_list(message)
         if failure is not None:

@@ -155,7 +155,7 @@ class RunPlanner:
             made_for["batch"] = _largest_shape(made_for["batch"])
         if made_for.get("device", "cpu") != "cpu":
             made_for["device"] = "an accelerator"
-        if min(made_for.get("accumulation_steps", 1), found["accumulation_steps"]) > 1:
+        if min(made_for.get("accumulation_steps", 1), found.get("accumulation_steps", 1)) > 1:
             del made_for["accumulation_steps"]  # what counts is whether gradients of earlier micro-batches are there
         differing = [f"{name} {made}, not {found[name]}" for name, made in made_for.items() if made != found[name]]
         if differing:
