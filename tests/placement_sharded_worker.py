@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -37,33 +38,29 @@ def llama_config() -> LlamaConfig:
     )  # fmt: skip
 
 
-def make_model(case: dict, folder: Path):
+def fresh_model(kind: str):
     torch.manual_seed(0)
-    kind = case.get("model", "llama")
-    model = LlamaForCausalLM(llama_config()) if kind == "llama" else GPT2LMHeadModel(gpt2_config())
-    model.loss_type = "ForCausalLM"
-    if not case.get("fsdp"):
-        return model
-    import torch.distributed as dist
-    from transformers.distributed import DistributedConfig
+    return LlamaForCausalLM(llama_config()) if kind == "llama" else GPT2LMHeadModel(gpt2_config())
 
-    path = folder / f"{kind}-model"
-    if os.environ["RANK"] == "0" and not path.exists():
-        model.save_pretrained(path)
-    dist.barrier()
-    plan = {}
-    if kind == "gpt2":  # transformers has no plan for it
-        plan = {"_fsdp_plan": {f"transformer.h.{i}": "free_full_weight" for i in range(4)}}
-    cls = type(model)
-    stock = getattr(cls, "_fsdp_plan", None)
-    if plan:
-        cls._fsdp_plan = {"transformer.h.*": "free_full_weight"}
-    try:
-        model = cls.from_pretrained(path, distributed_config=DistributedConfig(fsdp_size=2, **case.get("config", {})))
-    finally:
-        cls._fsdp_plan = stock
+
+def make_model(case: dict, folder: Path):
+    kind = case.get("model", "llama")
+    if case.get("fsdp"):
+        from transformers.distributed import DistributedConfig
+
+        cls = {"llama": LlamaForCausalLM, "gpt2": GPT2LMHeadModel}[kind]
+        with mock.patch.object(cls, "_fsdp_plan", case.get("plan") or cls._fsdp_plan):
+            model = cls.from_pretrained(saved(folder, kind), distributed_config=DistributedConfig(fsdp_size=2))
+    elif case.get("loads"):  # under ZeRO-3 parameters are partitioned as they are loaded
+        model = LlamaForCausalLM.from_pretrained(saved(folder, "llama"))
+    else:
+        model = fresh_model(kind)
     model.loss_type = "ForCausalLM"
     return model
+
+
+def saved(folder: Path, kind: str) -> Path:
+    return folder / f"{kind}-model-{os.environ['RANK']}"
 
 
 def clean_up(trainer) -> None:
@@ -86,18 +83,18 @@ def run(case: dict, folder: Path) -> dict:
     args.device  # starts torch.distributed  # noqa: B018
     model = make_model(case, folder)
     make, options = (AnyK, {"sequence": case["sequence"]}) if "sequence" in case else (EfficientTrainer, {})
-    trainer = quiet(
-        make(model=model, args=args, train_dataset=Rows(200, length=64, vocab_size=1000), **options)
-    )
+    trainer = quiet(make(model=model, args=args, train_dataset=Rows(200, length=64, vocab_size=1000), **options))
+    placement = trainer.trainopt.placement
+    peaks, done = [], placement._peak_measured
+    placement._peak_measured = lambda num_bytes: (peaks.append(num_bytes), done(num_bytes))
     try:
         trainer.train()
-        plan = trainer.trainopt.placement.plan
-        planner = trainer.trainopt.placement.planner.last
+        plan = placement.plan
         seen = {
-            "plan": plan.to_dict(), "predicted": plan.predicted_peak_bytes, "measured": plan.measured_peak_bytes,
+            "plan": plan.to_dict(), "predicted": plan.predicted_peak_bytes, "measured": peaks[0],
+            "fullest": plan.measured_peak_bytes,
             "loss": [line["loss"] for line in trainer.state.log_history if "loss" in line],
             "micro_batch": trainer.trainopt.out_of_memory.micro_batch_size,
-            "planned_here": planner is not None,
         }  # fmt: skip
     finally:
         clean_up(trainer)
@@ -112,6 +109,8 @@ def main() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles it, for minutes
         get_accelerator().is_fp16_supported = lambda: True
     folder = Path(sys.argv[1])
+    for kind in ("llama", "gpt2"):
+        fresh_model(kind).save_pretrained(saved(folder, kind))
     for case in json.loads(Path(sys.argv[2]).read_text()):
         try:
             seen = run(case, folder)

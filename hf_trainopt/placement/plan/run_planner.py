@@ -146,6 +146,7 @@ class RunPlanner:
                 self.trainer.accelerator.mixed_precision, "float32"
             ),
             "accumulation_steps": self._accumulation.most_steps,
+            **self._spread_over(),
         }
         if "micro_batch_size" in plan.details:
             self._warn_of_another_micro_batch(plan.details["micro_batch_size"])
@@ -340,6 +341,13 @@ class RunPlanner:
         """What a budget of the device depends on, apart from what is free at the moment."""
         total = self._device_spec.memory / 2**30
         return f"{total:.0f} GiB{', expandable segments' if uses_expandable_segments() else ''}"
+
+    def _spread_over(self) -> dict[str, Any]:
+        """What a plan file says of the devices that it was made for."""
+        try:
+            return {"sharding": self._sharding.kind, "num_devices": self._sharding.num_devices}
+        except PlacementError:
+            return {"sharding": "another way of sharding"}
 
     def _sharding_request(self) -> dict[str, Any]:
         """How the model is spread, where it is."""

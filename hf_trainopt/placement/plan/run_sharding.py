@@ -1,6 +1,6 @@
-"""How a run is spread over devices: read from its Trainer, before the model is wrapped or after `from_pretrained` did."""
+"""How a run is spread over devices, read from its Trainer: before the model is wrapped, or as it was loaded."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -78,9 +78,6 @@ def _deepspeed(trainer: Any) -> Sharding:
     config = _config(trainer)
     zero = config.get("zero_optimization") or {}
     stage = int(zero.get("stage", 0))
-    for name, stock in _ZERO_STOCK.items():
-        if zero.get(name, stock) not in (stock, "auto"):
-            raise _unpredicted(f"zero_optimization.{name}={zero[name]}")
     for section, name in (
         ("data_types", "grad_accum_dtype"),
         ("torch_autocast", "enabled"),
@@ -105,7 +102,7 @@ def _deepspeed(trainer: Any) -> Sharding:
         offload_optimizer=stage > 0 and _is_offloaded(zero, "offload_optimizer"),
         offload_parameters=stage == 3 and _is_offloaded(zero, "offload_param"),
         dtype=precision,
-        zero=_settings(zero, trainer.model),
+        zero=zero_settings(zero, trainer.model),
     )
 
 
@@ -125,8 +122,19 @@ def _is_offloaded(zero: Mapping[str, Any], name: str) -> bool:
     return device == "cpu"
 
 
-def _settings(zero: Mapping[str, Any], model: nn.Module) -> ZeroSettings:
-    """Return the settings, with what transformers and Accelerate fill in for `"auto"`."""
+def zero_settings(zero: Mapping[str, Any], model: nn.Module) -> ZeroSettings:
+    """Return the settings, with what transformers and Accelerate fill in for `"auto"`.
+
+    Args:
+        zero: `zero_optimization` of a configuration.
+        model: A model of transformers.
+
+    Raises:
+        PlacementError: One of them changes what is held in a way that isn't modelled.
+    """
+    for name, stock in _ZERO_STOCK.items():
+        if zero.get(name, stock) not in (stock, "auto"):
+            raise _unpredicted(f"zero_optimization.{name}={zero[name]}")
     given = {own: zero[name] for name, own in _ZERO_NAMES.items() if name in zero}
     if "auto" not in given.values():
         return ZeroSettings(**given)
@@ -171,25 +179,15 @@ def _at_load(trainer: Any) -> Sharding:
         raise PlacementError(
             f"The memory of a rank isn't predicted for DistributedConfig({others[0]}=...); leave it out, or {_REMEDY}"
         )
-    names: dict[int, list[str]] = {}
-    states: dict[int, Any] = {}
-    for name, module in model.named_modules():
+    groups, one = groups_of(model), None
+    for module in model.modules():
         if fsdp_module_class() is not None and isinstance(module, fsdp_module_class()):
-            state = module._get_fsdp_state()
-            states[id(state)] = state
-            names.setdefault(id(state), []).append(name)
-    groups, one = [], None
-    for key, state in states.items():
-        for part in _param_groups(state):
-            one = one or part
-            is_root = "" in names[key]
-            is_kept = part.post_forward_mesh_info is None or (is_root and state._auto_reshard_after_forward)
-            groups.append(Group(tuple(names[key]), is_kept))
+            one = one or next(iter(_param_groups(module._get_fsdp_state())), None)
     if one is None:
         return Sharding("ddp", trainer.args.world_size)
     if not all(map(is_distributed, model.parameters())):
         raise PlacementError(
-            f"The memory of a rank isn't predicted where FSDP2 leaves some parameters whole (ignored_params); {_REMEDY}"
+            f"The memory of a rank isn't predicted where FSDP2 leaves parameters whole (ignored_params); {_REMEDY}"
         )
     policy = one.mp_policy
     offloads = type(one.offload_policy).__name__ == "CPUOffloadPolicy"
@@ -200,9 +198,32 @@ def _at_load(trainer: Any) -> Sharding:
         offload_parameters=offloads,
         dtype=policy.param_dtype,
         reduce_dtype=policy.reduce_dtype,
-        groups=tuple(groups),
+        groups=groups,
         reduces_always=_reduces_always(trainer),
     )
+
+
+def groups_of(model: nn.Module) -> tuple[Group, ...]:
+    """Return the groups that `fully_shard` has made of a model."""
+    names: dict[int, list[str]] = {}
+    states: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if fsdp_module_class() is not None and isinstance(module, fsdp_module_class()):
+            state = module._get_fsdp_state()
+            states[id(state)] = state
+            names.setdefault(id(state), []).append(name)
+    groups = []
+    modules = {module: name for name, module in model.named_modules()}
+    for key, state in states.items():
+        # PyTorch decides about the root when it runs first: it keeps it, unless told otherwise.
+        is_root = "" in names[key] and state._auto_reshard_after_forward
+        parts = _param_groups(state)
+        kept = all(part.post_forward_mesh_info is None for part in parts)
+        infos = [parameter._module_info for part in parts for parameter in part.fsdp_params]
+        paths = (f"{modules[info.module]}.{info.param_name}".removeprefix(".") for info in infos)
+        if parts:
+            groups.append(Group(tuple(names[key]), is_root or kept, tuple(paths)))
+    return tuple(groups)
 
 
 def _param_groups(state: Any) -> list[Any]:
@@ -220,7 +241,8 @@ def _accelerate(trainer: Any) -> Sharding:
     plugin.set_auto_wrap_policy(model)
     policy = fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model)
     keeps = not plugin.reshard_after_forward
-    groups = tuple(_accelerate_groups(model, policy, keeps))
+    layers = {module for module in model.modules() if module is not model and policy is not None and policy(module)}
+    groups = tuple(accelerate_groups(model, layers, keeps))
     mixed, offloads = plugin.mixed_precision_policy, bool(plugin.cpu_offload)
     if type(plugin.cpu_offload).__name__ == "OffloadPolicy":
         offloads = False
@@ -237,16 +259,22 @@ def _accelerate(trainer: Any) -> Sharding:
     )
 
 
-def _accelerate_groups(model: nn.Module, policy: Callable[[nn.Module], bool] | None, keeps: bool) -> Iterator[Group]:
-    """Yield the groups of `accelerate.utils.fsdp_utils.fsdp2_prepare_model`."""
+def accelerate_groups(model: nn.Module, layers: set[nn.Module], keeps: bool = False) -> Iterator[Group]:
+    """Yield the groups of `accelerate.utils.fsdp_utils.fsdp2_prepare_model`.
+
+    Args:
+        model: The whole model.
+        layers: Its layers, each of which is a group.
+        keeps: Whether their parameters stay whole between forward and backward pass.
+    """
     names = {module: name for name, module in model.named_modules()}
-    wrapped = {module for module in model.modules() if module is not model and policy is not None and policy(module)}
-    for module in wrapped:
-        yield Group((names[module],), keeps)
+    wrapped = set(layers)
+    for name, module in model.named_modules():
+        if module in layers:
+            yield Group((name,), keeps)
     find_norm = getattr(fsdp_utils, "_find_final_norm", None)  # Accelerate 1.15 has groups beside the layers
     if find_norm is not None:
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        embedding, head = (_embeddings(model, name) for name in ("get_input_embeddings", "get_output_embeddings"))
         weights = getattr(embedding, "weight", None), getattr(head, "weight", None)
         is_tied = weights[0] is not None and weights[0] is weights[1]
         if not is_tied and embedding is not None and embedding not in wrapped:
@@ -259,6 +287,13 @@ def _accelerate_groups(model: nn.Module, policy: Callable[[nn.Module], bool] | N
         yield Group(("",), True)
     else:
         yield Group(("",), keeps)
+
+
+def _embeddings(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return getattr(model, name)()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _reduces_always(trainer: Any) -> bool:

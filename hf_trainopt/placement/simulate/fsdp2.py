@@ -116,6 +116,12 @@ class Fsdp2Rank(Rank):
         for group in order:
             modules = [self.model.get_submodule(name) for name in group.modules]
             parameters = []
+            if group.parameters is not None:
+                whole = dict(self.model.named_parameters(remove_duplicate=False))
+                parameters = [
+                    (names[id(whole[name])], whole[name], shards[names[id(whole[name])]]) for name in group.parameters
+                ]
+                taken.update(id(parameter) for _, parameter, _ in parameters)
             for module in modules:
                 for parameter in module.parameters():
                     if id(parameter) not in taken:
@@ -283,7 +289,7 @@ class Fsdp2Rank(Rank):
         """Reduce-scatter the gradients of a group, after its backward pass."""
         group.state = AFTER_BACKWARD
         with_gradient = [(p, shard) for _, p, shard in group.parameters if p.grad is not None]
-        gradients = [parameter.grad for parameter, _ in with_gradient]
+        gradients = list({id(parameter): parameter.grad for parameter, _ in with_gradient}.values())
         for parameter, _ in with_gradient:
             parameter.grad = None
         if group.accumulated:

@@ -27,10 +27,13 @@ class Group:
     Args:
         modules: Their names; `""` is the model itself, whose group has what the others leave.
         is_kept: Whether parameters stay whole between the forward and the backward pass.
+        parameters: Names of their parameters, twice for one that is tied but gathered for each of its modules (as
+            transformers 5.23 loads it); `None`: those of the modules that no group inside has.
     """
 
     modules: tuple[str, ...]
     is_kept: bool = False
+    parameters: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Sharding:
         offload_parameters: Whether shards of parameters are on the host.
         dtype: Type that parameters have in forward and backward passes: the `param_dtype` of FSDP2, or what DeepSpeed
             casts the model to. `None`: their own.
-        shard_dtype: Type that FSDP2's shards of trained parameters have, where Accelerate casts them; `None`: their own.
+        shard_dtype: Type that Accelerate casts FSDP2's shards of trained parameters to; `None`: their own.
         reduce_dtype: Type in which FSDP2 reduces gradients, and adds them up before that; `None`: theirs.
         groups: Of FSDP2; `None`: each stage is one, and the rest of the model another that is kept.
         reduces_always: Whether FSDP2 reduces after each micro-batch (`sync_each_batch`), not only after the last one.

@@ -20,7 +20,7 @@ _SHARED = ("torch.distributed.device_mesh", "transformers.distributed", "torch.d
 
 
 def whole_like(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a tensor without data like the whole of a parameter: of FSDP2 (a DTensor), ZeRO-3 (`ds_shape`) or none."""
+    """Return a tensor of the shape that a parameter has as a whole: of FSDP2 (a DTensor), of ZeRO-3, or of neither."""
     shape = getattr(parameter, "ds_shape", None)
     if shape is not None:
         return torch.empty(shape, dtype=parameter.dtype, device="meta", requires_grad=parameter.requires_grad)

@@ -1,8 +1,8 @@
 """What a rank of DeepSpeed's ZeRO-1 and 2 holds, and when: as `runtime/zero/stage_1_and_2.py` does it (0.19).
 
-The parameters of each group of the optimizer are one flat tensor, whole on all ranks. A rank steps a partition of it, of
-which it has a copy in float32 (in float32 runs, too), with the state. In the backward pass gradients go into a bucket;
-a full bucket is averaged through a second copy, and what belongs to the rank's partition is kept.
+The parameters of each group of the optimizer are one flat tensor, whole on all ranks. A rank steps a partition of it,
+of which it has a copy in float32 (in float32 runs, too), with the state. In the backward pass gradients go into a
+bucket. A full bucket is averaged through a second copy, and what belongs to the rank's partition is kept.
 """
 
 from collections.abc import Callable, Sequence

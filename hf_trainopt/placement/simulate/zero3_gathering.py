@@ -1,9 +1,9 @@
 """When parameters are whole under ZeRO-3: `partitioned_param_coordinator.py` and `parameter_offload.py` of DeepSpeed.
 
 Each module gathers its own parameters before its forward and its backward pass and gives them up afterwards. The first
-pass records the order of these calls. From then on parameters are gathered ahead, a bucket at a time, and those that are
-needed again soon (`max_reuse_distance`) are kept: in a model with fewer parameters, all of them from the forward pass to
-the backward pass. Small parameters stay whole but for the optimizer's step.
+pass records the order of these calls. From then on parameters are gathered ahead, a bucket at a time, and those that
+are needed again soon (`max_reuse_distance`) are kept: in a model with fewer parameters, all of them from the forward
+pass to the backward pass. Small parameters stay whole but for the optimizer's step.
 """
 
 from collections import deque
