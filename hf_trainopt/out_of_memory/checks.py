@@ -56,7 +56,7 @@ def check_planned(trainer: Any) -> None:
         said = "and memory_budget isn't set" if budget is None else f"and memory_budget is '{budget}'"
         raise ValueError(
             "auto_micro_batch can't repeat a step of a sharded model (FSDP, DeepSpeed), whose ranks communicate in "
-            f"each micro-batch, so that its size must be planned before the run, {said}; set memory_budget to "
+            f"each micro-batch, so that its size has to be planned before the run, {said}; set memory_budget to "
             f"'device' or a size such as '12GiB', {_REMEDY}."
         )
 
