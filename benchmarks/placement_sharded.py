@@ -79,8 +79,8 @@ def sharded(kind: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cases.json"
         path.write_text(json.dumps(cases_of(kind)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-                   __file__, folder, str(path)]  # fmt: skip
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*launch, __file__, folder, str(path)]
         variables = {"DS_ACCELERATOR": "cpu"} if kind != "fsdp2" else {}
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
         found = []

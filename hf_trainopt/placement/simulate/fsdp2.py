@@ -44,13 +44,14 @@ class _Gathered:
     buffer: torch.Tensor | None = None
     whole: list[torch.Tensor] | None = None
     accumulated: list[torch.Tensor] = field(default_factory=list)
+    twins: list[torch.Tensor] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     to_run: set[int] = field(default_factory=set)
 
     def forget(self) -> None:
         """Back to the time before a step."""
         self.state, self.buffer, self.whole = IDLE, None, None
-        self.accumulated, self.places, self.to_run = [], [], set()
+        self.accumulated, self.twins, self.places, self.to_run = [], [], [], set()
 
 
 class _AfterBackward(torch.autograd.Function):
@@ -162,6 +163,15 @@ class Fsdp2Rank(Rank):
         if self.accumulates and not self.sharding.reduces_always:
             if self._reduce_dtype is None:
                 self._count_gradients(tracker, owner)
+                for group in self._groups:
+                    # A parameter that is gathered for each of its modules has as many gradients.
+                    once = {id(parameter) for _, parameter, _ in group.parameters}
+                    for name, parameter, _ in group.parameters:
+                        if id(parameter) in once:
+                            once.discard(id(parameter))
+                        elif parameter.requires_grad:
+                            group.twins.append(torch.empty_like(parameter))
+                            tracker.count(group.twins[-1:], "gradients", owner(name))
             else:
                 for group in self._groups:
                     for name, parameter, _ in group.parameters:
@@ -294,6 +304,8 @@ class Fsdp2Rank(Rank):
             parameter.grad = None
         if group.accumulated:
             gradients, group.accumulated = group.accumulated, []
+        gradients += group.twins
+        group.twins = []
         group.whole = self._scattered_last = None
         if not gradients:
             return
