@@ -55,13 +55,13 @@ FIXED = {"accumulation_policy": "fixed"}
 ALL = {"checkpoint_placement": "all", **FIXED}
 EVERY_2 = {"checkpoint_placement": "every_2"}
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-SPLIT = {"memory_rewrites": "none", "auto_micro_batch": True, "per_device_train_batch_size": 4, **FIXED}
+SPLIT = {"memory_rewrites": "none", "auto_micro_batch": True, "per_device_train_batch_size": 8, **FIXED}
 
 # Budgets and more set-ups are in benchmarks/placement.py sharded: here each launch is to take seconds.
 FSDP2_CASES = [
     {"name": "all, gpt2", "fsdp": True, "arguments": ALL, "model": "gpt2"},
     {"name": "k = 3", "fsdp": True, "arguments": EVERY_2, "k": 3},
-    {"name": "planned size", "fsdp": True, "arguments": SPLIT | {"memory_budget": "12000000"}},
+    {"name": "planned size", "fsdp": True, "arguments": SPLIT | {"memory_budget": "13000000"}},
 ]
 ZERO_CASES = [
     {"name": "zero1, k = 3", "deepspeed": zero(1), "arguments": EVERY_2, "k": 3},
@@ -117,7 +117,7 @@ def test_peaks_under_fsdp2(name, fsdp2):
     assert seen["plan"]["details"]["sharding"] == "fsdp2"
     if name == "planned size":
         assert seen["predicted"] <= seen["plan"]["budget_bytes"]
-        assert seen["micro_batch"] == seen["plan"]["details"]["micro_batch_size"] < 4
+        assert seen["micro_batch"] == seen["plan"]["details"]["micro_batch_size"] < 8
 
 
 @needs_deepspeed
