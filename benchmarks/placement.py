@@ -7,6 +7,7 @@
     python benchmarks/placement.py knob                    # against torch's activation_memory_budget, real steps
     python benchmarks/placement.py time                    # seconds of a step: on a quiet machine
     python benchmarks/placement.py overhead                # checkpoint_placement unset: on a quiet machine
+    python benchmarks/placement.py sharded                 # peaks of a rank of FSDP2 and DeepSpeed, on two ranks
     python benchmarks/placement.py effort                  # CPU seconds and replays that planning takes
     python benchmarks/placement.py table                   # benchmarks/placement.md and plots from the records
 
@@ -25,7 +26,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports tha
 
 import torch
 import transformers
-from placement_cases import CASES, FRONTIERS, REAL
+from placement_cases import CASES, FRONTIERS, REAL, provenance
 from placement_effort import DEPTHS, MODELS, effort_record
 
 
@@ -33,6 +34,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "placement"
 # Those whose steps are short enough for seven rounds of all placements within ten minutes together.
 TIMED = ("gpt2-512-b4", "knob-gpt2", "resnet50-b32", "vit-tiny-b48")
 FASTEST = ("fastest-gpt2", "fastest-vit")
+KINDS = ("fsdp2", "zero1", "zero2", "zero3")
 SMALL = ("gpt2-512-b4", "resnet50-b8", "vit-tiny-b48", "llama-384-b4")
 
 
@@ -56,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         "fastest": (FASTEST, "the micro-batch that --find calls the fastest, against all that fit"),
         "overhead": ((), "what placement costs while it is off"),
         "effort": ((), "CPU seconds that planning takes"),
+        "sharded": ((), "predicted against measured peaks of a rank"),
         "table": ((), "write benchmarks/placement.md and its plots from the records"),
     }
     for name, (cases, text) in defaults.items():
@@ -78,6 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "effort":
             one.add_argument("--model", nargs="*", choices=sorted(MODELS), default=list(MODELS))
             one.add_argument("--depths", nargs="*", type=int, default=list(DEPTHS))
+        if name == "sharded":
+            one.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
         if name == "table":
             one.add_argument("--output", type=Path, default=RESULTS.parent.parent, help="folder of page and plots")
     return parser
@@ -97,6 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         for task in options.task:
             save(options.results, "overhead", task, overhead(task, options.rounds, options.steps))
+        return
+    if options.command == "sharded":
+        from placement_sharded import sharded
+
+        for kind in options.kind:
+            save(options.results, "sharded", kind, {"kind": kind, **provenance(), "runs": sharded(kind)})
         return
     if options.command == "effort":
         save(options.results, "effort", "planning", effort_record(options.model, tuple(options.depths)))

@@ -206,6 +206,38 @@ def knob_table(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def sharded_tables(folder: Path) -> str:
+    """Return, for each kind of sharding, what was predicted and what each rank took."""
+    parts = []
+    for record in records(folder, "sharded"):
+        rows = []
+        for entry in record["runs"]:
+            fullest, least = max(entry["rank_bytes"]), min(entry["rank_bytes"])
+            predicted = entry["predicted_bytes"]
+            ends = [percent(predicted / value - 1, 2) for value in (least, fullest)]
+            rows.append(
+                [
+                    entry["model"],
+                    entry["placement"],
+                    mib(predicted),
+                    *(mib(value) for value in (least, fullest)),
+                    *ends,
+                ]
+            )
+        columns = (
+            "model",
+            "placement",
+            "predicted, MiB",
+            "emptier rank",
+            "fuller rank",
+            "error, %",
+            "of the fuller, %",
+        )
+        machine = f"{record['date']}, load average {record['machine']['load_average'][0]}"
+        parts.append(f"### {record['kind']}\n\n{table(columns, rows)}\n\n({machine})")
+    return "\n\n".join(parts)
+
+
 def overhead_table(folder: Path) -> str:
     rows = [
         [record["task"], f"{record['stock_seconds']['median']:.4f}", between(record["ratio"]), str(record["rounds"]),
@@ -360,7 +392,7 @@ def write_report(results: Path, output: Path) -> None:
     tables = {
         "predict summary": predict_summary, "predict": predict_tables, "flops": flops_table, "time": time_tables,
         "frontier": frontier_table, "budgets": budgets_table, "figures": figures_table,
-        "knob": knob_table, "overhead": overhead_table, "effort": effort_tables,
+        "knob": knob_table, "overhead": overhead_table, "effort": effort_tables, "sharded": sharded_tables,
     }  # fmt: skip
     for name, make in tables.items():
         text = text.replace(f"@@{name}@@", make(results))

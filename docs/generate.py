@@ -21,6 +21,7 @@ TITLES = {
     "PRIVATE_TORCH": "Private names of PyTorch, and of transformers outside `Trainer`",
     "PRIVATE_PRECISION": "What a change of precision in a run reads and sets",
     "PRIVATE_DDP": "What averaging gradients without DDP calls",
+    "PRIVATE_FSDP2": "What plans read of models that FSDP2 spreads over devices",
 }
 
 HEAD = """<!-- Written by docs/generate.py: change that, or hf_trainopt/core/compat.py, and run it. -->

@@ -91,6 +91,7 @@ class EfficientTrainerMixin:
             TrainingDivergedError: `max_skipped_windows` in a row were not finite.
         """
         parts = self.trainopt
+        parts.out_of_memory.check_setup()
         parts.accumulation.check_setup()
         parts.resumed_from = parts.checkpoints.find_start(resume_from_checkpoint)
         parts.checkpoints.forget_saves(kwargs.get("trial", args[0] if args else None))

@@ -17,6 +17,7 @@ from hf_trainopt.core import versions as _versions
 from hf_trainopt.core.compat import (
     PRIVATE_API,
     PRIVATE_DDP,
+    PRIVATE_FSDP2,
     PRIVATE_PRECISION,
     PRIVATE_TORCH,
     VERSIONS,
@@ -192,6 +193,28 @@ def test_what_replaces_the_reduction_of_ddp():
     for method in (ddp._pre_forward, ddp._post_forward):
         assert "torch.is_grad_enabled() and self.require_backward_grad_sync" in inspect.getsource(method)
     assert "self.parameters_to_ignore" in inspect.getsource(ddp.__init__)
+
+
+def test_what_is_read_of_fsdp2(tmp_path):
+    from accelerate.utils import fsdp_utils
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    finally:
+        torch.distributed.destroy_process_group()
+    state = model._get_fsdp_state()
+    several = hasattr(state, "_fsdp_param_groups")
+    group = state._fsdp_param_groups[0] if several else state._fsdp_param_group
+    assert group.modules == (model,)
+    assert {"post_forward_mesh_info", "mesh_info", "mp_policy", "offload_policy"} <= set(vars(group))
+    assert state._auto_reshard_after_forward is True
+    assert {group.fsdp_params[i]._module_info.param_name for i in range(2)} == {"weight", "bias"}
+    source = (PACKAGE / "placement" / "plan" / "run_sharding.py").read_text()
+    assert set(re.findall(r"(?:\.|\")(_[a-z]\w+)", source)) - {"_param_groups"} <= set(PRIVATE_FSDP2)
+    assert hasattr(fsdp_utils, "_find_final_norm") or fsdp_utils.fsdp2_prepare_model
 
 
 def test_accelerate_wraps_the_forward_pass_as_we_find_it():

@@ -147,7 +147,7 @@ def test_placement_on_two_ranks_is_exact_and_the_same(runs, tmp_path):
     assert sum(peaks <= line.keys() for line in placed[0]["log"]) == 1
     assert placed[0]["plan"] == placed[1]["plan"]
     assert any(choice["recompute"] != "none" for choice in placed[0]["plan"]["stages"].values())
-    assert placed[0]["plan"]["details"]["world_size"] == 2
+    assert placed[0]["plan"]["details"]["num_devices"] == 2
     launch("placement 1%", tmp_path / "floor", fails_with="no placement needs less than")
 
 

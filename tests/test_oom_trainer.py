@@ -575,8 +575,8 @@ def test_two_answers_to_the_same_question(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("is_deepspeed_enabled", True, "auto_micro_batch does not work with DeepSpeed.* leave auto_micro_batch out"),
-        ("is_fsdp_enabled", True, "auto_micro_batch does not work with sharded models"),
+        ("is_deepspeed_enabled", True, "can't repeat a step of a sharded model.*set memory_budget to 'device'"),
+        ("is_fsdp_enabled", True, "can't repeat a step of a sharded model.*or leave auto_micro_batch out"),
         ("args._n_gpu", 2, "start one process per GPU"),
         ("args.optim", "lomo", "takes its steps inside the backward pass"),
     ],

@@ -137,12 +137,12 @@ def test_named_policy_is_planned_and_every_flag_of_the_step_counts(capsys):
     assert {choice["recompute"] for choice in stock["plan"]["stages"].values()} == {"full"}
     more = figures(
         capsys, *PLAIN, *SMALL, "--checkpoint_placement", "all", "--optim", "sgd",
-        "--gradient_accumulation_steps", "adaptive", "--bf16", "--world_size", "2", "--device", "h100",
+        "--gradient_accumulation_steps", "adaptive", "--bf16", "--num_devices", "2", "--device", "h100",
     )["plan"]["details"]  # fmt: skip
     assert more["optimizer"] == "SGD"
     assert more["accumulation_steps"] == 32
     assert more["precision"] == "bfloat16"
-    assert (more["world_size"], more["device"]) == (2, "h100")
+    assert (more["sharding"], more["num_devices"], more["device"]) == ("ddp", 2, "h100")
     assert "optimizer" in stock["plan"]["details"]["baseline_by_kind"]
     assert "optimizer" not in more["baseline_by_kind"]
     assert more["baseline_by_kind"]["communication"] == 4 * more["num_parameters"]

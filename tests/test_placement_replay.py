@@ -26,6 +26,7 @@ from hf_trainopt.placement.recompute.apply import apply_placement
 from hf_trainopt.placement.rewrite.allowed_rewrites import allowed_rewrites
 from hf_trainopt.placement.simulate.fake import as_on, fake_copy, fake_mode
 from hf_trainopt.placement.simulate.replay import StepReplayer
+from hf_trainopt.placement.simulate.sharding import Sharding
 from hf_trainopt.placement.simulate.step_setup import StepSetup, adamw, model_loss
 from hf_trainopt.placement.simulate.tracker import StorageTracker
 
@@ -569,7 +570,9 @@ def test_ddp_buckets_are_counted():
     model, batch = gpt2(), tokens()
     stages = find_stages(model)
     one = StepReplayer(model, batch, CPU, stages).replay_choices({})
-    two = StepReplayer(model, batch, StepSetup(device=DEVICES["cpu"], world_size=2), stages).replay_choices({})
+    two = StepReplayer(
+        model, batch, StepSetup(device=DEVICES["cpu"], sharding=Sharding("ddp", 2)), stages
+    ).replay_choices({})
     assert two.peak_bytes - one.peak_bytes == sum(parameter.nbytes for parameter in model.parameters())
 
 

@@ -56,11 +56,6 @@ def check_deepspeed(trainer: Any, measures: bool, what: str, remedy: str) -> Non
     Raises:
         ValueError: Something doesn't work.
     """
-    if trainer.args.auto_micro_batch:
-        raise ValueError(
-            "auto_micro_batch does not work with DeepSpeed, whose ranks communicate in each micro-batch; train with "
-            "DDP, or leave auto_micro_batch out."
-        )
     _check_versions(trainer, what, remedy)
     config = config_of(trainer)
     stage = stage_of(config)

@@ -13,14 +13,13 @@ window `.grad` already holds the first one's whole gradient, on every rank, and 
 
 import logging
 import re
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ..core.facts import sequence_shards, tensor_parallel_size
+from ..core.facts import tensor_parallel_size
 from ..core.part import Part
 
 
@@ -128,23 +127,6 @@ class TensorParallelPart(Part):
                 type(trainer.model).__name__,
                 size,
                 k,
-            )
-
-    def run(self) -> AbstractContextManager[None]:
-        self._check_placement()
-        return super().run()
-
-    def _check_placement(self) -> None:
-        """Refuse a memory budget where ranks share operators: a replay runs each operator on one device.
-
-        Raises:
-            ValueError: A placement for a budget is asked for under tensor, context or sequence parallelism.
-        """
-        args = self.trainer.args
-        if args.placement_policy == "budget" and tensor_parallel_size(args) * sequence_shards(args) > 1:
-            raise ValueError(
-                "checkpoint_placement='budget' cannot predict the memory of a model whose operators are shared by "
-                "ranks (tensor, context or sequence parallelism); choose 'all', 'every_n', 'sqrt' or a plan file."
             )
 
     def begin(self) -> TensorParallelGroup | None:

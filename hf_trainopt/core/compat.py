@@ -130,3 +130,13 @@ PRIVATE_PRECISION: dict[str, dict[str, str]] = {
 PRIVATE_DDP: dict[str, str] = {
     "_sync_buffers": "The broadcast of buffers, which else is part of the first forward pass of a window.",
 }
+
+# What is read of a model that `fully_shard` has taken apart, and of what Accelerate will do to one: name -> why.
+PRIVATE_FSDP2: dict[str, str] = {
+    "_get_fsdp_state": "The state of a module, whose groups a plan's replay follows.",
+    "_fsdp_param_groups": "Those groups: modules, parameters, types, whether they are kept after the forward pass.",
+    "_fsdp_param_group": "The same in PyTorch 2.11, where a state has one.",
+    "_auto_reshard_after_forward": "Whether PyTorch decides to keep the root whole, when it runs first.",
+    "_module_info": "Which module has a parameter, by which name.",
+    "_find_final_norm": "Accelerate's: the last norm is gathered together with the head.",
+}

@@ -11,6 +11,23 @@ from transformers import Trainer, TrainingArguments
 from .versions import is_sharded_at_load, loss_is_scaled_for_ga
 
 
+try:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+except ImportError:  # PyTorch without torch.distributed
+    FSDPModule = DTensor = None
+
+
+def fsdp_module_class() -> type | None:
+    """Return the class of modules that `fully_shard` was called with; `None` if PyTorch has no `torch.distributed`."""
+    return FSDPModule
+
+
+def is_distributed(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a `DTensor`: a parameter that FSDP2 manages, or its gradient."""
+    return DTensor is not None and isinstance(tensor, DTensor)
+
+
 def is_sharded(trainer: Trainer) -> bool:
     """Return whether ranks hold pieces of the model (FSDP, DeepSpeed, `from_pretrained` with a distributed config)."""
     by_wrapper = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled

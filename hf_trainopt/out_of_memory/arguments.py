@@ -10,7 +10,8 @@ class OutOfMemoryArgumentsMixin:
     Args:
         auto_micro_batch (`bool`, defaults to `False`): Where a micro-batch does not fit into memory, halve it on all
             ranks and double k: the batch of an optimizer step stays what it is. With a `memory_budget` in bytes or of
-            the device, the fastest micro-batch that fits is planned before the run, together with the placement.
+            the device, the fastest micro-batch that fits is planned before the run, together with the placement; with
+            FSDP2 and DeepSpeed that is all it does.
     """
 
     auto_micro_batch: bool = field(
@@ -18,7 +19,8 @@ class OutOfMemoryArgumentsMixin:
         metadata={
             "help": "If a micro-batch doesn't fit into memory, halve it on all devices, double the micro-batches of "
             "a step (the batch stays the same) and repeat the step from its start. With memory_budget (a size, or "
-            "'device'), the fastest micro-batch that fits is planned before the run. Unset (the default): such an "
+            "'device'), the fastest micro-batch that fits is planned before the run; FSDP2 and DeepSpeed need one, "
+            "because their steps can't be repeated. Unset (the default): such an "
             "error ends the run. Set it where you don't know what fits."
         },
     )

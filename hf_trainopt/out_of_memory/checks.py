@@ -8,6 +8,9 @@ import torch
 from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
+from ..core.facts import is_sharded
+from ..placement.plan.budget import is_of_own_peak
+
 
 _REMEDY = "or leave auto_micro_batch out"
 
@@ -36,8 +39,26 @@ def check_auto_micro_batch(trainer: Any) -> None:
         raise ValueError(
             f"auto_micro_batch does not work with XLA, which runs out of memory elsewhere; {_REMEDY[3:]}."
         )
-    if args.world_size > 1:
+    if is_sharded(trainer):
+        check_planned(trainer)
+    elif args.world_size > 1:
         _check_ranks(trainer)
+
+
+def check_planned(trainer: Any) -> None:
+    """Refuse a sharded model whose micro-batch isn't planned before the run: no window of it can be repeated.
+
+    Raises:
+        ValueError: There is no `memory_budget`, or none that is the same for all sizes.
+    """
+    budget = trainer.args.memory_budget
+    if budget is None or is_of_own_peak(budget):
+        said = "and memory_budget isn't set" if budget is None else f"and memory_budget is '{budget}'"
+        raise ValueError(
+            "auto_micro_batch can't repeat a step of a sharded model (FSDP, DeepSpeed), whose ranks communicate in "
+            f"each micro-batch, so that its size has to be planned before the run, {said}; set memory_budget to "
+            f"'device' or a size such as '12GiB', {_REMEDY}."
+        )
 
 
 def _check_ranks(trainer: Any) -> None:

@@ -11,9 +11,9 @@ from accelerate.utils import gather_object
 
 from ..accumulation.window import Slice, Window
 from ..core.batch import copy_batch, count_rows, split_batch
-from ..core.facts import loss_divides_itself, rank_batch_size
+from ..core.facts import is_sharded, loss_divides_itself, rank_batch_size
 from ..core.part import Part
-from .checks import check_auto_micro_batch, find_ddp
+from .checks import check_auto_micro_batch, check_planned, find_ddp
 from .detection import first_line, is_out_of_memory, release_memory
 from .ranks import Ranks
 from .window_start import WindowStart
@@ -71,6 +71,11 @@ class OutOfMemoryPart(Part):
 
     # ---- A run -----------------------------------------------------------------------------------------------------
 
+    def check_setup(self) -> None:
+        """Refuse a sharded model without a planned micro-batch, before anything else is looked at."""
+        if self.is_on and is_sharded(self.trainer):
+            check_planned(self.trainer)
+
     def before_preparing(self, dataloader: Any) -> None:
         self._slice_size = self._window_start = self.ranks = None
         if self.is_on:
@@ -102,6 +107,8 @@ class OutOfMemoryPart(Part):
                 self._slice_size,
                 -(-rank_batch_size(self.trainer) // self._slice_size),
             )
+        if is_sharded(self.trainer):
+            return
         self._window_start = WindowStart(self.trainer.model, args.device)
         if args.world_size > 1:
             self.ranks = Ranks(find_ddp(self.trainer.model_wrapped), args.device)
@@ -174,7 +181,7 @@ class OutOfMemoryPart(Part):
             torch.OutOfMemoryError: Its micro-batches cannot be made any smaller.
         """
         if self._window_start is None:
-            return window, run(window)
+            return self._run_once(window, num_items_in_batch, run)
         if self.ranks is not None:
             self.ranks.begin_window()
         self._window_start.save()
@@ -209,6 +216,27 @@ class OutOfMemoryPart(Part):
             if self.ranks is not None:
                 self.ranks.begin_try()
             forget()
+
+    def _run_once(
+        self, window: Window, num_items_in_batch: Any, run: Callable[[Window], torch.Tensor]
+    ) -> tuple[Window, torch.Tensor]:
+        """Run a window that isn't repeated: of a sharded model, or where that isn't asked for."""
+        if self._slice_size is None:
+            return window, run(window)
+        window = self._split(window, self._slice_size)
+        if not self._is_checked:
+            self._check_split(window, num_items_in_batch)
+        try:
+            return window, run(window)
+        except Exception as error:
+            if is_out_of_memory(error):
+                error.add_note(
+                    f"Micro-batches of {self.micro_batch_size} samples, planned for memory_budget="
+                    f"'{self.trainer.args.memory_budget}', did not fit. auto_micro_batch can't repeat a step of a "
+                    "sharded model, whose ranks communicate in it; lower memory_budget or "
+                    "per_device_train_batch_size."
+                )
+            raise
 
     def inputs_of_try(self, piece: Slice) -> Any:
         """Return the inputs of a slice for one try, which may change them; a later one begins with the same."""

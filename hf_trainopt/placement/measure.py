@@ -1,8 +1,10 @@
 """Measures the peak of one real optimizer step, to be held against the plan's."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import torch
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
@@ -64,6 +66,7 @@ class PeakMeasurement(TrainerCallback):
         tracker.count((parameter.grad for parameter in model.parameters()), "gradients")
         inner = getattr(optimizer, "optimizer", optimizer)
         tracker.count(tree_leaves(list(getattr(inner, "state", {}).values())), "optimizer")
+        tracker.count(held_by_deepspeed(model, inner), "optimizer")
         self._tracker = tracker
         tracker.__enter__()
 
@@ -86,3 +89,34 @@ class PeakMeasurement(TrainerCallback):
         if self._tracker is not None and self._tracker.is_active:
             self._tracker.__exit__(None, None, None)
         self._tracker, self._reader, self._running = None, None, False
+
+
+def held_by_deepspeed(model: torch.nn.Module, optimizer: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that ZeRO holds between steps: partitions, master weights, buckets; none without DeepSpeed.
+
+    Args:
+        model: The model that the engine has.
+        optimizer: The engine's optimizer.
+    """
+    if not type(optimizer).__module__.startswith("deepspeed"):
+        return
+    for parameter in model.parameters():
+        if isinstance(getattr(parameter, "ds_tensor", None), torch.Tensor):
+            yield parameter.ds_tensor
+    seen: set[int] = set()
+    waiting = [*vars(optimizer).values(), optimizer.state]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.device.type != "meta":
+                yield value
+            waiting.append(value.grad if value.is_leaf else None)
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        elif type(value).__name__.startswith("IPGBucket"):
+            waiting += vars(value).values()

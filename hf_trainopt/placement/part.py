@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from ..core.facts import is_sharded
 from ..core.part import Part
 from ..core.versions import ACTIVATION_CHECKPOINTING, activation_checkpointing_kwargs
 from ..machine.random_state import forked_random_state
@@ -85,11 +84,6 @@ class PlacementPart(Part):
                 f"{what} does not work with nn.DataParallel; start one process per GPU (accelerate launch, torchrun), "
                 "or set CUDA_VISIBLE_DEVICES to one of them."
             )
-        if is_sharded(self.trainer) and args.placement_policy == "budget":
-            raise ValueError(
-                f"{what} cannot predict the memory of sharded models yet (FSDP, DeepSpeed); choose 'all', 'every_n', "
-                "'sqrt' or a plan file."
-            )
         if activation_checkpointing_kwargs(args).get("use_reentrant"):
             raise ValueError(
                 f"{what} is non-reentrant; remove use_reentrant=True from {ACTIVATION_CHECKPOINTING}_kwargs."
@@ -161,14 +155,15 @@ class PlacementPart(Part):
         """Return the plan of the first process, on all of them; its error if it has none."""
         # The plan, the class of an error, its text.
         message: list[Any] = [None, None, None]
-        failure: ValueError | None = None
+        failure: Exception | None = None
         if self.trainer.args.process_index == 0:
             try:
                 with forked_random_state([self.trainer.args.device]):
                     message[0] = self.planner.make_plan(dataloader, self._plans_of_resumed()).to_dict()
-            except ValueError as error:
+            except Exception as error:  # the other ranks wait: whatever it is, they end with it
                 failure = error
-                message[1:] = [PlacementError if isinstance(error, PlacementError) else ValueError, str(error)]
+                kinds = (PlacementError, ValueError, RuntimeError)
+                message[1:] = [next((kind for kind in kinds if isinstance(error, kind)), RuntimeError), str(error)]
         if self.trainer.args.world_size > 1:
             broadcast_object_list(message)
         if failure is not None:

@@ -6,7 +6,7 @@ from typing import Any
 import psutil
 import torch
 
-from ...core.facts import is_sharded, rank_batch_size
+from ...core.facts import rank_batch_size
 from ...machine.random_state import forked_random_state
 from ...placement.plan.planner import PlacementPlanner
 from ...placement.rewrite.rewrites import available_rewrites
@@ -42,9 +42,7 @@ class MemoryForecast:
         # Where the Trainer plans, too: before the model is wrapped.
         values = self._set_values(args, dataloader, *other, **kwargs)
         trainer = self._trainer
-        if is_sharded(trainer):
-            self.obstacle = "the model is sharded"
-        elif self.planner is None and not trainer.placement_plan and args.process_index == 0:
+        if self.planner is None and not trainer.placement_plan and args.process_index == 0:
             try:
                 with forked_random_state([args.device]):
                     batch = largest_batch(dataloader, rank_batch_size(trainer))

@@ -23,6 +23,7 @@ _LOG_FROM = 20.0
 
 _KINDS = {
     "parameters": "parameters", "buffers": "parameters", "gradients": "gradients", "communication": "gradients",
+    "gathered": "parameters",
     "optimizer": "optimizer state", "inputs": "activations", "activations": "activations", "loss": "loss",
     "workspace": "loss", "temporary": "loss",
 }  # fmt: skip

@@ -23,7 +23,7 @@ def _setup_for(model: nn.Module) -> StepSetup:
     device = parameter.device
     if device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")
-    memory = memory_of_run(device, model, DEFAULT_SETUP.world_size)
+    memory = memory_of_run(device, model, DEFAULT_SETUP.sharding.num_devices)
     return dataclasses.replace(DEFAULT_SETUP, device=device_spec(device), memory=memory)
 
 

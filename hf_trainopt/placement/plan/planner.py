@@ -12,11 +12,12 @@ from torch import nn
 from ...core.installed import installed_versions
 from ...machine.device_memory import DeviceMemory, device_memory, has_convolutions
 from ..errors import PlacementError
-from ..rewrite.allowed_rewrites import allowed_rewrites
+from ..rewrite.allowed_rewrites import allowed_rewrites, check_rewrites
 from ..rewrite.rewrites import available_rewrites
 from ..simulate.optimizers import name_of
 from ..simulate.quantized import num_parameters
 from ..simulate.replay import Replay, StepReplayer
+from ..simulate.sharding import WORDS
 from ..simulate.step_setup import DEFAULT_SETUP, StepSetup
 from .budget import enough_share, gib, is_of_device, parse_budget, stated_budget
 from .candidate import Candidate, rank_of
@@ -74,6 +75,13 @@ class PlacementPlanner:
         self.setup = setup
         self.progress = progress or (lambda text: None)
         self.available = available_rewrites(model) if available is None else available
+        if setup.sharding.kind in ("fsdp2", "zero3"):
+            if "chunked_loss" in check_rewrites(memory_rewrites):
+                raise PlacementError(
+                    f"the chunked loss needs the whole weight of the head, which {WORDS[setup.sharding.kind]} has in "
+                    "pieces outside the head's forward pass; leave chunked_loss out of memory_rewrites."
+                )
+            self.available = dataclasses.replace(self.available, chunked_loss=False)
         self.allowed = allowed_rewrites(memory_rewrites, self.available)
         self.replayer = StepReplayer(model, batch, setup, names, mode)
         self.baseline = self.replayer.replay_choices(dict.fromkeys(self.replayer.stages, STORE))
@@ -275,7 +283,9 @@ class PlacementPlanner:
         if self.setup.memory is not None or not total:
             return self.setup.memory
         convolves = has_convolutions(self.replayer.model)
-        memory = device_memory(total, is_expandable=True, convolves=convolves, world_size=self.setup.world_size)
+        memory = device_memory(
+            total, is_expandable=True, convolves=convolves, world_size=self.setup.sharding.num_devices
+        )
         return dataclasses.replace(
             memory, reserve=f"{memory.reserve}, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
         )
@@ -389,7 +399,9 @@ class PlacementPlanner:
                 "device": self.setup.device.name,
                 "precision": str(self.setup.autocast_dtype or torch.float32).removeprefix("torch."),
                 "accumulation_steps": self.setup.accumulation_steps,
-                "world_size": self.setup.world_size,
+                "sharding": self.setup.sharding.kind,
+                "num_devices": self.setup.sharding.num_devices,
+                "host_bytes": replay.host_bytes,
                 "optimizer": name_of(self.replayer.optimizer),
                 "model": type(self.replayer.model).__name__,
                 "num_parameters": num_parameters(self.replayer.model),

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -25,14 +24,17 @@ from ..rewrite.allowed_rewrites import allowed_rewrites, check_rewrites
 from ..rewrite.chunked_loss_check import check_chunked_loss
 from ..rewrite.rewrites import available_rewrites
 from ..simulate.example_batch import largest_batch
-from ..simulate.optimizers import STATES, TableOptimizer
 from ..simulate.residents import ResidentModules
+from ..simulate.sharding import Sharding
 from ..simulate.step_setup import StepSetup, model_loss
+from ..simulate.wrapped import num_elements, whole_like
 from .budget import is_of_device, is_of_own_peak
-from .own_loss import has_own_loss, overridden, own_loss_planner
+from .own_loss import has_own_loss, own_loss_planner
 from .plan import NO_REWRITES, PlacementPlan, Rewrites
 from .planner import PlacementPlanner
 from .policies import named_choices
+from .run_optimizer import optimizer_of
+from .run_sharding import sharding_of
 from .sizes import fastest_micro_batch
 from .stages import find_stages
 
@@ -55,6 +57,7 @@ class RunPlanner:
         self.trainer = trainer
         self.last: PlacementPlanner | None = None
         self._accumulation = accumulation
+        self._spread: Sharding | None = None
 
     def make_plan(self, dataloader: Any, resumed: Sequence[PlacementPlan]) -> PlacementPlan:
         """Return the plan that the arguments ask for.
@@ -69,6 +72,7 @@ class RunPlanner:
         """
         args = self.trainer.args
         policy = args.placement_policy
+        self._spread = None
         if is_plan_file(policy):
             return self._plan_of_file(policy, dataloader)
         try:
@@ -142,6 +146,7 @@ class RunPlanner:
                 self.trainer.accelerator.mixed_precision, "float32"
             ),
             "accumulation_steps": self._accumulation.most_steps,
+            **self._spread_over(),
         }
         if "micro_batch_size" in plan.details:
             self._warn_of_another_micro_batch(plan.details["micro_batch_size"])
@@ -151,7 +156,7 @@ class RunPlanner:
             made_for["batch"] = _largest_shape(made_for["batch"])
         if made_for.get("device", "cpu") != "cpu":
             made_for["device"] = "an accelerator"
-        if min(made_for.get("accumulation_steps", 1), found["accumulation_steps"]) > 1:
+        if min(made_for.get("accumulation_steps", 1), found.get("accumulation_steps", 1)) > 1:
             del made_for["accumulation_steps"]  # what counts is whether gradients of earlier micro-batches are there
         differing = [f"{name} {made}, not {found[name]}" for name, made in made_for.items() if made != found[name]]
         if differing:
@@ -173,15 +178,16 @@ class RunPlanner:
 
     def _plan_for(self, policy: str, batch: Any, available: Rewrites) -> PlacementPlan:
         args = self.trainer.args
-        if is_sharded(self.trainer):
-            return self._unpredicted(policy, allowed_rewrites(args.memory_rewrites, available)[0])
         try:
             planner = self.planner_for(batch, available)
         except ValueError as error:
-            if policy == "budget" or check_rewrites(args.memory_rewrites):
+            asked = check_rewrites(args.memory_rewrites)
+            if policy == "budget" or (asked and not is_sharded(self.trainer)):
                 raise
             logger.warning("No peak is predicted for checkpoint_placement='%s': %s", policy, error)
-            return self._unpredicted(policy)
+            return self._unpredicted(
+                policy, allowed_rewrites(args.memory_rewrites, available)[0] if asked else NO_REWRITES
+            )
         if policy == "budget":
             if args.auto_micro_batch:
                 return self._with_micro_batch(batch, available, planner)
@@ -267,12 +273,13 @@ class RunPlanner:
             device=self._device_spec,
             compute_loss=compute_loss,
             make_optimizer=self._optimizer_of,
-            autocast_dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(
-                self.trainer.accelerator.mixed_precision
-            ),
+            # DeepSpeed casts the model instead.
+            autocast_dtype=None
+            if self._sharding.is_zero
+            else {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.trainer.accelerator.mixed_precision),
             accumulation_steps=pieces * self._accumulation.most_steps,
             max_grad_norm=self.trainer.args.max_grad_norm or 0.0,
-            world_size=self.trainer.args.world_size,
+            sharding=self._sharding,
             residents=residents.tensors,
             memory=memory_of_run(self.trainer.args.device, self.trainer.model, self.trainer.args.world_size),
         )
@@ -305,34 +312,23 @@ class RunPlanner:
             )
             return planner
 
+    @property
+    def _sharding(self) -> Sharding:
+        """How the run is spread; a part of the request, so read once for each plan.
+
+        Raises:
+            PlacementError: Its memory can't be predicted.
+        """
+        if self._spread is None:
+            self._spread = sharding_of(self.trainer)
+        return self._spread
+
     @functools.cached_property
     def _device_spec(self) -> DeviceSpec:
         return device_spec(self.trainer.args.device)
 
     def _optimizer_of(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Return an optimizer like that of the run, over the same parameters of another model."""
-        name = str(getattr(self.trainer.args.optim, "value", self.trainer.args.optim))
-        if self.trainer.optimizer is not None:
-            inner = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
-            if name in STATES and type(inner).__module__.partition(".")[0] not in ("torch", "transformers"):
-                return TableOptimizer(model, name)  # made by an earlier `train`
-            taken = _parameters_of(type(inner))
-            defaults = {n: v for n, v in inner.defaults.items() if n in taken}
-            return type(inner)(_same_groups(inner, self.trainer.model, model), **defaults)
-        if "create_optimizer" in overridden(self.trainer):
-            shadow = shadow_of(self.trainer, model)
-            shadow.model = shadow.model_wrapped = model
-            made = shadow.create_optimizer()
-            return shadow.optimizer if made is None else made
-        if self.trainer.optimizer_cls_and_kwargs is None and name in STATES:
-            return TableOptimizer(model, name)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if self.trainer.optimizer_cls_and_kwargs is not None:
-            cls, kwargs = self.trainer.optimizer_cls_and_kwargs
-        else:
-            cls, kwargs = self.trainer.get_optimizer_cls_and_kwargs(self.trainer.args, model)
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("params", "model", "optimizer_dict")}
-        return cls(trained, **kwargs)
+        return optimizer_of(self.trainer, model, is_flat=self._sharding.is_zero)
 
     def _check_chunked_loss(self, batch: Any) -> None:
         with contextlib.ExitStack() as stack:
@@ -346,6 +342,22 @@ class RunPlanner:
         total = self._device_spec.memory / 2**30
         return f"{total:.0f} GiB{', expandable segments' if uses_expandable_segments() else ''}"
 
+    def _spread_over(self) -> dict[str, Any]:
+        """What a plan file says of the devices that it was made for."""
+        try:
+            return {"sharding": self._sharding.kind, "num_devices": self._sharding.num_devices}
+        except PlacementError:
+            return {"sharding": "another way of sharding"}
+
+    def _sharding_request(self) -> dict[str, Any]:
+        """How the model is spread, where it is."""
+        if not is_sharded(self.trainer):
+            return {}
+        try:
+            return {"sharding": repr(self._sharding)}
+        except PlacementError as error:
+            return {"sharding": str(error)}
+
     def _request(self, batch: Any) -> dict[str, Any]:
         """What a plan depends on; a resumed run with the same takes the plan that it began with."""
         args = self.trainer.args
@@ -356,7 +368,7 @@ class RunPlanner:
             "memory_rewrites": args.memory_rewrites,
             "placement_stages": args.placement_stages,
             "batch": {str(name): list(value.shape) for name, value in tensors if isinstance(value, torch.Tensor)},
-            "num_parameters": sum(parameter.numel() for parameter in self.trainer.model.parameters()),
+            "num_parameters": sum(map(num_elements, self.trainer.model.parameters())),
             "parameters": _digest(self.trainer.model),
             "attention": getattr(getattr(self.trainer.model, "config", None), "_attn_implementation", None),
             "device": args.device.type,
@@ -364,6 +376,7 @@ class RunPlanner:
             "clips_gradients": bool(args.max_grad_norm),
             "optim": str(args.optim),
             "world_size": args.world_size,
+            **self._sharding_request(),
             "accumulation_steps": self._accumulation.most_steps,
             **({"auto_micro_batch": True} if args.auto_micro_batch else {}),
             **({"device_memory": self._device_memory()} if is_of_device(args.memory_budget or "") else {}),
@@ -402,35 +415,6 @@ def _largest_shape(batch: Any) -> list[int] | None:
 
 def _digest(model: torch.nn.Module) -> str:
     """Return what tells names, shapes and types of a model's parameters, and which of them are trained."""
-    lines = [f"{n} {list(p.shape)} {p.dtype} {p.requires_grad}" for n, p in model.named_parameters()]
+    named = [(name, whole_like(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
+    lines = [f"{name} {list(whole.shape)} {whole.dtype} {trained}" for name, whole, trained in named]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def _parameters_of(cls: type) -> set[str]:
-    """Names of what a class's constructor takes, also of those that it hands on to the class that it is made from."""
-    names: set[str] = set()
-    for owner in cls.__mro__:
-        if "__init__" in vars(owner):
-            parameters = inspect.signature(owner.__init__).parameters
-            names |= set(parameters)
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-                break
-    return names
-
-
-def _same_groups(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module, other: torch.nn.Module
-) -> list[dict[str, Any]]:
-    """Return the parameter groups of an optimizer, with the parameters of the same names in another model."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    others = dict(other.named_parameters())
-    groups = []
-    for group in optimizer.param_groups:
-        unknown = [parameter for parameter in group["params"] if id(parameter) not in names]
-        if unknown:
-            raise ValueError(
-                f"the optimizer has {len(unknown)} parameters that the model lacks, so that no peak can be predicted; "
-                "choose checkpoint_placement='all', 'every_n' or 'sqrt'."
-            )
-        groups.append({**group, "params": [others[names[id(parameter)]] for parameter in group["params"]]})
-    return groups

@@ -14,6 +14,7 @@ from ..arguments import is_plan_file
 from ..plan.budget import is_of_own_peak, parse_budget
 from ..plan.policies import POLICIES, named_choices
 from ..rewrite.allowed_rewrites import check_rewrites
+from ..simulate.sharding import KINDS, OFFLOADS_OPTIMIZER, OFFLOADS_PARAMETERS
 from . import plot
 from .models import TASKS
 from .optimizers import optimizer_maker
@@ -32,6 +33,7 @@ EPILOG = """examples:
       --find per_device_train_batch_size --per_device_train_batch_size 8 --gradient_accumulation_steps 8
   hf-trainopt plan --model_name_or_path outputs/gpt2 --bf16 --device h100 --plot frontier.png --output plan.json \\
       --checkpoint_placement sqrt
+  hf-trainopt plan --model_type llama --bf16 --device h100 --num_devices 8 --sharding zero3 --memory_budget device
 """
 
 
@@ -39,6 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags to a parser."""
     _add_model(parser.add_argument_group("model (one of the first three)"))
     _add_step(parser.add_argument_group("training step (as in TrainingArguments)"))
+    _add_sharding(parser.add_argument_group("devices"))
     _add_device(parser.add_argument_group("device"))
     _add_choice(parser.add_argument_group("placement (as in EfficientTrainingArguments)"))
     result = parser.add_argument_group("result")
@@ -94,7 +97,33 @@ def _add_step(step: argparse._ArgumentGroup) -> None:
     precision = step.add_mutually_exclusive_group()
     for name in ("bf16", "fp16"):
         precision.add_argument(f"--{name}", nargs="?", const=True, default=False, type=_boolean, metavar="BOOL")
-    step.add_argument("--world_size", type=_positive, default=1, help="processes of distributed training (DDP)")
+
+
+def _add_sharding(devices: argparse._ArgumentGroup) -> None:
+    devices.add_argument(
+        "--num_devices",
+        type=_positive,
+        default=1,
+        help="over which training is spread; all figures are of one of them, the fullest; default: 1",
+    )
+    devices.add_argument(
+        "--sharding",
+        choices=KINDS,
+        help="how it is spread: ddp, DeepSpeed's ZeRO (buckets as transformers fills in 'auto', or as --deepspeed "
+        "says), or fsdp2 (each layer gathered on its own); default: ddp, where --num_devices is above 1",
+    )
+    devices.add_argument(
+        "--offload_optimizer",
+        action="store_true",
+        help="keep optimizer state on the host (zero1, zero2, zero3, fsdp2)",
+    )
+    devices.add_argument(
+        "--offload_parameters", action="store_true", help="keep shards of parameters on the host (zero3, fsdp2)"
+    )
+    devices.add_argument(
+        "--deepspeed", metavar="CONFIG.json", help="DeepSpeed configuration, for the sizes of its buckets"
+    )
+    devices.add_argument("--world_size", type=_positive, help=argparse.SUPPRESS)
 
 
 def _add_device(device: argparse._ArgumentGroup) -> None:
@@ -207,6 +236,7 @@ def check_flags(arguments: argparse.Namespace) -> str | None:
                 "as in 'encoder\\.layer\\.\\d+'."
             ) from error
     optimizer_maker(arguments.optim)
+    _check_sharding(arguments)
     _check_device(arguments)
     _check_find(arguments)
     if arguments.output is not None and policy is None:
@@ -249,8 +279,33 @@ def _check_quantization(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--{bits} is for models of transformers; leave it out with --timm_model.")
     if bits is not None and arguments.lora_r is None:
         raise ValueError(f"--{bits} needs --lora_r, such as 16: weights of so few bits can't be trained themselves.")
+    if bits is not None and arguments.sharding not in (None, "ddp"):
+        raise ValueError(f"--{bits} is planned for whole models only; leave out --sharding {arguments.sharding}.")
     if arguments.bnb_4bit_use_double_quant and not arguments.load_in_4bit:
         raise ValueError("--bnb_4bit_use_double_quant needs --load_in_4bit.")
+
+
+def _check_sharding(arguments: argparse.Namespace) -> None:
+    kind, names = arguments.sharding, [n for n in ("offload_optimizer", "offload_parameters") if getattr(arguments, n)]
+    if arguments.world_size is not None:
+        raise ValueError(f"--world_size is --num_devices now; pass --num_devices {arguments.world_size}.")
+    if arguments.num_devices == 1 and (kind or names):
+        given = f"--sharding {kind}" if kind else f"--{names[0]}"
+        raise ValueError(f"{given} needs --num_devices of 2 or more; add it, or leave {given} out.")
+    for name in names:
+        usable = {"offload_optimizer": OFFLOADS_OPTIMIZER, "offload_parameters": OFFLOADS_PARAMETERS}[name]
+        if kind not in usable:
+            raise ValueError(
+                f"--{name} needs --sharding {' or '.join((', '.join(usable[:-1]), usable[-1]))}, not {kind or 'ddp'}."
+            )
+    if kind == "fsdp2" and len(names) == 1:
+        raise ValueError("FSDP2 offloads both; pass --offload_optimizer together with --offload_parameters.")
+    if arguments.deepspeed is not None and not (kind or "").startswith("zero"):
+        raise ValueError("--deepspeed needs --sharding zero0, zero1, zero2 or zero3; leave it out.")
+    if arguments.deepspeed is not None and not os.path.isfile(arguments.deepspeed):
+        raise ValueError(f"--deepspeed {arguments.deepspeed} is not a file.")
+    if kind == "zero0" and (arguments.bf16 or arguments.fp16):
+        raise ValueError("ZeRO-0 is planned in float32 only; leave out --bf16 and --fp16, or choose zero1.")
 
 
 def _check_device(arguments: argparse.Namespace) -> None:

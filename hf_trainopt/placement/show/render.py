@@ -18,7 +18,7 @@ WIDTH = 100
 
 # Column of the memory table -> kinds of bytes in it.
 COLUMNS = {
-    "parameters": ("parameters", "buffers"),
+    "parameters": ("parameters", "buffers", "gathered"),
     "gradients": ("gradients", "communication"),
     "optimizer": ("optimizer",),
     "activations": ("inputs", "activations"),

@@ -1,13 +1,17 @@
 """Builds models and planners from the flags of `hf-trainopt plan`, and describes them."""
 
 import argparse
+import json
 
 import torch
 
 from ..plan.budget import gib
 from ..plan.planner import PlacementPlanner
+from ..plan.run_sharding import accelerate_groups, auto_settings, zero_settings
+from ..plan.stages import find_stages
 from ..simulate.optimizers import PAGED
 from ..simulate.quantized import Quantization, num_parameters
+from ..simulate.sharding import WORDS, Sharding, ZeroSettings
 from ..simulate.step_setup import StepSetup
 from . import models
 from .flags import device_of
@@ -52,13 +56,15 @@ class Workshop:
     ) -> PlacementPlanner:
         """Return a planner of steps with this model and batch."""
         arguments = self.arguments
+        half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+        sharding = sharding_of(arguments, built, half)
         setup = StepSetup(
             device=self.device,
             make_optimizer=optimizer_maker(arguments.optim),
-            autocast_dtype=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+            autocast_dtype=None if sharding.is_zero else half,
             accumulation_steps=accumulation_steps,
             max_grad_norm=arguments.max_grad_norm,
-            world_size=arguments.world_size,
+            sharding=sharding,
         )
         return PlacementPlanner(
             built.model,
@@ -86,12 +92,12 @@ def header(
 ) -> list[tuple[str, str]]:
     """Return what is planned for, as names and values; `sizes` stands in for those of the batch."""
     arguments, request = workshop.arguments, workshop.request
-    steps, world = arguments.gradient_accumulation_steps, arguments.world_size
+    steps, sharding = arguments.gradient_accumulation_steps, planner.setup.sharding
     batch = sizes or f"{arguments.per_device_train_batch_size} x {built.sample}"
     if steps > 1 and sizes is None:
         batch += f", up to {steps} of them accumulated (gradients stay in memory)"
-    if world > 1:
-        batch += f", on each of {world} devices (DDP, with gradient buckets)"
+    if sharding.num_devices > 1:
+        batch += f", on each of {sharding.num_devices} devices"
     device = planner.setup.device
     if device.kind == "cpu":
         how = "this machine's processor, measured"
@@ -112,6 +118,7 @@ def header(
         ("Batch", batch),
         ("Precision", precision_of(arguments, built)),
         ("Optimizer", optimizer),
+        *([("Sharding", spread(planner))] if sharding.num_devices > 1 else []),
         ("Device", how),
         (
             "Assumed",
@@ -120,13 +127,70 @@ def header(
     ]
 
 
+def sharding_of(arguments: argparse.Namespace, built: models.BuiltModel, half: torch.dtype | None) -> Sharding:
+    """Return how the step is spread, with the types and buckets of a run by Trainer.
+
+    Raises:
+        ValueError: The configuration of DeepSpeed has what can't be planned for.
+    """
+    kind, groups = arguments.sharding or "ddp", None
+    settings = ZeroSettings()
+    if kind == "fsdp2":
+        names = find_stages(built.model, arguments.placement_stages)
+        classes = set(getattr(built.model, "_no_split_modules", None) or [])
+        layers = {module for module in built.model.modules() if type(module).__name__ in classes}
+        groups = tuple(accelerate_groups(built.model, layers or {built.model.get_submodule(name) for name in names}))
+    if kind.startswith("zero"):
+        zero = {"reduce_bucket_size": "auto"}
+        if kind == "zero3":
+            zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
+        if arguments.deepspeed is not None:
+            with open(arguments.deepspeed, encoding="utf-8") as file:
+                zero = json.load(file).get("zero_optimization", {})
+        elif auto_settings(built.model.config) is None:
+            zero = {}  # DeepSpeed's own
+        settings = zero_settings(zero, built.model)
+    return Sharding(
+        kind,
+        arguments.num_devices,
+        offload_optimizer=arguments.offload_optimizer,
+        offload_parameters=arguments.offload_parameters,
+        # Accelerate gives FSDP2 the type of mixed precision, and keeps shards in float32; DeepSpeed casts the model.
+        dtype=half if kind == "fsdp2" or kind.startswith("zero") else None,
+        shard_dtype=torch.float32 if kind == "fsdp2" and half else None,
+        reduce_dtype=half if kind == "fsdp2" else None,
+        groups=groups,
+        zero=settings,
+    )
+
+
+def spread(planner: PlacementPlanner) -> str:
+    """Return in words how the model is spread, and what that puts on the host."""
+    sharding = planner.setup.sharding
+    words = f"{WORDS[sharding.kind]} over {sharding.num_devices} devices; bytes are those of one"
+    if sharding.kind == "ddp":
+        words += ", with gradient buckets"
+    if sharding.is_zero and sharding.kind != "zero0":
+        words += f"; buckets of {sharding.zero.reduce_bucket_size:,} numbers"
+    parts = [
+        n for n, on in (("optimizer", sharding.offload_optimizer), ("parameters", sharding.offload_parameters)) if on
+    ]
+    if parts:
+        words += f"; {' and '.join(parts)} on the host, {gib(planner.baseline.host_bytes)} for each device"
+    return words
+
+
 def precision_of(arguments: argparse.Namespace, built: models.BuiltModel) -> str:
     """Return the types of numbers in words."""
     packed = {"uint8": "4 bits", "int8": "8 bits"}
     types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in built.model.parameters()})
     types = [packed.get(name, name) for name in types]
-    autocast = "autocast to bfloat16" if arguments.bf16 else "autocast to float16" if arguments.fp16 else "no autocast"
-    return f"weights in {' and '.join(types)}, {autocast}"
+    half = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None
+    if half and (arguments.sharding or "").startswith("zero"):
+        return f"weights in {half}, master weights in float32 (DeepSpeed)"
+    if half and arguments.sharding == "fsdp2":
+        return f"shards in float32, gathered in {half}, autocast to {half}"
+    return f"weights in {' and '.join(types)}, {f'autocast to {half}' if half else 'no autocast'}"
 
 
 def _count(number: int) -> str:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from ..errors import PlacementError
 from ..rewrite import chunked_cross_entropy
 from . import quantized
+from .wrapped import whole_like, without_wrapping
 
 
 def fake_mode() -> FakeTensorMode:
@@ -29,8 +30,32 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     return out.requires_grad_(tensor.requires_grad)
 
 
-def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def fake_whole(parameter: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """Return a fake tensor like the whole of a parameter that may be spread over devices."""
+    return fake_tensor(whole_like(parameter), mode)
+
+
+def as_type(dtype: torch.dtype) -> Callable[[torch.Tensor, FakeTensorMode], torch.Tensor]:
+    """Return `fake_whole` for floating-point parameters that are cast."""
+
+    def like(parameter: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+        fake = fake_whole(parameter, mode)
+        return fake.detach().to(dtype) if fake.is_floating_point() else fake
+
+    return like
+
+
+def fake_copy(
+    model: nn.Module,
+    mode: FakeTensorMode,
+    parameter_like: Callable[[torch.Tensor, FakeTensorMode], torch.Tensor] = fake_whole,
+) -> nn.Module:
     """Return a copy of a model whose parameters and buffers are fake; ties between them are kept.
+
+    Args:
+        model: The model, real or fake; parameters that are spread over devices are whole in the copy.
+        mode: Of the fake tensors.
+        parameter_like: Returns what a parameter is in the copy.
 
     Raises:
         ValueError: The model cannot be copied.
@@ -44,7 +69,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             continue
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
-                fake = fake_tensor(parameter.detach(), mode)
+                fake = parameter_like(parameter, mode)
                 memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:
@@ -53,7 +78,9 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             if isinstance(value, torch.Tensor) and id(value) not in memo:  # a state that is no buffer
                 memo[id(value)] = fake_tensor(value.detach(), mode)
     try:
-        return copy.deepcopy(model, memo)
+        with without_wrapping(model) as unwrapped:
+            memo |= unwrapped
+            return copy.deepcopy(model, memo)
     except Exception as error:
         raise PlacementError(
             f"{type(model).__name__} cannot be copied for a replay without memory ({error!r}); give "

@@ -182,7 +182,9 @@ class TableOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None or self.state[parameter]:
                     continue
-                parts = STATES[self.name](self._descriptions[id(parameter)])
+                # DeepSpeed puts flat partitions in the place of parameters.
+                kind = self._descriptions.get(id(parameter)) or Parameter(tuple(parameter.shape), parameter.dtype)
+                parts = STATES[self.name](kind)
                 self.state[parameter] = {
                     str(index): torch.zeros(numel, dtype=dtype, device=parameter.device)
                     for index, (numel, dtype) in enumerate(parts)

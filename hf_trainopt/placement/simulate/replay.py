@@ -19,13 +19,15 @@ from ...machine.costs import Cost
 from ..errors import FilledCacheError, PlacementError, ReplayError
 from ..plan.plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice, describe
 from ..recompute.apply import apply_placement, check_model
-from .fake import as_on, fake_batch, fake_copy, fake_mode
+from .fake import as_on, as_type, fake_batch, fake_copy, fake_mode, fake_whole
 from .fake_contexts import no_checks_of_values, no_logged_traceback, no_packed_sequences
 from .passes import calls_of_checkpoint, passes_of
+from .ranks import rank_of
 from .scratch import cpu_scratch
 from .step_setup import StepSetup, model_loss
 from .tracker import Key, Section, StorageTracker, merged_section
 from .values import UnknownNumberError, following_values, known_pairs
+from .zero3 import Zero3Rank
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Replay:
         holds_output: Stages whose output is alive until their own backward pass is done.
         joined: Stages that take an output of the stage before them as it is.
         cost: Everything that ran, the optimizer step included.
+        host_bytes: Most bytes on the host of what is offloaded.
     """
 
     peak_bytes: int
@@ -57,6 +60,7 @@ class Replay:
     holds_output: frozenset[str]
     joined: frozenset[str]
     cost: Cost
+    host_bytes: int = 0
 
     def section(self, phase: str, stage: str = "") -> Section:
         """Return the section of this name; an empty one for the backward pass of a stage that has none.
@@ -115,7 +119,11 @@ class StepReplayer:
     def __init__(self, model: nn.Module, batch: Any, setup: StepSetup, stages: list[str], mode: Any = None):
         self.mode = mode or fake_mode()
         self.setup = setup
-        self.model = model if mode is not None else fake_copy(model, self.mode)
+        cast = setup.sharding.dtype
+        if mode is not None and cast is None:
+            self.model = model
+        else:
+            self.model = fake_copy(model, self.mode, fake_whole if cast is None else as_type(cast))
         if mode is None and setup.compute_loss is model_loss and "forward" in vars(type(self.model)):
             # A `forward` that someone has put on the instance (TRL does) may call the real model.
             self.model.__dict__.pop("forward", None)
@@ -127,8 +135,9 @@ class StepReplayer:
         # So many numbers of the model does the loss look at, at most.
         self.assumed_numbers = 0
         with self._on_device():
-            self.optimizer = self._optimizer_with_state()
             self.stages = self._stages_called_once(stages)
+            self.rank = rank_of(self.model, self.mode, setup, self.stages, model)
+            self.optimizer = self._optimizer_with_state()
 
     @contextmanager
     def _on_device(self):
@@ -145,7 +154,7 @@ class StepReplayer:
     def _optimizer_with_state(self) -> torch.optim.Optimizer | None:
         """Return the optimizer as it is after a first step."""
         try:
-            optimizer = self.setup.make_optimizer(self.model)
+            optimizer = self.rank.make_optimizer()
         except Exception as error:
             raise PlacementError(
                 f"no optimizer like that of the run can be made for a replay ({error!r}), so that no peak can be "
@@ -156,7 +165,7 @@ class StepReplayer:
             return None
         for group in optimizer.param_groups:
             # What torch chooses on CUDA by itself, where it looks at the device of the parameters.
-            if self.setup.device.kind == "cuda" and group.get("foreach", 0) is None and not group.get("fused"):
+            if self.rank.chooses_foreach and group.get("foreach", 0) is None and not group.get("fused"):
                 group["foreach"] = True
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         for parameter in parameters:
@@ -240,18 +249,21 @@ class StepReplayer:
         return self.replay(PlacementPlan("replay", dict(stages), rewrites))
 
     def _replay(self, plan: PlacementPlan) -> Replay:
+        is_placed = any(choice != STORE for choice in plan.stages.values())
         with self._on_device(), apply_placement(self.model, plan, strict_logits=True), ExitStack() as stack:
+            if isinstance(self.rank, Zero3Rank):
+                with self.rank.recording():
+                    self._followed(self._passes, is_placed)
             tracker = self._start()
             boundary: dict[str, int] = {}
             joined: set[str] = set()
             stack.callback(self._watch_stages(tracker, boundary, joined))
+            stack.callback(self.rank.watch(tracker, _owners(self.model, self.stages)))
             try:
                 with tracker:
-                    is_placed = any(choice != STORE for choice in plan.stages.values())
                     self._followed(lambda: self._step(tracker), is_placed)
             finally:
-                for parameter in self.model.parameters():
-                    parameter.grad = None
+                self.rank.reset()
         tracker.end()
         for section in tracker.sections:
             if section.phase == "forward" and (choice := plan.stages.get(section.stage)) is not None:
@@ -267,6 +279,7 @@ class StepReplayer:
             holds,
             frozenset(joined),
             tracker.total_cost(),
+            tracker.host_bytes,
         )
 
     def _start(self) -> StorageTracker:
@@ -274,8 +287,7 @@ class StepReplayer:
         device = self.setup.device
         tracker = StorageTracker(device, cpu_scratch if device.kind == "cpu" else None)
         owner = _owners(self.model, self.stages)
-        for name, parameter in self.model.named_parameters():
-            tracker.count([parameter], "parameters", owner(name))
+        self.rank.count(tracker, self.optimizer, owner)
         for name, buffer in self.model.named_buffers():
             tracker.count([buffer], "buffers", owner(name))
         tracker.count(self.setup.residents(self.mode), "parameters")
@@ -284,20 +296,8 @@ class StepReplayer:
         # `Trainer` fetches all micro-batches of a step at once.
         self._held = [torch.empty_like(leaf) for leaf in inputs for _ in range(self.setup.accumulation_steps - 1)]
         tracker.count(self._held, "inputs")
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        if self.optimizer is not None:
-            for parameter, state in self.optimizer.state.items():
-                tracker.count(tree_leaves(state), "optimizer", owner(names.get(id(parameter), "")))
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        if self.setup.accumulation_steps > 1:
-            for name, parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
-                tracker.count([parameter.grad], "gradients", owner(name))
         self._workspace = torch.empty(2 * device.workspace, dtype=torch.uint8)
         tracker.count([self._workspace], "workspace")
-        if self.setup.world_size > 1:
-            self._buckets = [torch.zeros_like(p) for _, p in trained]
-            tracker.count(self._buckets, "communication")
         return tracker
 
     def _watch_stages(self, tracker: StorageTracker, boundary: dict[str, int], joined: set[str]) -> Callable[[], None]:
@@ -375,26 +375,25 @@ class StepReplayer:
         return undo
 
     def _step(self, tracker: StorageTracker) -> None:
-        setup = self.setup
         tracker.begin("between")
         tracker.kind, tracker.scope = "activations", ""
-        enabled = setup.autocast_dtype is not None
-        autocast = torch.autocast("cpu", dtype=setup.autocast_dtype) if enabled else nullcontext()
-        with autocast:
-            loss = setup.compute_loss(self.model, self.batch)
-        tracker.kind = "loss"
-        if loss.requires_grad:
-            loss.backward()
-        del loss
+        self._passes(tracker)
+        self.rank.end_backward(tracker)
         tracker.begin("step")
         tracker.kind, tracker.scope = "temporary", ""
-        if self.optimizer is None:
-            return
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if setup.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(trained, setup.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.optimizer is not None:
+            self.rank.step(tracker, self.optimizer)
+
+    def _passes(self, tracker: StorageTracker | None = None) -> None:
+        """Run the model forward and backward."""
+        enabled = self.setup.autocast_dtype is not None
+        autocast = torch.autocast("cpu", dtype=self.setup.autocast_dtype) if enabled else nullcontext()
+        with autocast:
+            loss = self.setup.compute_loss(self.model, self.batch)
+        if tracker is not None:
+            tracker.kind = "loss"
+        if loss.requires_grad:
+            loss.backward()
 
 
 def _tensors(outputs: Any) -> Iterable[torch.Tensor]:

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...machine.device_memory import DeviceMemory
 from ...machine.devices import DEVICES, DeviceSpec
+from .sharding import ONE_DEVICE, Sharding
 
 
 def model_loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -37,7 +38,7 @@ class StepSetup:
         accumulation_steps: Micro-batches in a step, at most: with more than one, gradients of earlier ones are there,
             and all their inputs are held.
         max_grad_norm: Clipping, 0 for none.
-        world_size: Devices over which gradients are averaged (DDP holds a copy of them in buckets).
+        sharding: How the run is spread over devices; all that is counted is what one of them holds.
         follows_values: Whether `compute_loss` may look at values: those that follow from the batch are known, and
             numbers that the model computes may be recorded (see `values.py`).
         residents: Returns, for a fake mode, what is in memory all the time besides the model: fake tensors of a
@@ -51,7 +52,7 @@ class StepSetup:
     autocast_dtype: torch.dtype | None = None
     accumulation_steps: int = 1
     max_grad_norm: float = 1.0
-    world_size: int = 1
+    sharding: Sharding = ONE_DEVICE
     follows_values: bool = False
     residents: Callable[[FakeTensorMode], Sequence[torch.Tensor]] = lambda mode: ()
     memory: DeviceMemory | None = None

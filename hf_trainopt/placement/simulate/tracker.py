@@ -16,10 +16,16 @@ from ...machine.devices import DeviceSpec
 from ..recompute.selective import is_compute_op
 
 
+try:
+    from torch.distributed.tensor import DTensor as DTENSOR
+except ImportError:  # PyTorch without torch.distributed
+    DTENSOR = None
+
+
 # What bytes are for.
 KINDS = (
-    "parameters", "buffers", "inputs", "optimizer", "gradients", "communication", "activations", "loss", "workspace",
-    "temporary",
+    "parameters", "buffers", "inputs", "optimizer", "gradients", "communication", "gathered", "activations", "loss",
+    "workspace", "temporary",
 )  # fmt: skip
 
 Key = tuple[str, str]
@@ -62,6 +68,9 @@ class StorageTracker(TorchDispatchMode):
         spec: Device to compute costs for; `None`: no costs.
         counts_arguments: Whether tensors that were there before are counted once an operator takes them.
         scratch: Returns what an operator (func, args, out) allocates and frees within its kernel; `None`: not counted.
+
+    Attributes:
+        host_bytes: Most bytes at a time that were counted as the host's (see `on_host`).
     """
 
     def __init__(
@@ -81,6 +90,8 @@ class StorageTracker(TorchDispatchMode):
         self.peak_by_key: dict[Key, int] = {}
         self.sections: list[Section] = []
         self.kind, self.scope = "temporary", ""
+        self.host_bytes = self._current_host_bytes = 0
+        self._is_on_host = False
         self._live: dict[int, list[Any]] = {}
         self._boundaries: set[int] = set()
         self.is_active = False
@@ -89,20 +100,44 @@ class StorageTracker(TorchDispatchMode):
 
     def __enter__(self):
         self.is_active = True
+        if self.counts_arguments:
+            self._stock_resize = torch.UntypedStorage.resize_
+            torch.UntypedStorage.resize_ = self._resize()
         return super().__enter__()
 
     def __exit__(self, *exception):
         self.is_active = False
+        if self.counts_arguments:
+            torch.UntypedStorage.resize_ = self._stock_resize
         return super().__exit__(*exception)
 
+    def _resize(self) -> Callable[..., Any]:
+        """Return `UntypedStorage.resize_`, with which FSDP2 frees and allocates parameters, with a count."""
+        stock, tracker = self._stock_resize, self
+
+        def resize_(storage, size):
+            out = stock(storage, size)
+            entry = tracker._live.get(storage._cdata)
+            if entry is not None and storage.device.type != "meta":
+                tracker._add(entry[1], size - entry[0])
+                tracker.current_bytes += size - entry[0]
+                entry[0] = size
+                tracker._peak(0)
+            return out
+
+        return resize_
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTENSOR is not None and DTENSOR in types:
+            return NotImplemented  # it comes back with the pieces that this rank holds
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # three of four calls under fake tensors: no need to go through their mode
         kwargs = kwargs or {}
         if self.counts_arguments:
             for leaf in args:
-                if isinstance(leaf, torch.Tensor):
-                    self._register(leaf, ("inputs", ""))
+                for inner in leaf if isinstance(leaf, tuple | list) else (leaf,):
+                    if isinstance(inner, torch.Tensor):
+                        self._register(inner, ("inputs", ""))
         out = func(*args, **kwargs)
         for leaf in out if isinstance(out, tuple | list) else (out,):
             if isinstance(leaf, torch.Tensor):
@@ -154,6 +189,8 @@ class StorageTracker(TorchDispatchMode):
     def count(self, tensors: Iterable[Any], kind: str, scope: str = "") -> None:
         """Count tensors that exist already, or give those that are counted another kind."""
         for tensor in tensors:
+            if DTENSOR is not None and isinstance(tensor, DTENSOR):
+                tensor = tensor.to_local()
             if isinstance(tensor, torch.Tensor):
                 entry = self._register(tensor, (kind, scope))
                 if entry is not None and entry[1] != (kind, scope):
@@ -171,22 +208,46 @@ class StorageTracker(TorchDispatchMode):
         finally:
             self.kind, self.scope = before
 
+    def exempt(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors, and all that share their storages, as nothing: others stand in for them."""
+        for tensor in tensors:
+            self._register(tensor, num_bytes=0)
+
+    @contextmanager
+    def on_host(self):
+        """Context in which new storages, and those that are counted first, are memory of the host."""
+        before, self._is_on_host = self._is_on_host, True
+        try:
+            yield
+        finally:
+            self._is_on_host = before
+
     def _add(self, key: Key, num_bytes: int) -> None:
         self.by_key[key] = self.by_key.get(key, 0) + num_bytes
 
-    def _register(self, tensor: torch.Tensor, key: Key | None = None) -> list[Any] | None:
+    def _register(
+        self, tensor: torch.Tensor, key: Key | None = None, num_bytes: int | None = None
+    ) -> list[Any] | None:
         storage = tensor.untyped_storage()
+        if storage.device.type == "meta" and not isinstance(tensor, FakeTensor):
+            return None
         identity = storage._cdata
         entry = self._live.get(identity)
         if entry is not None:
             return entry
-        num_bytes = storage.nbytes()
+        num_bytes = storage.nbytes() if num_bytes is None else num_bytes
+        host_bytes = 0
+        if self._is_on_host:
+            num_bytes, host_bytes = 0, num_bytes
+            self._current_host_bytes += host_bytes
+            self.host_bytes = max(self.host_bytes, self._current_host_bytes)
         key = key or (self.kind, self.scope)
         live, entry = self._live, [num_bytes, key, None, None]
 
-        def freed(_, self=self, identity=identity, entry=entry):
+        def freed(_, self=self, identity=identity, entry=entry, host_bytes=host_bytes):
             if live.get(identity) is entry:
                 del live[identity]
+                self._current_host_bytes -= host_bytes
                 self.current_bytes -= entry[0]
                 self.by_key[entry[1]] -= entry[0]
                 if identity in self._boundaries:
