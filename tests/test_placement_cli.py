@@ -225,7 +225,7 @@ def test_image_model(capsys):
         ([*GPT2, "--bf16", "yes"], "'yes' is neither True nor False"),
         ([*GPT2, "--bf16", "--fp16"], "not allowed with argument"),
         ([*GPT2, "--max_grad_norm", "-1"], "--max_grad_norm is -1.0"),
-        ([*GPT2, "--device", "abacus"], "'abacus' is not known; choose one of h100"),
+        ([*GPT2, "--device", "abacus"], "'abacus' is not known; choose one of rtx3060"),
         ([*GPT2, "--device", "rtx409"], "'rtx409' is not known; did you mean rtx4090?"),
         ([*GPT2, "--find", "blocksize"], "'blocksize' is not known; did you mean block_size?"),
         ([*GPT2, "--optim", "magic"], "--optim magic is not an optimizer of transformers"),

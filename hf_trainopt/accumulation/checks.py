@@ -164,11 +164,6 @@ def _check_sharding(trainer: Trainer, measures: bool, what: str, remedy: str) ->
     args = trainer.args
     sharded = trainer.is_fsdp_enabled or is_sharded_at_load(trainer)
     shares = tensor_parallel_size(args) * sequence_shards(args) > 1
-    if shares and args.auto_micro_batch:
-        raise ValueError(
-            "auto_micro_batch does not work with tensor or context parallelism, whose ranks communicate in each "
-            "micro-batch; train with DDP, or leave auto_micro_batch out."
-        )
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
         raise ValueError(
             f"{what} does not work with FSDP1, which hides parameters in flat ones; set `fsdp_version: 2` in the "

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.facts import is_sharded
+from ..core.facts import is_sharded, sequence_shards, tensor_parallel_size
 from ..placement.plan.budget import is_of_own_peak
 
 
@@ -38,6 +38,11 @@ def check_auto_micro_batch(trainer: Any) -> None:
     if accelerator.distributed_type == DistributedType.XLA:
         raise ValueError(
             f"auto_micro_batch does not work with XLA, which runs out of memory elsewhere; {_REMEDY[3:]}."
+        )
+    if tensor_parallel_size(args) * sequence_shards(args) > 1:
+        raise ValueError(
+            "auto_micro_batch does not work with tensor or context parallelism, whose ranks communicate in each "
+            f"micro-batch; train with DDP, {_REMEDY}."
         )
     if is_sharded(trainer):
         check_planned(trainer)
