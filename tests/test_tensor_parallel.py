@@ -298,7 +298,7 @@ def test_compiled_hooks_are_refused(tmp_path, monkeypatch):
 def test_a_memory_budget_is_refused(policy, tmp_path, monkeypatch):
     options = {"accumulation_policy": policy, "memory_budget": "90%"}
     trainer = parallel_trainer(tmp_path, monkeypatch, {"tp_size": 2}, **options)
-    with pytest.raises(ValueError, match="isn't predicted where ranks share operators"):
+    with pytest.raises(ValueError, match="where ranks share operators"):
         trainer.train()
 
 

@@ -13,13 +13,14 @@ window `.grad` already holds the first one's whole gradient, on every rank, and 
 
 import logging
 import re
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ..core.facts import tensor_parallel_size
+from ..core.facts import sequence_shards, tensor_parallel_size
 from ..core.part import Part
 
 
@@ -127,6 +128,30 @@ class TensorParallelPart(Part):
                 type(trainer.model).__name__,
                 size,
                 k,
+            )
+
+    def run(self) -> AbstractContextManager[None]:
+        self._check()
+        return super().run()
+
+    def _check(self) -> None:
+        """Refuse what can't work where ranks share operators.
+
+        Raises:
+            ValueError: A memory budget or `auto_micro_batch` under tensor, context or sequence parallelism.
+        """
+        args = self.trainer.args
+        if tensor_parallel_size(args) * sequence_shards(args) == 1:
+            return
+        if args.auto_micro_batch:
+            raise ValueError(
+                "auto_micro_batch does not work with tensor or context parallelism, whose ranks communicate in each "
+                "micro-batch; train with DDP, or leave auto_micro_batch out."
+            )
+        if args.placement_policy == "budget":  # a replay runs each operator on one device
+            raise ValueError(
+                "memory_budget does not work with tensor, context or sequence parallelism, where ranks share "
+                "operators; choose checkpoint_placement='all', 'every_n', 'sqrt' or a plan file."
             )
 
     def begin(self) -> TensorParallelGroup | None:

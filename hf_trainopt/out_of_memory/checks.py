@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.facts import is_sharded, sequence_shards, tensor_parallel_size
+from ..core.facts import is_sharded, tensor_parallel_size
 from ..placement.plan.budget import is_of_own_peak
 
 
@@ -39,11 +39,6 @@ def check_auto_micro_batch(trainer: Any) -> None:
         raise ValueError(
             f"auto_micro_batch does not work with XLA, which runs out of memory elsewhere; {_REMEDY[3:]}."
         )
-    if tensor_parallel_size(args) * sequence_shards(args) > 1:
-        raise ValueError(
-            "auto_micro_batch does not work with tensor or context parallelism, whose ranks communicate in each "
-            f"micro-batch; train with DDP, {_REMEDY}."
-        )
     if is_sharded(trainer):
         check_planned(trainer)
     elif args.world_size > 1:
@@ -57,6 +52,8 @@ def check_planned(trainer: Any) -> None:
         ValueError: There is no `memory_budget`, or none that is the same for all sizes.
     """
     budget = trainer.args.memory_budget
+    if tensor_parallel_size(trainer.args) > 1:
+        return  # refused in any case, with other words (`TensorParallelPart`)
     if budget is None or is_of_own_peak(budget):
         said = "and memory_budget isn't set" if budget is None else f"and memory_budget is '{budget}'"
         raise ValueError(
