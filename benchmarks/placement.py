@@ -7,6 +7,8 @@
     python benchmarks/placement.py knob                    # against torch's activation_memory_budget, real steps
     python benchmarks/placement.py time                    # seconds of a step: on a quiet machine
     python benchmarks/placement.py overhead                # checkpoint_placement unset: on a quiet machine
+    python benchmarks/placement.py fastest                 # the micro-batch that --find chooses, against all that fit
+    python benchmarks/placement.py estimators              # measured peaks beside other estimators' figures
     python benchmarks/placement.py sharded                 # peaks of a rank of FSDP2 and DeepSpeed, on two ranks
     python benchmarks/placement.py effort                  # CPU seconds and replays that planning takes
     python benchmarks/placement.py table                   # benchmarks/placement.md and plots from the records
@@ -59,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         "overhead": ((), "what placement costs while it is off"),
         "effort": ((), "CPU seconds that planning takes"),
         "sharded": ((), "predicted against measured peaks of a rank"),
+        "estimators": ((), "measured peaks beside the estimates of Accelerate and DeepSpeed"),
         "table": ((), "write benchmarks/placement.md and its plots from the records"),
     }
     for name, (cases, text) in defaults.items():
@@ -102,6 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         for task in options.task:
             save(options.results, "overhead", task, overhead(task, options.rounds, options.steps))
+        return
+    if options.command == "estimators":
+        from placement_estimators import estimators
+
+        save(options.results, "estimators", "all", {**provenance(None), "rows": estimators(options.results)})
         return
     if options.command == "sharded":
         from placement_sharded import sharded
