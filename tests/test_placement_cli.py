@@ -384,8 +384,8 @@ LLAMA = [
 
 def test_adapters_are_what_is_trained(capsys):
     pytest.importorskip("peft")
-    whole = figures(capsys, *LLAMA, "--checkpoint_placement", "none")["plan"]
-    lora = figures(capsys, *LLAMA, "--lora_r", "4", "--checkpoint_placement", "none")["plan"]
+    whole = figures(capsys, *LLAMA, "--memory_budget", "9GiB")["plan"]
+    lora = figures(capsys, *LLAMA, "--lora_r", "4", "--memory_budget", "9GiB")["plan"]
     added = 3 * 2 * 4 * (64 + 64)  # q and v of each layer
     assert lora["details"]["num_parameters"] == whole["details"]["num_parameters"] + added
     states = [plan["details"]["baseline_by_kind"]["optimizer"] for plan in (whole, lora)]
@@ -393,7 +393,7 @@ def test_adapters_are_what_is_trained(capsys):
     assert states[0] > 10 * states[1]
     assert plan(*LLAMA, "--lora_r", "4", "--lora_target_modules", "nothing") == 2
     assert "--lora_target_modules: Target modules" in capsys.readouterr().err
-    one = figures(capsys, *LLAMA, "--lora_r", "4", "--lora_target_modules", "q_proj", "--checkpoint_placement", "none")
+    one = figures(capsys, *LLAMA, "--lora_r", "4", "--lora_target_modules", "q_proj", "--memory_budget", "9GiB")
     assert one["plan"]["details"]["num_parameters"] == whole["details"]["num_parameters"] + added // 2
     assert plan(*LLAMA, "--lora_target_modules", "q_proj") == 2
     assert "--lora_target_modules needs --lora_r" in capsys.readouterr().err
