@@ -96,7 +96,7 @@ def test_on_a_cpu_all_sizes_are_tried(kind, tried):
         return Timed(seconds[size], kind)
 
     found = fastest_micro_batch(planner, {8: 1, 4: 2, 2: 4, 1: 8}, "1GiB")
-    assert asked == tried
+    assert list(dict.fromkeys(asked)) == tried
     assert found[0].micro_batch == (2 if kind == "cpu" else 8)
 
 

@@ -61,6 +61,10 @@ def largest_size(fits: Callable[[int], int], limit: int, budget: int, *, first: 
     return low * unit
 
 
+# Predicted times of a CPU are right to about a tenth (benchmarks/placement.md, step times).
+_ERROR_ON_CPU = 1.1
+
+
 @dataclass(frozen=True)
 class SizedPlan:
     """A micro-batch, and the best plan for it.
@@ -92,7 +96,8 @@ def fastest_micro_batch(
 
     The search goes from large to small. On a GPU it ends with the first micro-batch that needs no recomputation: a
     smaller one does the same work in more and smaller kernels. On a CPU all are tried: smaller ones may gain, because
-    more of the work stays in the caches. Where times are equal, the larger micro-batch comes first.
+    more of the work stays in the caches, and the first is the largest of those within the error of the prediction.
+    Where times are equal, the larger micro-batch comes first.
 
     Args:
         planner_for: Micro-batch -> planner.
@@ -116,4 +121,10 @@ def fastest_micro_batch(
         found.append(SizedPlan(size, sizes[size], planner.baseline.peak_bytes, plan, seconds))
         if plan.is_stock and planner.setup.device.kind != "cpu":
             break
-    return sorted(found, key=lambda sized: (round(sized.seconds, 9), -sized.micro_batch))
+    ordered = sorted(found, key=lambda sized: (round(sized.seconds, 9), -sized.micro_batch))
+    if not ordered or planner_for(ordered[0].micro_batch).setup.device.kind != "cpu":
+        return ordered
+    # What a smaller one gains within the error of the prediction, it may lose to Python.
+    close = [sized for sized in ordered if sized.seconds <= _ERROR_ON_CPU * ordered[0].seconds]
+    best = max(close, key=lambda sized: sized.micro_batch)
+    return [best, *(sized for sized in ordered if sized is not best)]

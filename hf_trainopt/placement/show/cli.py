@@ -75,8 +75,9 @@ def _texts(workshop: Workshop, policy: str | None) -> Iterator[str]:
     if shows_all:
         frontier = frontier_of(planner)
         named = [planner.named(name) for name in NAMED if name != "every_2" or len(planner.stages) > 2]
-    else:
-        frontier, named = planner.frontier(points=0), []
+    else:  # nothing else is shown beside a step that fits as it is
+        fits = chosen is not None and chosen.is_stock
+        frontier, named = [] if fits else planner.frontier(points=0), []
     if policy == "budget" and shows_all:
         # Again: whatever fits of what the frontier has found is looked at as well.
         chosen = planner.for_budget(arguments.memory_budget)
