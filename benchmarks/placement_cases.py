@@ -138,6 +138,17 @@ _LLAMA_1B = (
     "vocab_size=32000"
 )
 
+# What ran on a GPU, besides some of `FRONTIERS`. 0.5 billion parameters.
+LLAMA_ON_GPU = _llama(
+    "llama-bf16",
+    "Llama type, 16 layers x 1536, B=4, T=2048, bf16 autocast",
+    "num_hidden_layers=16,hidden_size=1536,intermediate_size=4096,num_attention_heads=12,num_key_value_heads=4,"
+    "vocab_size=32000,max_position_embeddings=2048",
+    4,
+    2048,
+    autocast_dtype=torch.bfloat16,
+)
+
 # Run for real, with the operators of the CPU.
 REAL = {
     case.name: case
@@ -244,10 +255,14 @@ class TrainingStep:
         loss.backward()
         value = float(loss.detach())
         del loss
+        self.finish()
+        return value
+
+    def finish(self) -> None:
+        """Clip the gradients and step."""
         torch.nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return value
 
     def make_states(self) -> None:
         """Take a step on two samples, which makes the optimizer's state in less time than a whole one."""

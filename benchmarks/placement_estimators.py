@@ -4,31 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.commands.estimate import estimate_training_usage
-from placement_cases import CASES, Case, _llama
+from placement_cases import FRONTIERS, LLAMA_ON_GPU
 from placement_sharded import MODELS, SIZE
 
 from hf_trainopt.placement.show.models import build_model
+from hf_trainopt.placement.simulate.quantized import num_parameters
 
 
 GPU = Path(__file__).resolve().parent / "results" / "gpu" / "memory.json"
-# As benchmarks/gpu/cases.py has it.
-_LLAMA_BF16 = _llama(
-    "llama-bf16",
-    "",
-    "num_hidden_layers=16,hidden_size=1536,intermediate_size=4096,num_attention_heads=12,num_key_value_heads=4,"
-    "vocab_size=32000,max_position_embeddings=2048",
-    4,
-    2048,
-)
-ON_GPU = ("gpt2-small-fp32", "gpt2-small-bf16", "llama-bf16", "resnet50-224")
-WITHOUT = "none"
-
-
-def num_parameters(case: Case) -> int:
-    """Return the parameters of a model."""
-    built = build_model(case.request, case.batch_size, case.block_size, case.image_size)
-    return sum(parameter.numel() for parameter in built.model.parameters())
+ON_GPU = (FRONTIERS["gpt2-small-fp32"], FRONTIERS["gpt2-small-bf16"], LLAMA_ON_GPU, FRONTIERS["resnet50-224"])
 
 
 def accelerate_estimate(parameters: int, precision: str) -> int:
@@ -49,13 +35,13 @@ def deepspeed_estimate(parameters: int, largest_layer: int, stage: int, devices:
 def on_gpu() -> list[dict[str, Any]]:
     """Return the rows of models that ran on a GPU, nothing recomputed."""
     parts, rows = json.loads(GPU.read_text())["parts"], []
-    for name in ON_GPU:
-        case = _LLAMA_BF16 if name == "llama-bf16" else CASES[name]
-        plan = next(plan for plan in parts[name]["plans"] if plan["placement"] == WITHOUT)
-        precision = "bfloat16" if name.endswith("bf16") else "float32"
-        estimate = accelerate_estimate(num_parameters(case), precision)
+    for case in ON_GPU:
+        plan = next(plan for plan in parts[case.name]["plans"] if plan["placement"] == "none")
+        built = build_model(case.request, case.batch_size, case.block_size, case.image_size)
+        precision = str(case.autocast_dtype or torch.float32).removeprefix("torch.")
+        estimate = accelerate_estimate(num_parameters(built.model), precision)
         rows.append(
-            {"setup": f"{parts[name]['title']}, one H100", "measured": plan["peak_bytes"],
+            {"setup": f"{parts[case.name]['title']}, one H100", "measured": plan["peak_bytes"],
              "ours": plan["predicted_bytes"], "accelerate": estimate}
         )  # fmt: skip
     return rows
@@ -63,23 +49,25 @@ def on_gpu() -> list[dict[str, Any]]:
 
 def on_ranks(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of models that ran under ZeRO on two ranks, nothing recomputed."""
+    runs = {
+        stage: {run["model"]: run for run in _runs(folder, stage) if run["placement"] == "none"} for stage in (2, 3)
+    }
     rows = []
-    for stage in (2, 3):
-        record = json.loads((folder / f"sharded-zero{stage}.json").read_text())
-        for run in record["runs"]:
-            if run["placement"] != WITHOUT:
-                continue
+    for stage, of_model in runs.items():
+        for model, run in of_model.items():
             # Whole parameters are there under ZeRO-2, in 4 bytes each.
-            whole = next(r for r in json.loads((folder / "sharded-zero2.json").read_text())["runs"]
-                         if (r["model"], r["placement"]) == (run["model"], WITHOUT))  # fmt: skip
-            parameters = whole["predicted_by_kind"]["parameters"] // 4
+            parameters = runs[2][model]["predicted_by_kind"]["parameters"] // 4
             estimate = deepspeed_estimate(parameters, SIZE["width"] * SIZE["vocabulary"], stage, 2)
+            size = f"B={SIZE['rows']}, T={SIZE['length']}, fp32"
             rows.append(
-                {"setup": f"{MODELS[run['model']]}, B={SIZE['rows']}, T={SIZE['length']}, fp32, ZeRO-{stage} on two "
-                 "CPU ranks", "measured": max(run["rank_bytes"]), "ours": run["predicted_bytes"],
-                 "deepspeed": estimate}
+                {"setup": f"{MODELS[model]}, {size}, ZeRO-{stage} on two CPU ranks",
+                 "measured": max(run["rank_bytes"]), "ours": run["predicted_bytes"], "deepspeed": estimate}
             )  # fmt: skip
     return rows
+
+
+def _runs(folder: Path, stage: int) -> list[dict[str, Any]]:
+    return json.loads((folder / f"sharded-zero{stage}.json").read_text())["runs"]
 
 
 def estimators(folder: Path) -> list[dict[str, Any]]:

@@ -5,15 +5,13 @@ import statistics
 import time
 from typing import Any
 
-import torch
-from placement_cases import NAMED, Case, provenance
+from placement_cases import NAMED, Case, TrainingStep, provenance
 from placement_time import spread
 
 from hf_trainopt.machine.devices import DeviceSpec, measured_cpu
 from hf_trainopt.placement.plan.plan import PlacementPlan
 from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.plan.sizes import fastest_micro_batch, step_seconds
-from hf_trainopt.placement.recompute.apply import apply_placement
 from hf_trainopt.placement.show.models import build_model
 from hf_trainopt.placement.simulate.step_setup import model_loss
 
@@ -73,23 +71,18 @@ class Grid:
         return found
 
 
-class Step:
+class Step(TrainingStep):
     """An optimizer step of several micro-batches."""
 
-    def __init__(self, case: Case):
-        self.model, self.batch = case.real()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-
-    def __call__(self, entry: Entry) -> float:
-        started = time.process_time()
-        pieces = [dict(zip(self.batch, rows, strict=True)) for rows in
-                  zip(*(values.split(entry.size) for values in self.batch.values()), strict=True)]  # fmt: skip
-        with apply_placement(self.model, entry.plan):
+    def timed(self, entry: Entry) -> float:
+        """Take a step; return its CPU seconds."""
+        started, batch = time.process_time(), self.batch
+        rows = zip(*(values.split(entry.size) for values in batch.values()), strict=True)
+        pieces = [dict(zip(batch, piece, strict=True)) for piece in rows]
+        with self.under(entry.plan):
             for piece in pieces:
                 (model_loss(self.model, piece) / len(pieces)).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.finish()
         return time.process_time() - started
 
 
@@ -104,7 +97,7 @@ def fastest(case: Case, rounds: int) -> dict[str, Any]:
     for round_number in range(-1, rounds):  # the first one warms up
         order = list(entries.values())
         for entry in order[round_number % len(order) :] + order[: round_number % len(order)]:
-            seconds = step(entry)
+            seconds = step.timed(entry)
             if round_number >= 0:
                 entry.cpu_seconds.append(seconds)
     results = []

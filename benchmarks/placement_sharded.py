@@ -185,11 +185,11 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             "micro_batch": trainer.trainopt.out_of_memory.micro_batch_size,
         }  # fmt: skip
     finally:
-        _clean_up(trainer)
+        clean_up(trainer)
 
 
-def _clean_up(trainer: Any) -> None:
-    """Forget a run: the next one may have another configuration."""
+def clean_up(trainer: Any) -> None:
+    """Forget a run: the next one in this process may have another configuration of DeepSpeed, or none."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

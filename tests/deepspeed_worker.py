@@ -4,7 +4,6 @@ deepspeed_worker.py OUTPUT_DIR CASES.json
 """
 
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -15,14 +14,16 @@ from pathlib import Path
 
 import deepspeed.ops
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from deepspeed.accelerator import get_accelerator
 from helpers import AnyK, Rows, arguments, quiet, tiny_gpt2
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.reliability import TrainingTerminated
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from placement_sharded import clean_up
 
 
 torch.set_num_threads(1)
@@ -107,18 +108,6 @@ def loss_of_ones_own(outputs, labels, num_items_in_batch=None):
 
 def first_checkpoint(folder: Path) -> str:
     return str(min(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])))
-
-
-def clean_up(trainer) -> None:
-    """Forget a run: the next one may have another configuration, or none."""
-    engine = getattr(trainer, "deepspeed", None)
-    if engine is not None:
-        engine.destroy()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    unset_hf_deepspeed_config()
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    gc.collect()
 
 
 def run(case: dict, folder: Path) -> dict:

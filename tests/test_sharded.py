@@ -55,7 +55,7 @@ def test_a_gradient_that_is_a_sum_yet_to_be_made_is_no_number():
 
     sharded = SimpleNamespace(placements=[Partial()], to_local=lambda: torch.ones(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_trainopt.accumulation.sharded.is_sharded", lambda tensor: True)
+        patch.setattr("hf_trainopt.accumulation.sharded.is_distributed", lambda tensor: True)
         assert math.isnan(local_piece(sharded, 2)[1])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from common import Context, with_device
-from placement_cases import FRONTIERS, Case, _gpt2, _llama, _timm
+from placement_cases import FRONTIERS, LLAMA_ON_GPU, Case, _gpt2, _llama, _timm
 
 from hf_trainopt.placement.show.models import ModelRequest
 
@@ -22,16 +22,11 @@ TIMED = 3
 COMPILED = "gpt2-small-bf16"
 FRONTIER_POINTS = 8
 
-# 0.5 billion parameters.
-_LLAMA = (
-    "num_hidden_layers=16,hidden_size=1536,intermediate_size=4096,num_attention_heads=12,num_key_value_heads=4,"
-    "vocab_size=32000,max_position_embeddings=2048"
-)
 _BF16 = {"autocast_dtype": torch.bfloat16}
 _FULL = (
     FRONTIERS["gpt2-small-bf16"],
     FRONTIERS["resnet50-224"],
-    _llama("llama-bf16", "Llama type, 16 layers x 1536, B=4, T=2048, bf16 autocast", _LLAMA, 4, 2048, **_BF16),
+    LLAMA_ON_GPU,
     FRONTIERS["gpt2-small-fp32"],
     FRONTIERS["vit-base-224"],
 )

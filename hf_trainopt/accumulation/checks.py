@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
-from ..core.facts import data_parallel_size, sequence_shards, tensor_parallel_size
+from ..core.facts import data_parallel_size, ranks_per_micro_batch, sequence_shards
 from ..core.versions import (
     ACTIVATION_CHECKPOINTING,
     MEAN_LOSS_REMEDY,
@@ -163,7 +163,7 @@ def _check_sharding(trainer: Trainer, measures: bool, what: str, remedy: str) ->
     check_sharding_at_load(trainer.model)
     args = trainer.args
     sharded = trainer.is_fsdp_enabled or is_sharded_at_load(trainer)
-    shares = tensor_parallel_size(args) * sequence_shards(args) > 1
+    shares = ranks_per_micro_batch(args) > 1
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
         raise ValueError(
             f"{what} does not work with FSDP1, which hides parameters in flat ones; set `fsdp_version: 2` in the "

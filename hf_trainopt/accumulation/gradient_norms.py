@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
-from .sharded import GatheredParameters, is_sharded, local_piece, put_in_pieces, without_partial_sums
+from ..core.facts import is_distributed
+from .sharded import GatheredParameters, local_piece, put_in_pieces, without_partial_sums
 from .tensor_parallel import TensorParallelGroup
 
 
@@ -55,7 +56,7 @@ class MicroBatchNorms:
             self._handles.append(parameter.register_hook(self._make_hook(id(parameter))))
         self._whole = set()
         self._gathered = None
-        if any(is_sharded(parameter) for parameter in self._parameters):
+        if any(is_distributed(parameter) for parameter in self._parameters):
             known = {id(parameter) for parameter in self._model.parameters()}
             self._gathered = GatheredParameters(self._model, known, self._listen)
         return self
@@ -106,7 +107,7 @@ class MicroBatchNorms:
     def finish(self) -> list[float]:
         """Return the square norm of each micro-batch (waits for the device); NaN where it cannot be told."""
         if self._gathered is not None:
-            in_pieces = [p for p in self._parameters if is_sharded(p) and id(p) not in self._whole]
+            in_pieces = [p for p in self._parameters if is_distributed(p) and id(p) not in self._whole]
             reduced = sum(p.grad is not None for p in in_pieces)
             if len(self._gathered) < reduced:
                 return [float("nan")] * len(self._micro_batches)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..core.facts import data_parallel_size, inverse_loss_scale, loss_divides_itself
+from ..core.facts import data_parallel_size, inverse_loss_scale, loss_divides_itself, ranks_per_micro_batch
 from .deepspeed import DeepSpeedPart
 from .gradient_norms import MicroBatchNorms
 from .sums import LocalSums, local_sums, micro_batch_weights
@@ -80,6 +80,5 @@ class WindowMeasurement:
             square_norm = self._deepspeed.square_norm if args.process_index == 0 else 0.0
         else:
             square_norm = self.norms.square_norm_share(args.process_index, args.world_size) * unscale**2
-        copies = args.world_size // data_parallel
-        sums = local_sums(self.norms.finish(), items, weights, unscale / data_parallel, copies)
+        sums = local_sums(self.norms.finish(), items, weights, unscale / data_parallel, ranks_per_micro_batch(args))
         return square_norm, sums, total

@@ -194,9 +194,9 @@ class AccumulationPart(Part):
         self.last_window, self._rate_is_outdated = None, False
         self._mean_loss = MeanLoss()
         logger.info(
-            "%s: in the next lines a step is the data of %s, and 'update steps per epoch' counts micro-batches.",
+            "%s: in the lines below, a step means %s of data, and 'update steps per epoch' means micro-batches.",
             "k varies" if self.varies else "auto_micro_batch",
-            "a micro-batch" if self.reference_steps == 1 else f"{self.reference_steps} micro-batches",
+            "one micro-batch" if self.reference_steps == 1 else f"{self.reference_steps} micro-batches",
         )
         # k >= 1, so an epoch has at most as many windows as micro-batches; an iterator that is dry ends it earlier.
         return epochs, steps_in_epoch, examples, samples, total_batch, steps_in_epoch, max_steps

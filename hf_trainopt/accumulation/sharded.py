@@ -13,17 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-
-try:
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Replicate
-except ImportError:  # PyTorch without torch.distributed
-    FSDPModule = DTensor = Replicate = None
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a `DTensor`: a parameter of FSDP2 or of tensor parallelism, or its gradient."""
-    return DTensor is not None and isinstance(tensor, DTensor)
+from ..core.facts import is_distributed, is_fsdp_module
 
 
 def local_piece(tensor: torch.Tensor, num_ranks: int) -> tuple[torch.Tensor, float]:
@@ -39,7 +29,7 @@ def local_piece(tensor: torch.Tensor, num_ranks: int) -> tuple[torch.Tensor, flo
     Returns:
         `(piece, share)`; the share is NaN where ranks hold terms of a sum that was not reduced.
     """
-    if not is_sharded(tensor):
+    if not is_distributed(tensor):
         return tensor, 1.0 / num_ranks
     if any(placement.is_partial() for placement in tensor.placements):
         return tensor.to_local(), math.nan
@@ -54,14 +44,16 @@ def without_partial_sums(gradient: torch.Tensor) -> torch.Tensor:
     Args:
         gradient: Plain or a `DTensor`. All ranks of its mesh call it.
     """
-    if not is_sharded(gradient) or not any(placement.is_partial() for placement in gradient.placements):
+    if not is_distributed(gradient) or not any(placement.is_partial() for placement in gradient.placements):
         return gradient
+    from torch.distributed.tensor import Replicate  # PyTorch may lack it where no tensor is a `DTensor`
+
     return gradient.redistribute(placements=[Replicate() if p.is_partial() else p for p in gradient.placements])
 
 
 def fsdp_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Iterate over the modules that `fully_shard` was called with."""
-    return (module for module in model.modules() if FSDPModule is not None and isinstance(module, FSDPModule))
+    return filter(is_fsdp_module, model.modules())
 
 
 def put_in_pieces(model: torch.nn.Module) -> None:

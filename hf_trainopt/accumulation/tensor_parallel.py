@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ..core.facts import sequence_shards, tensor_parallel_size
+from ..core.facts import ranks_per_micro_batch, tensor_parallel_size
 from ..core.part import Part
 
 
@@ -141,7 +141,7 @@ class TensorParallelPart(Part):
             ValueError: A memory budget or `auto_micro_batch` under tensor, context or sequence parallelism.
         """
         args = self.trainer.args
-        if tensor_parallel_size(args) * sequence_shards(args) == 1:
+        if ranks_per_micro_batch(args) == 1:
             return
         if args.auto_micro_batch:
             raise ValueError(

@@ -18,13 +18,13 @@ except ImportError:  # PyTorch without torch.distributed
     FSDPModule = DTensor = None
 
 
-def fsdp_module_class() -> type | None:
-    """Return the class of modules that `fully_shard` was called with; `None` if PyTorch has no `torch.distributed`."""
-    return FSDPModule
+def is_fsdp_module(module: torch.nn.Module) -> bool:
+    """Return whether `fully_shard` was called with a module."""
+    return FSDPModule is not None and isinstance(module, FSDPModule)
 
 
 def is_distributed(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a `DTensor`: a parameter that FSDP2 manages, or its gradient."""
+    """Return whether a tensor is a `DTensor`: a parameter of FSDP2 or of tensor parallelism, or its gradient."""
     return DTensor is not None and isinstance(tensor, DTensor)
 
 
@@ -58,13 +58,22 @@ def sequence_shards(args: TrainingArguments) -> int:
     return 1 if config is None else config.cp_size * config.sp_size
 
 
+def ranks_per_micro_batch(args: TrainingArguments) -> int:
+    """Return how many ranks run a micro-batch together; 1 unless the model is parallelized.
+
+    Args:
+        args: As for `tensor_parallel_size`.
+    """
+    return tensor_parallel_size(args) * sequence_shards(args)
+
+
 def data_parallel_size(args: TrainingArguments) -> int:
     """Return W, how many groups of ranks train on different rows; each rank is one unless the model is parallelized.
 
     Args:
         args: As for `tensor_parallel_size`.
     """
-    return args.world_size // (tensor_parallel_size(args) * sequence_shards(args))
+    return args.world_size // ranks_per_micro_batch(args)
 
 
 def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:

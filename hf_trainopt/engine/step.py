@@ -11,7 +11,7 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from ..accumulation.noise_scale import WindowStatistics
 from ..accumulation.sums import POLICY_FAILED, SUMMED, LocalSums, Proposal, pack_sums, unpack_sums
 from ..accumulation.window import Slice, Window, lacks_targets, window_loss
-from ..core.facts import data_parallel_size
+from ..core.facts import ranks_per_micro_batch
 from ..core.versions import deferred_fsdp_reduction, is_sharded_at_load
 from .parts import Parts
 
@@ -46,7 +46,7 @@ def take_step(parts: Parts, stock_step: StockStep, model: torch.nn.Module, windo
     rate = parts.learning_rate.factor()
     proposal = accumulation.propose(rate)
     square_norm, sums, divided_by = accumulation.measurement.result(window, num_items)
-    samples = window.num_samples * data_parallel_size(parts.trainer.args) / parts.trainer.args.world_size
+    samples = window.num_samples / ranks_per_micro_batch(parts.trainer.args)
     agreed = agree(parts, proposal, samples, square_norm, sums, loss)
     if agreed.proposal.next_k == POLICY_FAILED:
         raise proposal.failure or RuntimeError("accumulation_policy has failed on rank 0, which says how.")

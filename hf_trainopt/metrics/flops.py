@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import (
 )
 from transformers import TrainingArguments
 
-from ..core.facts import sequence_shards, tensor_parallel_size
+from ..core.facts import ranks_per_micro_batch
 from ..machine.costs import FORMULAS as PLANNED_FORMULAS
 from ..machine.costs import attention_backward_flops, attention_flops
 from ..machine.devices import DEVICES
@@ -139,7 +139,7 @@ def why_not_counted(args: TrainingArguments, model: torch.nn.Module) -> str | No
         return "the model is compiled"
     if args.n_gpu > 1:
         return "nn.DataParallel runs the model in threads"
-    if tensor_parallel_size(args) * sequence_shards(args) > 1:
+    if ranks_per_micro_batch(args) > 1:
         return "ranks share operators (tensor, context or sequence parallelism)"
     if is_in_torch_dispatch_mode():
         return "another TorchDispatchMode is active"

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerControl, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
-from ..core.facts import sequence_shards, tensor_parallel_size
+from ..core.facts import ranks_per_micro_batch, tensor_parallel_size
 
 
 # Inputs whose elements (positions, for embeddings) are tokens; the first that is there counts.
@@ -150,8 +150,7 @@ class TrainingMeter:
                 torch.accelerator.synchronize()
             samples, tokens = reduced(self._unread, args)
             # Each rank of a tensor-parallel group counts the same; those that share a sequence, its samples.
-            copies = tensor_parallel_size(args)
-            new = [samples // (copies * sequence_shards(args)), tokens // copies]
+            new = [samples // ranks_per_micro_batch(args), tokens // tensor_parallel_size(args)]
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now

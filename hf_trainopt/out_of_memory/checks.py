@@ -21,7 +21,7 @@ _COLLECTIVES = re.compile(
 
 
 def check_auto_micro_batch(trainer: Any) -> None:
-    """Refuse what a repeated window cannot work with; for the rest see `checks.check_adaptive_setup`.
+    """Refuse what a repeated window cannot work with; for the rest see `check_planned` and `check_adaptive_setup`.
 
     Args:
         trainer: Trainer with `auto_micro_batch=True`.
@@ -39,9 +39,7 @@ def check_auto_micro_batch(trainer: Any) -> None:
         raise ValueError(
             f"auto_micro_batch does not work with XLA, which runs out of memory elsewhere; {_REMEDY[3:]}."
         )
-    if is_sharded(trainer):
-        check_planned(trainer)
-    elif args.world_size > 1:
+    if args.world_size > 1 and not is_sharded(trainer):
         _check_ranks(trainer)
 
 

@@ -185,9 +185,7 @@ class OutOfMemoryPart(Part):
         if self.ranks is not None:
             self.ranks.begin_window()
         self._window_start.save()
-        whole, window = window, self._split(window, self._slice_size)
-        if not self._is_checked:
-            self._check_split(window, num_items_in_batch)
+        whole, window = window, self._in_slices(window, num_items_in_batch)
         while True:
             loss = failure = None
             try:
@@ -223,9 +221,7 @@ class OutOfMemoryPart(Part):
         """Run a window that isn't repeated: of a sharded model, or where that isn't asked for."""
         if self._slice_size is None:
             return window, run(window)
-        window = self._split(window, self._slice_size)
-        if not self._is_checked:
-            self._check_split(window, num_items_in_batch)
+        window = self._in_slices(window, num_items_in_batch)
         try:
             return window, run(window)
         except Exception as error:
@@ -237,6 +233,13 @@ class OutOfMemoryPart(Part):
                     "per_device_train_batch_size."
                 )
             raise
+
+    def _in_slices(self, window: Window, num_items_in_batch: Any) -> Window:
+        """Return a window in slices of the present size; the first one of a run is checked."""
+        window = self._split(window, self._slice_size)
+        if not self._is_checked:
+            self._check_split(window, num_items_in_batch)
+        return window
 
     def inputs_of_try(self, piece: Slice) -> Any:
         """Return the inputs of a slice for one try, which may change them; a later one begins with the same."""

@@ -181,13 +181,10 @@ class RunPlanner:
         try:
             planner = self.planner_for(batch, available)
         except ValueError as error:
-            asked = check_rewrites(args.memory_rewrites)
-            if policy == "budget" or (asked and not is_sharded(self.trainer)):
+            if policy == "budget" or (check_rewrites(args.memory_rewrites) and not is_sharded(self.trainer)):
                 raise
             logger.warning("No peak is predicted for checkpoint_placement='%s': %s", policy, error)
-            return self._unpredicted(
-                policy, allowed_rewrites(args.memory_rewrites, available)[0] if asked else NO_REWRITES
-            )
+            return self._unpredicted(policy, allowed_rewrites(args.memory_rewrites, available)[0])
         if policy == "budget":
             if args.auto_micro_batch:
                 return self._with_micro_batch(batch, available, planner)

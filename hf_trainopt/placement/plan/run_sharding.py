@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import fsdp_utils
 from torch import nn
 
-from ...core.facts import fsdp_module_class, is_distributed, sequence_shards, tensor_parallel_size
+from ...core.facts import is_distributed, is_fsdp_module, ranks_per_micro_batch
 from ...core.versions import is_sharded_at_load
 from ..errors import PlacementError
 from ..simulate.sharding import ONE_DEVICE, Group, Sharding, ZeroSettings
@@ -50,7 +50,7 @@ def sharding_of(trainer: Any) -> Sharding:
         PlacementError: The memory of one of them can't be predicted; the message names the setting and the remedy.
     """
     args = trainer.args
-    if tensor_parallel_size(args) * sequence_shards(args) > 1:  # a replay runs each operator on one device
+    if ranks_per_micro_batch(args) > 1:  # a replay runs each operator on one device
         raise PlacementError(
             "The memory of a rank isn't predicted where ranks share operators (tensor, context or sequence "
             f"parallelism); {_REMEDY}"
@@ -186,7 +186,7 @@ def _at_load(trainer: Any) -> Sharding:
         )
     groups, one = groups_of(model), None
     for module in model.modules():
-        if fsdp_module_class() is not None and isinstance(module, fsdp_module_class()):
+        if is_fsdp_module(module):
             one = one or next(iter(_param_groups(module._get_fsdp_state())), None)
     if one is None:
         return Sharding("ddp", trainer.args.world_size)
@@ -213,7 +213,7 @@ def groups_of(model: nn.Module) -> tuple[Group, ...]:
     names: dict[int, list[str]] = {}
     states: dict[int, Any] = {}
     for name, module in model.named_modules():
-        if fsdp_module_class() is not None and isinstance(module, fsdp_module_class()):
+        if is_fsdp_module(module):
             state = module._get_fsdp_state()
             states[id(state)] = state
             names.setdefault(id(state), []).append(name)

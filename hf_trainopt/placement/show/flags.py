@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags to a parser."""
     _add_model(parser.add_argument_group("model (one of the first three)"))
     _add_step(parser.add_argument_group("training step (as in TrainingArguments)"))
-    _add_sharding(parser.add_argument_group("devices"))
+    _add_sharding(parser.add_argument_group("several devices"))
     _add_device(parser.add_argument_group("device"))
     _add_choice(parser.add_argument_group("placement (as in EfficientTrainingArguments)"))
     result = parser.add_argument_group("result")
@@ -68,10 +68,10 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
         help="modules that get adapters, a regular expression, or all-linear; default: PEFT's for the model",
     )
     bits = model.add_mutually_exclusive_group()
-    bits.add_argument("--load_in_4bit", action="store_true", help="weights of 4 bits, as bitsandbytes keeps them")
-    bits.add_argument("--load_in_8bit", action="store_true", help="weights of 8 bits; both need --lora_r")
+    bits.add_argument("--load_in_4bit", action="store_true", help="4-bit weights of bitsandbytes; needs --lora_r")
+    bits.add_argument("--load_in_8bit", action="store_true", help="8-bit weights of bitsandbytes; needs --lora_r")
     model.add_argument(
-        "--bnb_4bit_use_double_quant", action="store_true", help="the scales of 4-bit weights have 8 bits, too"
+        "--bnb_4bit_use_double_quant", action="store_true", help="quantize the scales of 4-bit weights as well"
     )
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights")
 
@@ -104,7 +104,7 @@ def _add_sharding(devices: argparse._ArgumentGroup) -> None:
         "--num_devices",
         type=_positive,
         default=1,
-        help="over which training is spread; all figures are of one of them, the fullest; default: 1",
+        help="devices that share the training; all figures are for the fullest one; default: 1",
     )
     devices.add_argument(
         "--sharding",
@@ -278,7 +278,7 @@ def _check_quantization(arguments: argparse.Namespace) -> None:
     if bits is not None and arguments.timm_model is not None:
         raise ValueError(f"--{bits} is for models of transformers; leave it out with --timm_model.")
     if bits is not None and arguments.lora_r is None:
-        raise ValueError(f"--{bits} needs --lora_r, such as 16: weights of so few bits can't be trained themselves.")
+        raise ValueError(f"--{bits} needs --lora_r, such as 16: quantized weights can't be trained.")
     if bits is not None and arguments.sharding not in (None, "ddp"):
         raise ValueError(f"--{bits} is planned for whole models only; leave out --sharding {arguments.sharding}.")
     if arguments.bnb_4bit_use_double_quant and not arguments.load_in_4bit:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .fake import fake_copy, fake_tensor
-from .rank import Owner, Rank, ceil_div
+from .rank import Owner, Rank, ceil_div, removal_of
 from .sharding import Group
 from .step_setup import StepSetup
 from .tracker import StorageTracker
@@ -149,12 +149,7 @@ class Fsdp2Rank(Rank):
     def count(self, tracker: StorageTracker, optimizer: torch.optim.Optimizer | None, owner: Owner) -> None:
         tracker.exempt(self.model.parameters())
         with self._place(tracker, self.sharding.offload_parameters):
-            for name, shard in self.shards.named_parameters():
-                tracker.count([shard], "parameters", owner(name))
-            names = {id(shard): name for name, shard in self.shards.named_parameters()}
-            if optimizer is not None:
-                for shard, state in optimizer.state.items():
-                    tracker.count(tree_leaves(state), "optimizer", owner(names.get(id(shard), "")))
+            self._count_states(self.shards, tracker, optimizer, owner)
             if self.accumulates and self.sharding.reduces_always:
                 for name, shard in self.shards.named_parameters():
                     if shard.requires_grad:
@@ -183,8 +178,7 @@ class Fsdp2Rank(Rank):
     def _reduce_dtype(self) -> torch.dtype | None:
         """Type of reductions if it isn't that of gradients."""
         reduce = self.sharding.reduce_dtype
-        gradient = next((p.dtype for _, p in self.trained), None)
-        return None if reduce == gradient else reduce
+        return None if reduce == self._dtype else reduce
 
     def watch(self, tracker: StorageTracker, owner: Owner) -> Callable[[], None]:
         handles = []
@@ -198,11 +192,7 @@ class Fsdp2Rank(Rank):
                 handles.append(module.register_forward_hook(self._after_forward(group, tracker)))
         handles.append(self.model.register_forward_hook(self._after_model))
 
-        def undo():
-            for handle in handles:
-                handle.remove()
-
-        return undo
+        return removal_of(handles)
 
     def _before_forward(self, group: _Gathered, tracker: StorageTracker) -> Callable[..., Any]:
         def hook(module, args, kwargs):
@@ -270,7 +260,7 @@ class Fsdp2Rank(Rank):
         dtype = group.parameters[0][1].dtype
         with tracker.tagged("gathered"):
             for _, _, shard in group.parameters:
-                if self.sharding.offload_parameters and self.setup.device.kind != "cpu":
+                if self.sharding.offload_parameters and self._has_host:
                     sent.append(torch.empty_like(shard))
                     if shard.dtype != dtype:
                         sent[-1] = sent[-1].to(dtype)
@@ -320,7 +310,7 @@ class Fsdp2Rank(Rank):
             if dtype != shards[0].dtype:
                 reduced = reduced.to(shards[0].dtype)
         with self._place(tracker, self.sharding.offload_parameters):
-            if self.sharding.offload_parameters and self.setup.device.kind != "cpu":
+            if self.sharding.offload_parameters and self._has_host:
                 reduced = reduced.clone()
         start = 0
         for shard in shards:

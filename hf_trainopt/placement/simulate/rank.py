@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from .step_setup import StepSetup
 from .tracker import StorageTracker
@@ -48,18 +49,33 @@ class Rank:
 
     # ---- A step ----------------------------------------------------------------------------------------------------
 
+    def rehearse(self, run: Callable[[], None]) -> None:
+        """Learn what has to be known of the passes before the step. Called before anything is counted.
+
+        Args:
+            run: Runs the model forward and backward.
+        """
+
     def count(self, tracker: StorageTracker, optimizer: torch.optim.Optimizer | None, owner: Owner) -> None:
         """Count what is there before the step: parameters, state, gradients of earlier micro-batches, buffers."""
-        for name, parameter in self.model.named_parameters():
-            tracker.count([parameter], "parameters", owner(name))
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        if optimizer is not None:
-            for parameter, state in optimizer.state.items():
-                tracker.count(tree_leaves(state), "optimizer", owner(names.get(id(parameter), "")))
+        self._count_states(self.model, tracker, optimizer, owner)
         if self.accumulates:
             self._count_gradients(tracker, owner)
         if self.sharding.kind == "ddp" and self.sharding.num_devices > 1:
             self._hold(tracker, (torch.zeros_like(p) for _, p in self.trained), "communication")
+
+    @staticmethod
+    def _count_states(
+        model: nn.Module, tracker: StorageTracker, optimizer: torch.optim.Optimizer | None, owner: Owner
+    ) -> None:
+        """Count the parameters of a model, and what an optimizer of them keeps."""
+        names = {}
+        for name, parameter in model.named_parameters():
+            names[id(parameter)] = name
+            tracker.count([parameter], "parameters", owner(name))
+        if optimizer is not None:
+            for parameter, state in optimizer.state.items():
+                tracker.count(tree_leaves(state), "optimizer", owner(names.get(id(parameter), "")))
 
     def _count_gradients(self, tracker: StorageTracker, owner: Owner) -> None:
         """Give each parameter that is trained a whole gradient."""
@@ -96,9 +112,19 @@ class Rank:
 
     # ---- For those that spread the model ---------------------------------------------------------------------------
 
+    @property
+    def _has_host(self) -> bool:
+        """Whether the memory of the host is another than the device's: not on a CPU."""
+        return self.setup.device.kind != "cpu"
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        """Type of the parameters that are trained, if any is."""
+        return next((parameter.dtype for _, parameter in self.trained), None)
+
     def _place(self, tracker: StorageTracker, is_offloaded: bool) -> AbstractContextManager:
-        """Return the context in which tensors are counted where they lie; on a CPU the host is the device."""
-        return tracker.on_host() if is_offloaded and self.setup.device.kind != "cpu" else nullcontext()
+        """Return the context in which tensors are counted where they lie."""
+        return tracker.on_host() if is_offloaded and self._has_host else nullcontext()
 
 
 class ZeroStage0(Rank):
@@ -122,6 +148,16 @@ class ZeroStage0(Rank):
                     numel = 0
             if numel:
                 torch.empty(numel, dtype=self.trained[0][1].dtype)
+
+
+def removal_of(handles: Iterable[RemovableHandle]) -> Callable[[], None]:
+    """Return what removes hooks."""
+
+    def remove():
+        for handle in handles:
+            handle.remove()
+
+    return remove
 
 
 def ceil_div(number: int, divisor: int) -> int:

@@ -22,12 +22,12 @@ from ..recompute.apply import apply_placement, check_model
 from .fake import as_on, as_type, fake_batch, fake_copy, fake_mode, fake_whole
 from .fake_contexts import no_checks_of_values, no_logged_traceback, no_packed_sequences
 from .passes import calls_of_checkpoint, passes_of
+from .rank import removal_of
 from .ranks import rank_of
 from .scratch import cpu_scratch
 from .step_setup import StepSetup, model_loss
 from .tracker import Key, Section, StorageTracker, merged_section
 from .values import UnknownNumberError, following_values, known_pairs
-from .zero3 import Zero3Rank
 
 
 logger = logging.getLogger(__name__)
@@ -251,9 +251,7 @@ class StepReplayer:
     def _replay(self, plan: PlacementPlan) -> Replay:
         is_placed = any(choice != STORE for choice in plan.stages.values())
         with self._on_device(), apply_placement(self.model, plan, strict_logits=True), ExitStack() as stack:
-            if isinstance(self.rank, Zero3Rank):
-                with self.rank.recording():
-                    self._followed(self._passes, is_placed)
+            self.rank.rehearse(lambda: self._followed(self._passes, is_placed))
             tracker = self._start()
             boundary: dict[str, int] = {}
             joined: set[str] = set()
@@ -368,11 +366,7 @@ class StepReplayer:
             if parameter.requires_grad:
                 handles.append(parameter.register_post_accumulate_grad_hook(done(name)))
 
-        def undo():
-            for handle in handles:
-                handle.remove()
-
-        return undo
+        return removal_of(handles)
 
     def _step(self, tracker: StorageTracker) -> None:
         tracker.begin("between")

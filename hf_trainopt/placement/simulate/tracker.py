@@ -11,15 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ...core.facts import DTensor, is_distributed
 from ...machine.costs import Cost, op_cost
 from ...machine.devices import DeviceSpec
 from ..recompute.selective import is_compute_op
-
-
-try:
-    from torch.distributed.tensor import DTensor as DTENSOR
-except ImportError:  # PyTorch without torch.distributed
-    DTENSOR = None
 
 
 # What bytes are for.
@@ -128,7 +123,7 @@ class StorageTracker(TorchDispatchMode):
         return resize_
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if DTENSOR is not None and DTENSOR in types:
+        if DTensor in types:
             return NotImplemented  # it comes back with the pieces that this rank holds
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # three of four calls under fake tensors: no need to go through their mode
@@ -189,7 +184,7 @@ class StorageTracker(TorchDispatchMode):
     def count(self, tensors: Iterable[Any], kind: str, scope: str = "") -> None:
         """Count tensors that exist already, or give those that are counted another kind."""
         for tensor in tensors:
-            if DTENSOR is not None and isinstance(tensor, DTENSOR):
+            if is_distributed(tensor):
                 tensor = tensor.to_local()
             if isinstance(tensor, torch.Tensor):
                 entry = self._register(tensor, (kind, scope))

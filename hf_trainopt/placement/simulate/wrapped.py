@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.facts import fsdp_module_class, is_distributed
+from ...core.facts import FSDPModule, is_distributed, is_fsdp_module
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
@@ -47,16 +47,15 @@ def without_wrapping(model: nn.Module) -> Iterator[dict[int, Any]]:
         What `copy.deepcopy` is to share: device meshes and process groups, which can't be copied.
     """
     shared: dict[int, Any] = {}
-    fsdp = fsdp_module_class()
     with ExitStack() as stack:
         for module in model.modules():
             values = vars(module)
             for value in values.values():
                 if type(value).__module__.startswith(_SHARED):
                     shared[id(value)] = value
-            if fsdp is not None and isinstance(module, fsdp):
+            if is_fsdp_module(module):
                 stack.callback(setattr, module, "__class__", type(module))
-                module.__class__ = next(cls for cls in type(module).__mro__[1:] if not issubclass(cls, fsdp))
+                module.__class__ = next(cls for cls in type(module).__mro__[1:] if not issubclass(cls, FSDPModule))
             for name in _HOOKS:
                 hooks = values.get(name)
                 if hooks and any(_is_of_wrapper(hook) for hook in hooks.values()):

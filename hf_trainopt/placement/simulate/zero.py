@@ -5,14 +5,15 @@ of which it has a copy in float32 (in float32 runs, too), with the state. In the
 bucket. A full bucket is averaged through a second copy, and what belongs to the rank's partition is kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .rank import Owner, Rank, ceil_div
+from .rank import Owner, Rank, ceil_div, removal_of
 from .tracker import StorageTracker
 
 
@@ -42,12 +43,16 @@ class _FlatGroup:
 
 
 def trained_groups(
-    optimizer: torch.optim.Optimizer | None, groups: Sequence[Sequence[nn.Parameter]]
-) -> list[list[nn.Parameter]]:
-    """Return the parameters that are trained of each group; those of an optimizer if there is one."""
-    if optimizer is not None:
-        groups = [group["params"] for group in optimizer.param_groups]
-    return [found for group in groups if (found := [p for p in group if p.requires_grad])]
+    optimizer: torch.optim.Optimizer | None, trained: list[nn.Parameter]
+) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
+    """Return the groups of an optimizer of which a parameter is trained, each with these parameters.
+
+    Args:
+        optimizer: `None`: there is one group, without settings.
+        trained: All parameters that are trained.
+    """
+    groups = [{"params": trained}] if optimizer is None else optimizer.param_groups
+    return [(group, found) for group in groups if (found := [p for p in group["params"] if p.requires_grad])]
 
 
 class ZeroRank(Rank):
@@ -82,14 +87,13 @@ class ZeroRank(Rank):
         optimizer = self.setup.make_optimizer(self.model)
         num = self.sharding.num_devices
         self._groups = []
-        for parameters in trained_groups(optimizer, [[p for _, p in self.trained]]):
+        used = trained_groups(optimizer, [p for _, p in self.trained])
+        for group, parameters in used:
             size = ceil_div(sum(p.numel() for p in parameters), 2 * num) * 2
             self._groups.append(_FlatGroup(parameters, size, nn.Parameter(torch.zeros(size))))
+            group["params"] = [self._groups[-1].master]
         if optimizer is not None:
-            used = [group for group in optimizer.param_groups if any(p.requires_grad for p in group["params"])]
-            optimizer.param_groups[:] = used
-            for group, flat in zip(used, self._groups, strict=True):
-                group["params"] = [flat.master]
+            optimizer.param_groups[:] = [group for group, _ in used]
         for group in self._groups:
             start = 0
             for parameter in group.parameters:
@@ -112,10 +116,6 @@ class ZeroRank(Rank):
     def _owned_numel(self) -> int:
         """Numbers of the parameters that this rank's partitions touch: DeepSpeed keeps their gradients whole."""
         return sum(p.numel() for _, p in self.trained if id(p) in self._owned)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.trained[0][1].dtype
 
     def count(self, tracker: StorageTracker, optimizer: torch.optim.Optimizer | None, owner: Owner) -> None:
         for name, parameter in self.model.named_parameters():
@@ -157,11 +157,7 @@ class ZeroRank(Rank):
 
         handles = [parameter.register_post_accumulate_grad_hook(hook) for _, parameter in self.trained]
 
-        def undo():
-            for handle in handles:
-                handle.remove()
-
-        return undo
+        return removal_of(handles)
 
     def _make_buckets(self, tracker: StorageTracker) -> None:
         if not self._buckets:

@@ -6,13 +6,12 @@ of all gradients, are there all the time, and so is a copy of the partitions in 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .rank import Owner, Rank, ceil_div
+from .rank import Owner, Rank, ceil_div, removal_of
 from .tracker import StorageTracker
 from .zero import trained_groups
 from .zero3_gathering import Gathering
@@ -27,13 +26,11 @@ class Zero3Rank(Rank):
         setup: How the step is made.
     """
 
-    is_traced = True
-
     def __init__(self, *args):
         super().__init__(*args)
         self._num = self.sharding.num_devices
-        self._masters: list[tuple[nn.Parameter, list[nn.Parameter], int]] = []
-        self._gathering = Gathering(self.model, self.sharding, self.setup.device.kind != "cpu")
+        self._masters: list[nn.Parameter] = []
+        self._gathering = Gathering(self.model, self.sharding, self._has_host)
         self._filled = 0
         self._in_bucket: list[nn.Parameter] = []
 
@@ -45,15 +42,11 @@ class Zero3Rank(Rank):
     def make_optimizer(self) -> torch.optim.Optimizer | None:
         """Return the optimizer of this rank's partitions, one for each group of at most `sub_group_size` numbers."""
         optimizer = self.setup.make_optimizer(self.model)
-        groups = [] if optimizer is None else list(optimizer.param_groups)
         self._masters, made = [], []
-        for index, parameters in enumerate(trained_groups(optimizer, [[p for _, p in self.trained]])):
+        for group, parameters in trained_groups(optimizer, [p for _, p in self.trained]):
             for members in self._sub_groups(parameters):
-                master = nn.Parameter(torch.zeros(sum(map(self._partition, members))))
-                self._masters.append((master, members, len(made)))
-                if groups:
-                    used = [g for g in groups if any(p.requires_grad for p in g["params"])]
-                    made.append({**used[index], "params": [master]})
+                self._masters.append(nn.Parameter(torch.zeros(sum(map(self._partition, members)))))
+                made.append({**group, "params": self._masters[-1:]})
         if optimizer is not None:
             optimizer.param_groups[:] = made
         return optimizer
@@ -70,10 +63,6 @@ class Zero3Rank(Rank):
 
     # ---- A step ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.trained[0][1].dtype
-
     def count(self, tracker: StorageTracker, optimizer: torch.optim.Optimizer | None, owner: Owner) -> None:
         tracker.exempt(self.model.parameters())
         offloaded = self.sharding.offload_optimizer
@@ -82,23 +71,22 @@ class Zero3Rank(Rank):
                 shard = torch.empty(self._partition(parameter), dtype=parameter.dtype)
                 self._hold(tracker, [shard], "parameters", owner(name))
         with self._place(tracker, offloaded):
-            tracker.count([master for master, _, _ in self._masters], "optimizer")
+            tracker.count(self._masters, "optimizer")
             if optimizer is not None:
                 tracker.count(tree_leaves(list(optimizer.state.values())), "optimizer")
             if offloaded:
-                self._hold(tracker, [torch.empty_like(master) for master, _, _ in self._masters], "gradients")
+                self._hold(tracker, map(torch.empty_like, self._masters), "gradients")
             numel = sum(self._partition(parameter) for _, parameter in self.trained)
             self._hold(tracker, [torch.empty(numel, dtype=self._dtype)], "gradients")
         self._hold(tracker, [torch.empty(self.sharding.zero.reduce_bucket_size, dtype=self._dtype)], "communication")
         self._gathering.begin_step(tracker)
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Context of a forward and backward pass, in which the order of modules is recorded."""
+    def rehearse(self, run: Callable[[], None]) -> None:
+        """Record the order of modules."""
         self._gathering.record()
         undo = self._gathering.watch()
         try:
-            yield
+            run()
         finally:
             undo()
             self._gathering.end_recording()
@@ -119,10 +107,11 @@ class Zero3Rank(Rank):
 
         handles = [parameter.register_post_accumulate_grad_hook(hook) for _, parameter in self.trained]
 
+        undo_reduction = removal_of(handles)
+
         def undo():
             undo_gathering()
-            for handle in handles:
-                handle.remove()
+            undo_reduction()
 
         return undo
 
@@ -149,11 +138,11 @@ class Zero3Rank(Rank):
         if self._dtype != torch.float32 and not offloaded:
             torch.empty(max(self._partition(p) for _, p in self.trained))  # for the norm
         with self._place(tracker, offloaded):
-            for master, _, index in self._masters:
+            for master, group in zip(self._masters, groups, strict=True):
                 gradient = torch.empty(master.numel(), dtype=self._dtype)
                 master.grad = gradient.to(torch.float32)
                 del gradient
-                optimizer.param_groups = [groups[index]]
+                optimizer.param_groups = [group]
                 optimizer.step()
                 master.grad = None
         optimizer.param_groups = groups
@@ -163,5 +152,5 @@ class Zero3Rank(Rank):
         super().reset()
         self._gathering.forget()
         self._in_bucket, self._filled = [], 0
-        for master, _, _ in self._masters:
+        for master in self._masters:
             master.grad = None

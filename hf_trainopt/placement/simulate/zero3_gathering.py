@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from .rank import ceil_div
+from .rank import ceil_div, removal_of
 from .sharding import Sharding
 from .tracker import StorageTracker
 
@@ -146,11 +146,7 @@ class Gathering:
             handles.append(module.register_forward_hook(self._after_forward))
         handles.append(self._model.register_forward_pre_hook(lambda *_: self._reset(), prepend=True))
 
-        def undo():
-            for handle in handles:
-                handle.remove()
-
-        return undo
+        return removal_of(handles)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         self._note(module)
