@@ -1,6 +1,6 @@
-"""The run that `faults.py` kills: a tiny GPT-2 with dropout and adaptive k, and a journal of what it has done.
+"""The run that `faults.py` kills: a tiny GPT-2 with dropout and adaptive k, and a journal of its windows and saves.
 
-The journal is a file of JSON lines, each one `write` of its own: what was written before a SIGKILL is there after it.
+The journal is a file of JSON lines, each one `write` of its own: a SIGKILL loses no line written before it.
 """
 
 import json
@@ -18,6 +18,8 @@ from hf_trainopt import EfficientTrainer, EfficientTrainingArguments
 from hf_trainopt.reliability import find_last_complete
 
 
+ZERO2 = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": "auto",
+         "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}  # fmt: skip
 NUM_ROWS = 256
 LENGTH = 12
 
@@ -75,7 +77,7 @@ class Journaled(EfficientTrainer):
         self.journal.write("saved", step=self.state.global_step)
 
 
-def make_trainer(folder: Path, journal: Journal, epochs: int) -> Journaled:
+def make_trainer(folder: Path, journal: Journal, epochs: int, deepspeed: bool) -> Journaled:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(0)
     config = GPT2Config(
@@ -87,7 +89,7 @@ def make_trainer(folder: Path, journal: Journal, epochs: int) -> Journaled:
         per_device_train_batch_size=2 // world_size, gradient_accumulation_steps=4, learning_rate=3e-3,
         accumulation_policy="goodput", optimizer_step_cost=1.0, noise_scale_interval=2, max_accumulation_steps=8,
         save_strategy="steps", save_steps=10**6, save_total_limit=3, logging_steps=1, measurements="none",
-        ddp_timeout=60,
+        ddp_timeout=60, deepspeed=ZERO2 if deepspeed else None,
     )  # fmt: skip
     trainer = Journaled(model=GPT2LMHeadModel(config), args=args, train_dataset=NumberedRows(), callbacks=[journal])
     trainer.journal = journal
@@ -95,11 +97,11 @@ def make_trainer(folder: Path, journal: Journal, epochs: int) -> Journaled:
     return trainer
 
 
-def train(folder: Path, journal_path: Path, epochs: int) -> None:
+def train(folder: Path, journal_path: Path, epochs: int, deepspeed: bool) -> None:
     """Train, from the last complete checkpoint if there is one."""
     journal = Journal(journal_path)
     try:
-        trainer = make_trainer(folder, journal, epochs)
+        trainer = make_trainer(folder, journal, epochs, deepspeed)
         found, skipped = find_last_complete(str(folder))
         journal.write("found", step=found and found.step, skipped={c.name: c.fault for c in skipped})
         trainer.train(resume_from_checkpoint=found is not None)
@@ -110,8 +112,16 @@ def train(folder: Path, journal_path: Path, epochs: int) -> None:
         raise
 
 
-def fork(folder: Path, journal_path: Path, epochs: int, environment: dict[str, str]) -> int:
-    """Start a run in a child of this process, which has everything imported already; returns its id."""
+def fork(folder: Path, journal_path: Path, epochs: int, deepspeed: bool, environment: dict[str, str]) -> int:
+    """Start a run in a child of this process, which has everything imported already; returns its id.
+
+    Args:
+        folder: Output folder of the run.
+        journal_path: File of the journal.
+        epochs: Of the run.
+        deepspeed: Whether the ranks run DeepSpeed's ZeRO-2.
+        environment: Variables of the rank.
+    """
     child = os.fork()
     if child:
         return child
@@ -121,7 +131,7 @@ def fork(folder: Path, journal_path: Path, epochs: int, environment: dict[str, s
         log = os.open(journal_path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        train(folder, journal_path, epochs)
+        train(folder, journal_path, epochs, deepspeed)
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -1,6 +1,7 @@
 """SIGKILL a run of adaptive k again and again, resume it each time, and compare with a run that was left alone.
 
     python benchmarks/faults.py                        # 60 kills of one rank, then 15 kills of one of two ranks
+    python benchmarks/faults.py --deepspeed            # 15 kills of one of two ranks under DeepSpeed's ZeRO-2
     python benchmarks/faults.py --ranks 1 --kills 4 --epochs 1
 
 The run is a tiny GPT-2 with dropout under `accumulation_policy="goodput"` that saves after every window
@@ -62,9 +63,10 @@ class Attempt:
         number: Of this attempt.
         ranks: How many.
         epochs: Of the run.
+        deepspeed: Whether the ranks run DeepSpeed's ZeRO-2.
     """
 
-    def __init__(self, folder: Path, journals: Path, number: int, ranks: int, epochs: int):
+    def __init__(self, folder: Path, journals: Path, number: int, ranks: int, epochs: int, deepspeed: bool):
         self.journals = [journals / f"attempt-{number:03d}-rank{rank}.jsonl" for rank in range(ranks)]
         self.codes: dict[int, int] = {}
         self.start = time.monotonic()
@@ -81,7 +83,7 @@ class Attempt:
                 for rank in range(ranks)
             ]  # fmt: skip
         self.processes = [
-            fork(folder, journal, epochs, environment)
+            fork(folder, journal, epochs, deepspeed, environment)
             for journal, environment in zip(self.journals, environments, strict=True)
         ]
 
@@ -201,12 +203,12 @@ def durations(events: list[dict[str, Any]], start: float) -> dict[str, float]:
     return {"setting up": at["begun"][0] - start, "save": save, "window": window, "anywhere": save + window}
 
 
-def run(ranks: int, kills: int, epochs: int, seed: int, work: Path) -> dict[str, Any]:
+def run(ranks: int, kills: int, epochs: int, deepspeed: bool, seed: int, work: Path) -> dict[str, Any]:
     """Run undisturbed, then with kills; return the record."""
     chance = random.Random(seed)
     for name in ("whole", "killed", "journals"):
         (work / name).mkdir(parents=True)
-    whole = Attempt(work / "whole", work / "journals", 0, ranks, epochs)
+    whole = Attempt(work / "whole", work / "journals", 0, ranks, epochs, deepspeed)
     whole.wait()
     if any(whole.codes.values()):
         raise RuntimeError(whole.journals[0].with_suffix(".log").read_text()[-3000:])
@@ -215,7 +217,7 @@ def run(ranks: int, kills: int, epochs: int, seed: int, work: Path) -> dict[str,
     records, attempts = [], []
     started = time.monotonic()
     while True:
-        attempt = Attempt(work / "killed", work / "journals", len(attempts) + 1, ranks, epochs)
+        attempt = Attempt(work / "killed", work / "journals", len(attempts) + 1, ranks, epochs, deepspeed)
         attempts.append(attempt)
         record = None
         if len(records) < kills:
@@ -236,6 +238,7 @@ def run(ranks: int, kills: int, epochs: int, seed: int, work: Path) -> dict[str,
     passed_over = [r["passed_over"] for r in records] + [e["skipped"] for e in last if e["event"] == "found"]
     result = {
         "ranks": ranks,
+        "engine": "DeepSpeed ZeRO-2" if deepspeed else "DDP" if ranks > 1 else None,
         "epochs": epochs,
         "seed": seed,
         "kills": len(records),
@@ -267,26 +270,39 @@ def holds(result: dict[str, Any]) -> bool:
     return result["kills"] >= result["kills_wanted"] and all(result[name] for name in shown)
 
 
+def import_deepspeed() -> None:
+    """Import it before the forks, without the operation that it would compile for minutes."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=None, help="default: 1, then 2")
     parser.add_argument("--kills", type=int, default=None, help="default: 60 for one rank, 15 for two")
     parser.add_argument("--epochs", type=int, default=None, help="default: 6 for one rank, 4 for two")
+    parser.add_argument("--deepspeed", action="store_true", help="two ranks under DeepSpeed's ZeRO-2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints, journals and logs, and say where")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.deepspeed:
+        if options.ranks == 1:
+            parser.error("--deepspeed shards over two ranks")
+        import_deepspeed()
     fine = True
-    for ranks in (options.ranks,) if options.ranks else (1, 2):
+    for ranks in (2,) if options.deepspeed else (options.ranks,) if options.ranks else (1, 2):
         work = Path(tempfile.mkdtemp(prefix="faults-"))
         kills = options.kills if options.kills is not None else {1: 60, 2: 15}[ranks]
-        result = run(ranks, kills, options.epochs or {1: 6, 2: 4}[ranks], options.seed, work)
+        result = run(ranks, kills, options.epochs or {1: 6, 2: 4}[ranks], options.deepspeed, options.seed, work)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions["transformers"] = transformers.__version__
         record = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions, **result}
         options.results.mkdir(parents=True, exist_ok=True)
-        path = options.results / f"kills_{ranks}_rank{'s' if ranks > 1 else ''}.json"
+        engine = "_zero2" if options.deepspeed else ""
+        path = options.results / f"kills_{ranks}_rank{'s' if ranks > 1 else ''}{engine}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(json.dumps({name: value for name, value in record.items() if name != "each"}, indent=1))
         fine &= holds(result)
