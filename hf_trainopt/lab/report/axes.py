@@ -25,7 +25,8 @@ def limits(panel: LinePanel) -> tuple[str, tuple[float, float], tuple[float, flo
     values = _known((y for line in panel.lines for y in line.ys), is_log)
     ends = _known((end for band in panel.bands for end in (*band.low, *band.high)), is_log)
     if values and is_log:
-        ends = [min(max(end, min(values) / _BAND_REACH), max(values) * _BAND_REACH) for end in ends]
+        lowest, highest = min(values) / _BAND_REACH, max(values) * _BAND_REACH
+        ends = [min(max(end, lowest), highest) for end in ends]
     every = [*values, *ends, *_known([panel.level[0]] if panel.level is not None else (), is_log)]
     if not every:
         scale, every = "linear", [0.0, 1.0]
