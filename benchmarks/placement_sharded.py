@@ -103,8 +103,8 @@ def sharded(kind: str) -> list[dict[str, Any]]:
 class Tokens(torch.utils.data.Dataset):
     """Random tokens."""
 
-    def __init__(self, length: int, vocabulary: int):
-        self.rows = torch.randint(0, vocabulary, (256, length), generator=torch.Generator().manual_seed(0))
+    def __init__(self, length: int, vocabulary: int, samples: int):
+        self.rows = torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(0))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -171,7 +171,9 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     args = EfficientTrainingArguments(**settings | case.get("arguments", {}))
     args.device  # starts torch.distributed  # noqa: B018
     options = {} if args.accumulation_policy == "fixed" else {"accumulation_policy": lambda observation: k}
-    data = Tokens(case.get("length", SIZE["length"]), case.get("vocabulary", SIZE["vocabulary"]))
+    data = Tokens(
+        case.get("length", SIZE["length"]), case.get("vocabulary", SIZE["vocabulary"]), case.get("samples", 256)
+    )
     trainer = EfficientTrainer(model=make_model(case, folder), args=args, train_dataset=data, **options)
     trainer.remove_callback(PrinterCallback)
     placement = trainer.trainopt.placement

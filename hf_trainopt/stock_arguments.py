@@ -1,7 +1,8 @@
 """Values of `TrainingArguments` that stock takes without a word and that end a run late, or train nothing.
 
 They are refused at once, by name, with the remedy. Values that stock refuses itself when `TrainingArguments` or
-`Trainer` is made are left to it. No default is touched, and no value that works in stock `Trainer` is refused.
+`Trainer` is made are left to it. No default is touched. Values with which stock `Trainer` would train something are
+refused only where that can't be what was meant: a weight decay below zero, a label smoothing of 1.
 """
 
 import difflib
@@ -74,7 +75,7 @@ RANGES: dict[str, Range] = {
     "per_device_eval_batch_size": COUNT,
     "gradient_accumulation_steps": COUNT,
     "eval_accumulation_steps": OPTIONAL_COUNT,
-    "max_steps": Range(-1, whole=True, remedy="give at least 1, or -1 to train for num_train_epochs"),
+    "max_steps": Range(whole=True),  # not positive: num_train_epochs says how long
     "num_train_epochs": NOT_NEGATIVE,
     "learning_rate": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,

@@ -94,7 +94,6 @@ ARGUMENTS = [
     case("learning_rate is inf", "finite number", learning_rate=float("inf")),
     case("learning_rate is -0.001", "must not be negative", learning_rate=-1e-3),
     case("num_train_epochs is -1", "must not be negative", num_train_epochs=-1),
-    case("max_steps is -5", "give at least 1, or -1", max_steps=-5),
     case("weight_decay is nan", "finite number", weight_decay=float("nan")),
     case("max_grad_norm is nan", "finite number", max_grad_norm=float("nan")),
     case("adam_beta1 is 1.0", "below 1", adam_beta1=1.0),

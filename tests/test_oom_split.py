@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
-from hf_trainopt.out_of_memory import count_rows, split_batch
+from hf_trainopt.core.batch import split_evenly
+from hf_trainopt.out_of_memory import alike, count_rows, split_batch
 
 
 Pair = namedtuple("Pair", ["first", "second"])
@@ -94,6 +95,48 @@ def test_nothing_is_lost_and_nothing_comes_twice(found, size):
         assert same(join(parts, rows), dict(batch.items()))
     else:
         assert parts[0] is batch
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches(), st.data())
+def test_even_parts_differ_by_one_sample_and_lose_nothing(found, data):
+    rows, batch = found
+    count = data.draw(st.integers(1, rows))
+    parts = split_evenly(batch, count)
+    sizes = [count_rows(part) for part in parts]
+    assert len(parts) == count
+    assert sum(sizes) == rows
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == -(-rows // count)
+    if count > 1:
+        assert same(join(parts, rows), dict(batch.items()))
+        with pytest.raises(ValueError, match=f"too few for {rows + 1} parts"):
+            split_evenly(batch, rows + 1)
+
+
+def batch_of(rows: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.arange(rows)[:, None].expand(rows, 2)}
+
+
+def test_every_rank_makes_as_many_slices_as_the_fullest(monkeypatch):
+    others = [([8, 8, 3], None)]
+    monkeypatch.setattr(alike, "gather_object", lambda own: own + others)
+    slices = alike.split_alike([batch_of(8), batch_of(5), batch_of(1)], 3)
+    assert [[count_rows(part) for part in parts] for parts in slices] == [[3, 3, 2], [2, 2, 1], [1]]
+    with pytest.raises(ValueError, match=r"rank 0 has only 2 rows of it.*dataloader_drop_last=True"):
+        alike.split_alike([batch_of(8), batch_of(2), batch_of(1)], 3)
+    others[0] = ([8, 1], None)
+    with pytest.raises(ValueError, match="rank 1 has only 1 rows"):
+        alike.split_alike([batch_of(8), batch_of(5)], 3)
+
+
+def test_what_one_rank_cannot_split_ends_all(monkeypatch):
+    monkeypatch.setattr(alike, "gather_object", lambda own: [([4], None), *own])
+    with pytest.raises(ValueError, match="rank 1: the micro-batch cannot be split: no tensor in it"):
+        alike.split_alike([{"names": ["a", "b"]}], 2)
+    monkeypatch.setattr(alike, "gather_object", lambda own: [*own, ([], "it is a riddle")])
+    with pytest.raises(ValueError, match="rank 1: it is a riddle"):
+        alike.split_alike([batch_of(4)], 2)
 
 
 def test_pieces_are_views():

@@ -204,6 +204,7 @@ def test_a_micro_batch_is_planned_for_a_budget(smaller, tmp_path, monkeypatch, c
     start = str(tmp_path / "ours" / "checkpoint-5")
     roomy = train(make(tmp_path / "ours", **{**args, "memory_budget": "1GiB"}), resume_from_checkpoint=start)
     assert roomy.micro_batch_size == 4
+    assert roomy.trainopt.out_of_memory.state_dict() is None  # nor does a run resumed from this one split it
     caplog.clear()
     train(make(tmp_path / "ours", auto_micro_batch=False), resume_from_checkpoint=start)
     assert "had come down to" not in caplog.text

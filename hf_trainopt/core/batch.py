@@ -1,5 +1,6 @@
 """Splits a collated micro-batch into smaller ones, as a data loader of the smaller size would have made them."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,25 @@ def split_batch(batch: Any, size: int) -> list[Any]:
     if rows <= size:
         return [batch]
     return [_part(batch, "", rows, start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def split_evenly(batch: Any, count: int) -> list[Any]:
+    """Split a micro-batch into so many parts, whose sizes differ by one sample at most; the larger ones come first.
+
+    Args:
+        batch: As for `split_batch`.
+        count: Parts; at most as many as the batch has rows.
+
+    Raises:
+        ValueError: The batch cannot be split, or has too few rows.
+    """
+    if count == 1:
+        return [batch]
+    rows = count_rows(batch)
+    if rows < count:
+        raise ValueError(f"it has {rows} rows, too few for {count} parts")
+    ends = [-(-rows * number // count) for number in range(count + 1)]
+    return [_part(batch, "", rows, start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def copy_batch(batch: Any) -> Any:

@@ -13,6 +13,7 @@ from ..accumulation.window import Slice, Window
 from ..core.batch import copy_batch, count_rows, split_batch
 from ..core.facts import is_sharded, loss_divides_itself, rank_batch_size
 from ..core.part import Part
+from .alike import split_alike
 from .checks import check_auto_micro_batch, check_planned, find_ddp
 from .detection import first_line, is_out_of_memory, release_memory
 from .ranks import Ranks
@@ -147,7 +148,8 @@ class OutOfMemoryPart(Part):
             raise
 
     def state_dict(self) -> dict[str, Any] | None:
-        size = self._slice_size if self.is_split else self._loaded_size
+        own = self._slice_size if self.is_split else None
+        size = own if self.is_on else self._loaded_size  # what was loaded is for a later run that has it on again
         if size is None:
             return None
         planned = self.planned_size if self.is_on else self._loaded_plan
@@ -254,9 +256,12 @@ class OutOfMemoryPart(Part):
         """Return the window with micro-batches of at most `size` samples."""
         if size >= rank_batch_size(self.trainer):
             return window
+        if self.trainer.args.world_size > 1 and is_sharded(self.trainer):
+            split = split_alike(window.micro_batches, size)
+        else:
+            split = [split_batch(micro_batch, size) for micro_batch in window.micro_batches]
         slices = []
-        for micro_batch in window.micro_batches:
-            pieces = split_batch(micro_batch, size)
+        for pieces in split:
             rows = [count_rows(piece) for piece in pieces] if len(pieces) > 1 else [1]
             slices += [
                 Slice(piece, count, sum(rows), index == len(pieces) - 1)
