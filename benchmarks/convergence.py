@@ -4,6 +4,7 @@
     python benchmarks/convergence.py paired                 # five seeds of what is compared
     python benchmarks/convergence.py others                 # tasks on which no default was found
     python benchmarks/convergence.py ablations              # the defaults' parts, wrong rates, fewest steps
+    python benchmarks/convergence.py dear_steps             # ours where a step costs as much as 1 or 3 micro-batches
     python benchmarks/convergence.py ranks                  # two ranks, on the idle machine; then ranks_paired
     python benchmarks/convergence.py run --task language --policy fixed -k 8 --learning_rate 2e-3 --seed 0
     python benchmarks/convergence.py table                  # benchmarks/convergence.md from the records
@@ -25,7 +26,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from convergence_suite import PARTS
+from convergence_suite import PARTS, STEP_COST
 
 
 HERE = Path(__file__).resolve().parent
@@ -43,6 +44,8 @@ def record_path(options: argparse.Namespace) -> Path:
     ]
     if options.policy != STOCK:
         parts += [options.rule, options.clock]
+        if options.step_cost not in (None, STEP_COST[options.task]):
+            parts.append(f"cost{options.step_cost:g}")
     if options.ranks > 1:
         parts.append(f"ranks{options.ranks}")
     return options.results / ("-".join([*parts, f"seed{options.seed}"]) + ".json")

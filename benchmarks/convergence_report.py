@@ -3,13 +3,18 @@
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from convergence_suite import (
+    DEAR_STEPS,
     DEFAULT,
+    FASTEST_WITH_DEAR_STEPS,
+    OTHER_BETA2,
     OTHERS,
     REFERENCE,
     SEEDS,
+    STEP_COST,
     TASK_BETA2,
     best,
     beta2_in_data,
@@ -72,8 +77,9 @@ def setting(record: dict) -> str:
 
 
 def is_default(record: dict) -> bool:
-    """Return whether a run of ours has the defaults."""
-    return record["policy"] == "goodput" and (record["rule"], record["adam_clock"]) == DEFAULT
+    """Return whether a run of ours has the defaults, and a step the cost that was measured."""
+    as_measured = record["ranks"] > 1 or record["optimizer_step_cost"] == STEP_COST[record["task"]]
+    return record["policy"] == "goodput" and (record["rule"], record["adam_clock"]) == DEFAULT and as_measured
 
 
 def arms(records: list[dict], task: str) -> dict[str, list[dict]]:
@@ -134,23 +140,26 @@ def sweep_table(records: list[dict], task: str) -> str:
 
 def others_table(records: list[dict], task: str) -> str:
     """Return a task that no default was found on: stock at k = 8, then all at the rate that is best for it."""
-    eight, beta2 = recipe(records, task), TASK_BETA2[task]
     here = [r for r in records if r["task"] == task and r["seed"] == 0]
-    tried = [r for r in here if (r["policy"], r["k"], r["adam_beta2"]) == ("fixed", REFERENCE, beta2)]
+    tried = [r for r in here if (r["policy"], r["k"], r["adam_beta2"]) == ("fixed", REFERENCE, TASK_BETA2[task])]
     rates = ", ".join(
         f"{r['learning_rate']:g}: {r['eval_loss']:.3f}" for r in sorted(tried, key=lambda r: r["learning_rate"])
     )
-    rate = eight["learning_rate"]
-    one = best(records, task=task, policy="fixed", k=1, learning_rate=rate, adam_beta2=beta2_in_data(task, 1))
-    steps, tokens = (
-        best(records, task=task, policy="goodput", learning_rate=rate, adam_clock=clock)
-        for clock in ("steps", "tokens")
-    )
-    cells = [f"{run['eval_loss']:.3f} ({run['optimizer_steps']})" for run in (eight, one, steps, tokens)]
-    time = ratio([tokens], [eight], loss_at(eight, SHARES["eight"]), "seconds")
+    rate, rows = recipe(records, task)["learning_rate"], []
+    for beta2 in OTHER_BETA2[task]:
+        here = {"task": task, "learning_rate": rate}
+        eight = best(records, policy="fixed", k=REFERENCE, adam_beta2=beta2, **here)
+        one = best(records, policy="fixed", k=1, adam_beta2=beta2_in_data(task, 1, of=beta2), **here)
+        steps, tokens = (
+            best(records, policy="goodput", adam_clock=clock, adam_beta2=beta2, **here)
+            for clock in ("steps", "tokens")
+        )
+        cells = [f"{run['eval_loss']:.3f} ({run['optimizer_steps']})" for run in (eight, one, steps, tokens)]
+        time = ratio([tokens], [eight], loss_at(eight, SHARES["eight"]), "seconds")
+        rows.append([f"{beta2:g}", *cells, time])
     header = ["β2", "stock, k = 8", "stock, k = 1, β2 as k = 8 in data", '`adam_clock="steps"`', "ours, defaults",
               "time of ours to the loss of stock k = 8 at 80 %"]  # fmt: skip
-    return f"Stock at k = 8 by learning rate: {rates}.\n\n" + table(header, [[f"{beta2:g}", *cells, time]])
+    return f"Stock at k = 8 by learning rate: {rates}.\n\n" + table(header, rows)
 
 
 def paired_table(records: list[dict], task: str) -> str:
@@ -190,6 +199,8 @@ def other_table(records: list[dict], task: str) -> str:
     for r in order:
         if r["task"] != task or r["policy"] == "fixed" or r["seed"] or r["ranks"] != 1:
             continue
+        if r["optimizer_step_cost"] in DEAR_STEPS:
+            continue
         rows.append([
             f"`{r['policy']}`", r["rule"], r["adam_clock"], setting(r), f"{r['eval_loss']:.3f}",
             r["optimizer_steps"],
@@ -198,6 +209,39 @@ def other_table(records: list[dict], task: str) -> str:
     header = ["policy", "rule", "clock", "rate", "final loss", "steps", "time to the first target, of k = 8",
               "time to the second, of the sweep's best"]  # fmt: skip
     return table(header, rows)
+
+
+def dear_steps_table(records: list[dict]) -> str:
+    """Return ours where an optimizer step is dear, against the fixed k that is then the fastest of the sweep."""
+    target = targets(records, "language")["eight"][0]
+    k, rate, half_life = FASTEST_WITH_DEAR_STEPS
+    setup = {"task": "language", "policy": "fixed", "k": k, "learning_rate": rate, "ranks": 1}
+    setup["adam_beta2"] = beta2_in_data("language", k, half_life)
+    fastest = [r for r in records if all(r[key] == value for key, value in setup.items())]
+    rows = []
+    for cost in DEAR_STEPS:
+        ours = [r for r in records if r["optimizer_step_cost"] == cost]
+        if not ours:
+            continue
+        priced = partial(priced_curve, step_cost=cost)
+        cells = []
+        for runs in (fastest, ours):
+            steps = mean_spread([r["optimizer_steps"] for r in runs], ".0f")
+            cells.append(f"{mean_spread([r['eval_loss'] for r in runs])}; {steps}")
+        rows.append([f"{cost:g}", f"k = {k}, {setting(fastest[0])}", *cells, len(ours),
+                     ratio(ours, fastest, target, "seconds", priced)])  # fmt: skip
+    header = ["a step costs, micro-batches", "fastest fixed k", "its final loss; steps", "ours, defaults", "seeds",
+              f"time to {target:.3f} against it"]  # fmt: skip
+    return table(header, rows)
+
+
+def priced_curve(record: dict, step_cost: float) -> list[Evaluation]:
+    """Return the evaluations of a record; time is in micro-batches, where a step costs as many as `step_cost`."""
+    size = MICRO_BATCH[record["task"]]
+    return [
+        Evaluation(p["loss"], p["step"], p["samples"], p["samples"] / size + step_cost * p["step"])
+        for p in record["curve"]
+    ]
 
 
 def draw_curves(records: list[dict], folder: Path) -> None:
@@ -310,6 +354,7 @@ def write_report(results: Path, path: Path | None = None) -> None:
     records = load(results)
     parts: dict[str, Callable[[], str]] = {
         "overhead": overhead_table,
+        "dear steps": lambda: dear_steps_table(records),
         "ranks search": lambda: ranks_search_table(records),
         "ranks paired": lambda: ranks_paired_table(records),
     }

@@ -51,8 +51,13 @@ PARTS_OF_DEFAULT = (("surge", "steps"), ("none", "tokens"), ("sqrt", "tokens"))
 NOISE_SCALE = (("noise_scale", "surge"), ("half_noise_scale", "surge"), ("half_noise_scale", "sqrt"))
 RANKS_SEEDS = range(3)
 SEEDS = range(5)
+# Costs of an optimizer step in micro-batches, as an optimizer on the host or a slow network may have.
+DEAR_STEPS = (1.0, 3.0)
+# What is then the fastest of the sweep to the first target (seed 0, both costs): k, rate, half-life of β2 in data.
+FASTEST_WITH_DEAR_STEPS = (2, 2e-3, 1)
 # Tasks on which no default was found, and rates of stock at k = 8.
 OTHERS = {"code": (2e-3, 4e-3, 8e-3)}
+OTHER_BETA2 = {"code": (0.95, 0.98)}
 QUICK_SWEEP = {"language": {1: (3e-3,), 8: (2e-3,)}, "vision": {1: (3.5e-4,), 8: (1.4e-3,)}}
 
 Runs = Iterator[list[str]]
@@ -72,8 +77,9 @@ def adaptive(
     policy: str = "goodput",
     on: int = 1,
     beta2: float | None = None,
+    step_cost: float | None = None,
 ) -> list[str]:
-    cost = ["--step_cost", str(STEP_COST[task])] if on == 1 else []
+    cost = ["--step_cost", f"{STEP_COST[task] if step_cost is None else step_cost:g}"] if on == 1 else []
     return ["--task", task, "--policy", policy, "--rule", rule, "--clock", clock, "--learning_rate", f"{rate:g}",
             *cost, *_beta2(task, beta2), "--seed", str(seed)]  # fmt: skip
 
@@ -82,9 +88,9 @@ def _beta2(task: str, value: float | None) -> list[str]:
     return [] if value is None or value == TASK_BETA2[task] else ["--beta2", f"{value:.6g}"]
 
 
-def beta2_in_data(task: str, k: int, half_life: float = 1.0) -> float:
-    """Return the β2 whose half-life in data at k is a multiple of the one that the task's has at k = 8."""
-    return float(f"{TASK_BETA2[task] ** (k / REFERENCE / half_life):.6g}")
+def beta2_in_data(task: str, k: int, half_life: float = 1.0, of: float | None = None) -> float:
+    """Return the β2 whose half-life in data at k is a multiple of the one that `of`, or the task's, has at k = 8."""
+    return float(f"{(of or TASK_BETA2[task]) ** (k / REFERENCE / half_life):.6g}")
 
 
 def load(results: Path) -> list[dict]:
@@ -143,9 +149,11 @@ def others(results: Path, quick: bool) -> Runs:
     records = load(results)
     for task in () if quick else OTHERS:
         rate = recipe(records, task)["learning_rate"]
-        yield adaptive(task, rate)
-        yield adaptive(task, rate, clock="steps")
-        yield stock(task, 1, rate, beta2=beta2_in_data(task, 1))
+        for beta2 in OTHER_BETA2[task]:
+            yield stock(task, REFERENCE, rate, beta2=beta2)
+            yield adaptive(task, rate, beta2=beta2)
+            yield adaptive(task, rate, clock="steps", beta2=beta2)
+            yield stock(task, 1, rate, beta2=beta2_in_data(task, 1, of=beta2))
 
 
 def ablations(results: Path, quick: bool) -> Runs:
@@ -160,6 +168,17 @@ def ablations(results: Path, quick: bool) -> Runs:
             yield stock(task, REFERENCE, rate * factor)
     for policy, rule in NOISE_SCALE[:1] if quick else NOISE_SCALE:
         yield adaptive("language", recipe(records, "language")["learning_rate"], rule, policy=policy)
+
+
+def dear_steps(results: Path, quick: bool) -> Runs:
+    """Ours where an optimizer step is dear; stock has its sweep, whose losses don't depend on what a step costs."""
+    rate = recipe(load(results), "language")["learning_rate"]
+    for seed in range(1) if quick else RANKS_SEEDS:
+        for step_cost in DEAR_STEPS[:1] if quick else DEAR_STEPS:
+            yield adaptive("language", rate, seed=seed, step_cost=step_cost)
+        k, best_rate, half_life = FASTEST_WITH_DEAR_STEPS
+        if not quick:
+            yield stock("language", k, best_rate, seed, beta2_in_data("language", k, half_life))
 
 
 def ranks(results: Path, quick: bool) -> Runs:
@@ -195,6 +214,6 @@ def on_two_ranks(arguments: list[str]) -> list[str]:
 
 
 PARTS: dict[str, Callable[[Path, bool], Runs]] = {
-    "sweep": sweep, "paired": paired, "others": others, "ablations": ablations, "ranks": ranks,
-    "ranks_paired": ranks_paired,
+    "sweep": sweep, "paired": paired, "others": others, "ablations": ablations, "dear_steps": dear_steps,
+    "ranks": ranks, "ranks_paired": ranks_paired,
 }  # fmt: skip
