@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
+from .core.installed import installed_version
+
 
 class Command(NamedTuple):
     """A subcommand.
@@ -78,6 +80,8 @@ def build_parser(used: str) -> CommandParser:
         used: Name of the subcommand on the command line. Any other word will do where there is none.
     """
     parser = CommandParser(prog="hf-trainopt", description="The Hugging Face Trainer, cheaper.")
+    version = f"hf-trainopt {installed_version('hf-trainopt') or '(not installed)'}"
+    parser.add_argument("--version", action="version", version=version)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         if name == used:

@@ -60,7 +60,7 @@ class Launcher:
     """Stands for the processes: `losses` of each arm, or an exit code."""
 
     def __init__(self, outcome):
-        self.outcome, self.commands = outcome, []
+        self.outcome, self.commands, self.more = outcome, [], {}
 
     def __call__(self, command, environment, log):
         record, arguments = Path(command[3]), command[5:]
@@ -68,7 +68,7 @@ class Launcher:
         result = self.outcome(arguments)
         if isinstance(result, int):
             return result, "it broke"
-        record.write_text(json.dumps(measured(result)))
+        record.write_text(json.dumps(measured(result) | self.more))
         return 0, ""
 
 
@@ -345,6 +345,35 @@ def test_a_failed_run_is_told_and_made_again(monkeypatch, script, capsys):
     assert len(whole.commands) == 1
 
 
+def test_nothing_else_is_started_once_the_baseline_has_failed(monkeypatch, script, capsys):
+    broken = Launcher(lambda arguments: 3 if is_stock(arguments) else [5.0, 4.0])
+    assert run(monkeypatch, script, ["--seeds", "2"], broken) == 2
+    assert "the first run of the baseline 'stock' failed, so no other was started" in capsys.readouterr().err
+    assert len(broken.commands) == 1
+    arms = ["--arm", "a=--width 16", "--arm", "b=--width 8", "--baseline", "b"]
+    broken = Launcher(lambda arguments: 3 if value_of(arguments, "width") == "8" else [5.0, 4.0])
+    assert run(monkeypatch, script, arms, broken) == 2
+    assert [value_of(words, "width") for words in broken.commands] == ["8"]
+
+
+@pytest.mark.parametrize("words", [[], ["--sweep", "1,2"]])
+def test_stock_and_ours_need_a_script_with_our_trainer(monkeypatch, script, capsys, words):
+    real = script.parent / "plain"
+    assert (
+        main(["compare", str(script), "--output_dir", str(real), "--seeds", "1", *words, "--", "--use_cpu", *BASE])
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert "need a script that trains with EfficientTrainer" in said
+    assert "doesn't take our arguments" in said
+    assert len(list((real / "records").glob("*.json"))) == 1
+    ignoring = Launcher(lambda arguments: [5.0, 4.0])
+    ignoring.more = {"is_ours": False}
+    assert run(monkeypatch, script, words, ignoring) == 2
+    assert "it trains with another Trainer. Change its imports" in capsys.readouterr().err
+    assert len(ignoring.commands) == 1
+
+
 def test_sweep_gives_stock_its_best_setting(monkeypatch, script, capsys):
     def outcome(arguments):
         if not is_stock(arguments):
@@ -385,7 +414,7 @@ def test_arms_of_ones_own(monkeypatch, script, capsys):
     launcher = Launcher(lambda arguments: [5.0, 4.0])
     words = ["--seeds", "1", "--arm", "small=--width 8", "--arm", "large=--width 16", "--baseline", "large"]
     assert run(monkeypatch, script, words, launcher) == 0
-    assert [value_of(arguments, "width") for arguments in launcher.commands] == ["8", "16"]
+    assert [value_of(arguments, "width") for arguments in launcher.commands] == ["16", "8"]  # the baseline is first
     assert "Against **large**" in capsys.readouterr().out
 
 

@@ -55,6 +55,11 @@ def test_the_sentence_of_the_issue():
         ({"time_to_target": Estimate(1.5, None, None, "at least", 5)}, "did not reach the target in 1.50 times the"),
         ({"time_to_target": Estimate(0.5, None, None, "at most", 5)}, "which stock did not, in at most 0.500 of its"),
         ({"time_to_target": exact(1.002, 0.9, 1.1)}, "in the same time (95 %: 0.900–1.10, no clear difference)"),
+        ({"time_to_target": exact(0.25, 0.2, 0.3), "train_time": exact(1.39, 1.3, 1.5)}, "), whole run 39 % longer"),
+        (
+            {"peak_memory": exact(0.5, 0.4, 0.6), "train_time": exact(2.5, 2, 3)},
+            "ours: whole run 2.50 times as long, 50",
+        ),
         ({"samples_to_target": exact(0.3, 0.2, 0.4)}, "ours reached the target with 0.300 of the samples"),
         ({"peak_memory": exact(1.001, 1.0, 1.002)}, "ours: the same memory"),
         ({"peak_memory": exact(2.5, 2.4, 2.6)}, "2.50 times the memory"),
@@ -65,6 +70,11 @@ def test_the_sentence_of_the_issue():
 )
 def test_sentences(estimates, said):
     assert said in verdict(**estimates)
+
+
+def test_a_run_that_is_hardly_longer_or_shorter_is_not_said_to_be():
+    for ratio in (0.5, 1.0, 1.04):
+        assert "whole run" not in verdict(time_to_target=exact(0.4, 0.3, 0.5), train_time=exact(ratio, ratio, ratio))
 
 
 def test_one_run_alone_and_no_made_up_target(tmp_path):

@@ -75,9 +75,9 @@ class ConsolePrinter(TrainerCallback):
 def console_text(logs: Mapping[str, Any], seconds_left: float | None, is_ours: Callable[[str], bool]) -> str:
     """Return what a terminal shows of a logged line.
 
-    A line of training has loss, learning rate, k, noise scale with its 95 % interval, peak memory, time left and
-    epoch, and then as many keys of other code as fit. Any other line (an evaluation, the end of a run) has all of its
-    keys but ours and its rates, and goes on in a second line where it must.
+    A line of training has loss, learning rate, k, noise scale with its 95 % interval, peak memory (once the peak of a
+    step and the plan for it), time left and epoch, and then as many keys of other code as fit. Any other line (an
+    evaluation, the end of a run) has all its keys but ours and its rates. It goes on in a second line where it must.
 
     Args:
         logs: The line.
@@ -97,7 +97,7 @@ def console_text(logs: Mapping[str, Any], seconds_left: float | None, is_ours: C
         return _cut([*parts, *_named(others)])
     rest = {key: value for key, value in others.items() if not key.endswith("_per_second")}
     own = {key: value for key, value in logs.items() if key in ("loss", "learning_rate", "grad_norm")}
-    memory = _training_parts(logs)[-1:] if "train_runtime" in logs and "peak_memory_gib" in logs else []
+    memory = _memory(logs) if "train_runtime" in logs else []
     return _wrapped([*_named(own), *_named(rest), *memory, *epoch])
 
 
@@ -107,9 +107,15 @@ def _training_parts(logs: Mapping[str, Any]) -> list[str]:
         parts.append(f"k {logs['accumulation_steps']}")
     if "noise_scale" in logs or "noise_scale_low" in logs:
         parts.append(f"noise scale {_noise(logs)}")
-    if "peak_memory_gib" in logs:
-        parts.append(f"memory {logs['peak_memory_gib']:.2f} GiB")
-    return parts
+    return parts + _memory(logs)
+
+
+def _memory(logs: Mapping[str, Any]) -> list[str]:
+    """Return the peak; under a memory budget, once, that of a step beside what was planned."""
+    if "measured_peak_gib" in logs:
+        planned = f" (plan: {logs['predicted_peak_gib']:.3g})" if "predicted_peak_gib" in logs else ""
+        return [f"step peak {logs['measured_peak_gib']:.3g} GiB{planned}"]
+    return [f"memory {logs['peak_memory_gib']:.2f} GiB"] if "peak_memory_gib" in logs else []
 
 
 def _noise(logs: Mapping[str, Any]) -> str:

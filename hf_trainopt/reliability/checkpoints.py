@@ -43,8 +43,20 @@ class CheckpointsPart(Part):
         self._attempt: SaveAttempt | None = None
         self._user_limit: int | None = None
         self._latest_step = math.inf
+        self._first_step = 0
         self._trial: Any = None  # of a hyperparameter search, whose checkpoints have a folder of their own
         self.forget_saves()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._first_step = state.global_step
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.global_step == self._first_step > 0 and args.should_log:
+            logger.warning(
+                "Nothing was trained: the checkpoint of step %d is at the end of this run already, or past it. Raise "
+                "num_train_epochs or max_steps to train on, or leave resume_from_checkpoint out to begin anew.",
+                state.global_step,
+            )
 
     def make_output_dir(self) -> None:
         """Make the output folder before upstream does, with an error of ours if that can't be done."""

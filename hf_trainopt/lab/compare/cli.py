@@ -1,9 +1,11 @@
 """`hf-trainopt compare`: arguments, the runs in their order, and what is written."""
 
 import argparse
+import functools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -109,11 +111,10 @@ def run(arguments: argparse.Namespace) -> str:
         for seed in range(arguments.seeds)
         for arm in (chosen if seed % 2 == 0 else chosen[::-1])  # none is always the first
     ]
-    found = executor.make(order)
+    order.sort(key=lambda run: (run[1] > 0, run[1] == 0 and run[0].name != baseline))  # the others need its first run
+    found = executor.make(order, check_first=functools.partial(check_first_run, own_arms=bool(arguments.arm)))
     by_arm = {arm.name: [found[arm.name, seed] for seed in range(arguments.seeds)] for arm in chosen}
     finished = [record for record in by_arm[baseline] if record["status"] == "finished"]
-    if not finished:
-        raise ValueError(f"no run of the baseline '{baseline}' has finished. {_first_failure(by_arm)}")
     metric = metric_key(arguments.target_metric)
     target = freeze_target(
         finished[0], metric, arguments.target_value, arguments.target_share, arguments.greater_is_better
@@ -232,7 +233,7 @@ def best_fixed(arguments: argparse.Namespace, executor: "Executor", script_argum
     if min(steps) < 1:
         raise ValueError(f"--sweep '{arguments.sweep}' has a k below 1.")
     sys.stderr.write(f"hf-trainopt: {len(swept)} runs to find the best fixed setting of stock\n")
-    found = executor.make([(arm, 0) for arm in swept])
+    found = executor.make([(arm, 0) for arm in swept], check_first=check_is_ours)
     metric = metric_key(arguments.target_metric)
     target = Target.of(metric, 0.0, arguments.greater_is_better)  # of which the direction counts
     ended = [
@@ -253,6 +254,39 @@ def best_fixed(arguments: argparse.Namespace, executor: "Executor", script_argum
     arm = ArmSpec(f"{BEST} (k = {k}, rate {rate}{beta2})", winner.arguments)
     executor.alias(arm, winner, seed=0)
     return arm
+
+
+# What argparse and HfArgumentParser say of a flag that they don't have.
+_REFUSES_OURS = re.compile(r"(unrecognized arguments|not used by the HfArgumentParser).*--accumulation_policy")
+
+
+def check_first_run(record: dict[str, Any], own_arms: bool) -> None:
+    """Raise `ValueError` if the first run, of the baseline, shows that there can be no comparison.
+
+    Args:
+        record: Of the run.
+        own_arms: Whether all arms are the user's: then the script may use any Trainer.
+    """
+    if not own_arms:
+        check_is_ours(record)
+    if record["status"] == "failed":
+        name = record["arm"]["name"]
+        failure = _first_failure({name: [record]})
+        raise ValueError(f"the first run of the baseline '{name}' failed, so no other was started. {failure}")
+
+
+def check_is_ours(record: dict[str, Any]) -> None:
+    """Raise `ValueError` if a script that is to be run as 'stock' and as 'ours' doesn't know our Trainer."""
+    if record["status"] == "failed" and _REFUSES_OURS.search(record["errors"]):
+        reason = "it doesn't take our arguments"
+    elif record["status"] == "finished" and not record.get("is_ours", True):
+        reason = "it trains with another Trainer"
+    else:
+        return
+    raise ValueError(
+        "the arms 'stock' and 'ours' need a script that trains with EfficientTrainer and EfficientTrainingArguments, "
+        f"but {reason}. Change its imports, or compare arms of your own with --arm NAME='--flag value'."
+    )
 
 
 def _first_failure(by_arm: dict[str, list[dict[str, Any]]]) -> str:
@@ -283,11 +317,19 @@ class Executor:
         self._launch = launch or run_process
         self._made: set[str] = set()
 
-    def make(self, order: Sequence[tuple[ArmSpec, int]]) -> dict[tuple[str, int], dict[str, Any]]:
+    def make(
+        self,
+        order: Sequence[tuple[ArmSpec, int]],
+        check_first: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> dict[tuple[str, int], dict[str, Any]]:
         """Return the records of all runs, by arm and seed.
 
+        Args:
+            order: The runs.
+            check_first: Raises `ValueError` if the record of the first one shows that the others are of no use.
+
         Raises:
-            ValueError: The folder has a record of a run with other arguments.
+            ValueError: The folder has a record of a run with other arguments, or `check_first` raised it.
         """
         runs = [records.RunSpec(arm, seed, self._folder) for arm, seed in order]
         found = {run.name: self._kept(run) for run in runs}
@@ -300,6 +342,8 @@ class Executor:
                     sys.stderr.flush()
                 if found[run.name] is None:
                     found[run.name] = self._make(run)
+                if number == 1:
+                    check_first(found[run.name])
                 bar.update()
         return {(run.arm.name, run.seed): found[run.name] for run in runs}
 

@@ -62,11 +62,13 @@ def peak_resident_gib() -> float:
 
 def record_of(trainer: Any, wall: float, cpu: float) -> dict[str, Any]:
     """Return what is kept of a run; times in seconds of the whole process."""
+    from hf_trainopt import EfficientTrainerMixin
     from hf_trainopt.lab.compare.records import versions
 
     return {
         "log_history": trainer.state.log_history,
         "optimizer_steps": trainer.state.global_step,
+        "is_ours": isinstance(trainer, EfficientTrainerMixin),
         "world_size": trainer.args.world_size,
         "wall_seconds": wall,
         "cpu_seconds": cpu,

@@ -225,7 +225,7 @@ def _loss_legend(arms: Sequence[Arm], panels: Sequence[LinePanel]) -> tuple[tupl
     logged = (
         "training loss"
         + ("" if divided else ", as logged")
-        + ("; of seeds that all go to the end their median" if of_seeds else "")
+        + ("; with several seeds, their median" if of_seeds else "")
     )
     legend = [("faint", logged)] if "faint" in styles else []
     legend += [("marked", main_metric(arms))] if "marked" in styles else []

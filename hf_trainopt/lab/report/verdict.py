@@ -14,6 +14,8 @@ from .summary import figure, largest, ratio_text, spread
 
 # Below this a difference is called none, as a share.
 _SAME = 0.005
+# From this on the time of the whole run is told as well: who goes on to the end pays it.
+_LONGER = 0.05
 
 
 def verdicts(arms: Sequence[Arm], baseline: Arm | None, ratios: Sequence[Ratio], target: Target | None) -> list[str]:
@@ -59,7 +61,8 @@ def _alone(arm: Arm) -> str:
 def _against(arm: Arm, baseline: Arm, ratios: dict[str, Estimate], target: Target | None) -> str:
     """Return how an arm came out against the baseline."""
     to_target = _to_target(ratios, baseline.name)
-    said = ", ".join(filter(None, (to_target, _memory(ratios), _final(ratios, arm, baseline, target))))
+    parts = (to_target, _whole(ratios), _memory(ratios), _final(ratios, arm, baseline, target))
+    said = ", ".join(filter(None, parts))
     if not said:
         return f"{arm.name} and {baseline.name} have nothing in common that could be compared."
     return f"{arm.name}{'' if to_target else ':'} {said}{_seeds(arm, baseline, ratios)}."
@@ -85,6 +88,15 @@ def _to_target(ratios: dict[str, Estimate], baseline: str) -> str:
             return f"took {value} times the {what} to the target{_interval(estimate)}"
         return f"reached the target {preposition} {value} of the {what}{_interval(estimate)}"
     return ""
+
+
+def _whole(ratios: dict[str, Estimate]) -> str:
+    estimate = ratios.get("train_time")
+    if estimate is None or estimate.bound != "exact" or estimate.value < 1 + _LONGER:
+        return ""
+    ratio = estimate.value
+    change = f"{ratio_text(ratio)} times as long" if ratio >= 1.995 else f"{100 * (ratio - 1):.2g} % longer"
+    return f"whole run {change}"
 
 
 def _interval(estimate: Estimate) -> str:

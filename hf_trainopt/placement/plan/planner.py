@@ -428,9 +428,9 @@ class PlacementPlanner:
         share = enough_share(self.floor.peak_bytes, self.baseline.peak_bytes)
         return (
             f"memory_budget is {stated_budget(memory_budget, budget)}, but no placement needs less than {floor} (the "
-            f"floor, {share} of the {gib(self.baseline.peak_bytes)} without recomputation; parameters, gradients and "
-            f"optimizer state alone are {gib(resident)}). Raise memory_budget to {floor.replace(' ', '')} or {share}, "
-            f"or lower the floor with {'; '.join(remedies)}."
+            f"floor, {share} of the {gib(self.baseline.peak_bytes)} without recomputation; at its peak, parameters, "
+            f"gradients and optimizer state take {gib(resident)}). Raise memory_budget to {floor.replace(' ', '')} or "
+            f"{share}, or lower the floor with {'; '.join(remedies)}."
         )
 
 

@@ -25,6 +25,9 @@ _WITHOUT_REWRITES = (
 )
 
 
+_SMALLER = " Smaller micro-batches weren't tried: on a GPU they do the same work in more and smaller kernels."
+
+
 class Finder:
     """Searches over sizes with the planners of a workshop.
 
@@ -114,6 +117,7 @@ class Finder:
                     f"The fastest is predicted to be {best.micro_batch}: {render.words(best.plan)}. Times are a "
                     "roofline's, which doesn't know that large matrices run at a higher rate: where two are close, "
                     "try the larger one."
+                    + (_SMALLER if first < min(sized.micro_batch for sized in found) else "")
                     + (_WITHOUT_REWRITES if arguments.memory_rewrites == "auto" and has_stock else "")
                 ),
                 "",

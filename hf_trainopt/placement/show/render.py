@@ -90,6 +90,12 @@ def _cells(row: MemoryRow, size: int, decimals: int) -> list[str]:
     return [f"{value / size:,.{decimals}f}" for value in (*row.columns.values(), row.total)]
 
 
+_RESIDENT_WORDS = {
+    "parameters": "parameters", "buffers": "buffers", "gradients": "gradients", "optimizer": "optimizer state",
+    "communication": "communication buffers",
+}  # fmt: skip
+
+
 def first_answer(baseline: Replay, budget: str | None) -> str:
     """Return what a step takes without recomputation, before any search.
 
@@ -97,10 +103,15 @@ def first_answer(baseline: Replay, budget: str | None) -> str:
         baseline: That step.
         budget: What the budget is, as a sentence.
     """
+    resident = baseline.resident_by_kind()
+    kinds = [words for kind, words in _RESIDENT_WORDS.items() if kind in resident]
+    listed = " and ".join(filter(None, (", ".join(kinds[:-1]), *kinds[-1:])))
     text = (
-        f"Without recomputation a step takes {gib(baseline.peak_bytes)}. Of it, {gib(baseline.resident_bytes)} "
-        "(parameters, gradients, optimizer state) stay whatever is recomputed."
+        f"Without recomputation a step takes {gib(baseline.peak_bytes)}. At this peak "
+        f"{gib(baseline.resident_bytes)} are {listed}, which recomputation can't free."
     )
+    if resident and "gradients" not in resident:
+        text += " Gradients come on top of them later in the step, when activations are gone."
     return text if budget is None else f"{text} {budget}"
 
 
@@ -391,7 +402,9 @@ def render_pairs(pairs: Iterable[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in pairs) + 2
     lines = []
     for name, value in pairs:
-        first, *more = _wrap(value, WIDTH - width) or [""]
+        # Overrides (`a=1,b=2`) break at their commas.
+        found = _wrap(re.sub(r",(?=\w+=)", ",\0 ", value), WIDTH - width) or [""]
+        first, *more = (line.replace("\0 ", "").rstrip("\0") for line in found)
         lines += [name.ljust(width) + first, *(" " * width + text for text in more)]
     return "\n".join(lines)
 

@@ -93,7 +93,13 @@ class Replay:
     @property
     def resident_bytes(self) -> int:
         """Bytes of parameters, gradients and optimizer state at the peak, which no placement changes."""
-        return sum(num_bytes for (kind, _), num_bytes in self.peak_by_key.items() if kind in _RESIDENT)
+        return sum(self.resident_by_kind().values())
+
+    def resident_by_kind(self) -> dict[str, int]:
+        """Return kind -> bytes at the peak of parameters, gradients and optimizer state; with k = 1 gradients may come
+        after the peak.
+        """
+        return {kind: num_bytes for kind, num_bytes in self.peak_by_kind().items() if kind in _RESIDENT}
 
 
 # What the host does besides issuing recomputed operators, as shares of its time for the forward pass: Python handles
