@@ -383,10 +383,14 @@ LLAMA = [
 ]  # fmt: skip
 
 
-def test_adapters_are_what_is_trained(capsys):
+def test_adapters_are_what_is_trained(tmp_path, capsys):
     pytest.importorskip("peft")
-    whole = figures(capsys, *LLAMA, "--memory_budget", "9GiB")["plan"]
-    lora = figures(capsys, *LLAMA, "--lora_r", "4", "--memory_budget", "9GiB")["plan"]
+
+    def planned(*words):
+        assert plan(*LLAMA, *words, "--memory_budget", "9GiB", "--output", str(tmp_path / "plan.json")) == 0
+        return json.loads((tmp_path / "plan.json").read_text())
+
+    whole, lora = planned(), planned("--lora_r", "4")
     added = 3 * 2 * 4 * (64 + 64)  # q and v of each layer
     assert lora["details"]["num_parameters"] == whole["details"]["num_parameters"] + added
     states = [plan["details"]["baseline_by_kind"]["optimizer"] for plan in (whole, lora)]
@@ -394,8 +398,8 @@ def test_adapters_are_what_is_trained(capsys):
     assert states[0] > 10 * states[1]
     assert plan(*LLAMA, "--lora_r", "4", "--lora_target_modules", "nothing") == 2
     assert "--lora_target_modules: Target modules" in capsys.readouterr().err
-    one = figures(capsys, *LLAMA, "--lora_r", "4", "--lora_target_modules", "q_proj", "--memory_budget", "9GiB")
-    assert one["plan"]["details"]["num_parameters"] == whole["details"]["num_parameters"] + added // 2
+    one = planned("--lora_r", "4", "--lora_target_modules", "q_proj")
+    assert one["details"]["num_parameters"] == whole["details"]["num_parameters"] + added // 2
     assert plan(*LLAMA, "--lora_target_modules", "q_proj") == 2
     assert "--lora_target_modules needs --lora_r" in capsys.readouterr().err
 
@@ -458,12 +462,12 @@ def test_the_longest_samples(capsys):
 
 def test_a_table_of_two_sizes(capsys):
     values = figures(
-        capsys, "--timm_model", "resnet18", "--memory_rewrites", "none", "--device", "a100", "--find",
-        "per_device_train_batch_size", "image_size", "--image_size", "32", "--memory_budget", "300MiB",
-        "--per_device_train_batch_size", "8",
+        capsys, "--model_type", "gpt2", "--config_overrides", TINY.replace("n_positions=64", "n_positions=256"),
+        "--memory_rewrites", "none", "--device", "a100", "--find", "per_device_train_batch_size", "block_size",
+        "--block_size", "128", "--memory_budget", "40MiB", "--per_device_train_batch_size", "8",
     )  # fmt: skip
     rows = values["rows"]
-    assert [row["image_size"] for row in rows] == [32, 64, 128]
+    assert [row["block_size"] for row in rows] == [64, 128, 256]
     largest = [row["largest"] for row in rows]
     assert largest == sorted(largest, reverse=True)
     assert all(0 < row["largest_without_recomputation"] <= row["largest"] for row in rows)

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -465,14 +466,20 @@ def lora_gpt2(layers=(2, 3)):
     return peft.get_peft_model(gpt2(), config)
 
 
+@cache
+def ends_of(model) -> tuple[int, int]:
+    """Return the least peak of a model, and its peak without recomputation."""
+    planner = PlacementPlanner(model(), tokens(12, 24), CPU, memory_rewrites="none")
+    return planner.floor.peak_bytes, planner.baseline.peak_bytes
+
+
 @pytest.mark.parametrize(
     ("model", "share"),
     [(frozen_gpt2, 0.0), (frozen_gpt2, 0.5), (lora_gpt2, 0.5)],
     ids=["frozen 0.0", "frozen 0.5", "lora 0.5"],
 )
 def test_frozen_lower_layers_are_not_recomputed(tmp_path, model, share):
-    planner = PlacementPlanner(model(), tokens(12, 24), CPU, memory_rewrites="none")
-    floor, baseline = planner.floor.peak_bytes, planner.baseline.peak_bytes
+    floor, baseline = ends_of(model)
     budget = str(round(floor + share * (baseline - floor)))
     trainer = run(tmp_path / "placed", model=model, **SHORT, memory_budget=budget, memory_rewrites="none")
     chosen = [choice.recompute for choice in trainer.placement_plan.stages.values()]
@@ -496,9 +503,7 @@ def test_a_model_of_which_only_the_head_is_trained(tmp_path):
 # ---- What a plan claims --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "host_s", [None, 0.0, 3e-6, 5e-6, 15e-6], ids=["CPU", "device limits", "either", "either, rather the host", "host"]
-)
+@pytest.mark.parametrize("host_s", [None, 0.0, 4e-6, 15e-6], ids=["CPU", "device limits", "either", "host"])
 def test_the_gap_holds_against_all_plans_there_are(host_s):
     """All plans of two layers, on a CPU and where the GPU, its host or now one and now the other limits a step."""
     setup = CPU if host_s is None else StepSetup(device=replace(DEVICES["a100"], host_s=host_s))

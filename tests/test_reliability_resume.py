@@ -282,3 +282,16 @@ def test_nothing_of_ours_unpickles_or_trusts_remote_code():
                 assert keywords.get("weights_only") == "True", path
             assert keywords.get("trust_remote_code") in (None, "False", "model_args.trust_remote_code"), path
     assert ModelArguments().trust_remote_code is False
+
+
+def test_a_resumed_run_that_is_over_says_so(whole, run_dir, caplog):
+    last = checkpoints(Path(whole.args.output_dir))[-1]
+    folder = run_dir / last
+    shutil.copytree(Path(whole.args.output_dir) / last, folder)
+    trainer = make(run_dir, **GOODPUT)
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert trainer.state.global_step == whole.state.global_step
+    assert f"Nothing was trained: the checkpoint of step {whole.state.global_step} is at the end of" in caplog.text
+    caplog.clear()
+    make(run_dir, **GOODPUT).train(resume_from_checkpoint=str(run_dir / checkpoints(run_dir)[0]))
+    assert "Nothing was trained" not in caplog.text
