@@ -28,6 +28,7 @@ from hf_trainopt.placement.simulate.step_setup import StepSetup
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is in the extra 'deepspeed'"
 )
+HAS_PEFT = importlib.util.find_spec("peft") is not None
 SETTINGS = ZeroSettings(reduce_bucket_size=20_000, prefetch_bucket_size=10_000, persistence_threshold=100)
 TIGHT = dataclasses.replace(SETTINGS, max_reuse_distance=0, max_live_parameters=20_000)
 
@@ -53,6 +54,7 @@ def zero(stage: int, **more) -> dict:
 
 FIXED = {"accumulation_policy": "fixed"}
 ALL = {"checkpoint_placement": "all", **FIXED}
+NONE = {"memory_budget": "100%", "memory_rewrites": "none", **FIXED}
 EVERY_2 = {"checkpoint_placement": "every_2"}
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 SPLIT = {"memory_rewrites": "none", "auto_micro_batch": True, "per_device_train_batch_size": 8, **FIXED}
@@ -64,6 +66,8 @@ FSDP2_CASES = [
     {"name": "planned size", "fsdp": True, "arguments": SPLIT | {"memory_budget": "13000000"}},
 ]
 ZERO_CASES = [
+    # First, in a process in which DeepSpeed hasn't replaced `F.linear` yet.
+    {"name": "zero3, lora", "deepspeed": zero(3), "arguments": NONE, "lora": ["q_proj", "v_proj"]},
     {"name": "zero1, k = 3", "deepspeed": zero(1), "arguments": EVERY_2, "k": 3},
     {"name": "zero2, all, gpt2", "deepspeed": zero(2), "arguments": ALL, "model": "gpt2"},
     {"name": "zero3, loaded in pieces", "deepspeed": zero(3), "arguments": ALL, "loads": True},
@@ -96,7 +100,8 @@ def fsdp2(tmp_path_factory) -> list[dict[str, dict]]:
 
 @pytest.fixture(scope="module")
 def deepspeed(tmp_path_factory) -> list[dict[str, dict]]:
-    return launched(ZERO_CASES, tmp_path_factory.mktemp("zero"), DS_ACCELERATOR="cpu")
+    cases = [case for case in ZERO_CASES if HAS_PEFT or "lora" not in case]
+    return launched(cases, tmp_path_factory.mktemp("zero"), DS_ACCELERATOR="cpu")
 
 
 def check(ranks: list[dict[str, dict]], name: str) -> dict:
@@ -123,6 +128,8 @@ def test_peaks_under_fsdp2(name, fsdp2):
 @needs_deepspeed
 @pytest.mark.parametrize("name", [case["name"] for case in ZERO_CASES[:-2]])
 def test_peaks_under_deepspeed(name, deepspeed):
+    if name == "zero3, lora" and not HAS_PEFT:
+        pytest.skip("peft is in the extra 'examples'")
     assert check(deepspeed, name)["plan"]["details"]["sharding"] == name[:5]
 
 
@@ -239,6 +246,19 @@ def test_half_precision_halves_what_is_gathered():
     )
     assert half.peak_by_kind()["parameters"] == full.peak_by_kind()["parameters"]  # shards keep their type
     assert half.peak_by_kind()["gathered"] < full.peak_by_kind()["gathered"]
+
+
+def test_zero3_keeps_the_inputs_of_frozen_layers():
+    model, batch = llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    found = []
+    for keeps in (True, False):
+        zero = dataclasses.replace(TIGHT, memory_efficient_linear=keeps)
+        setup = StepSetup(sharding=Sharding("zero3", 2, zero=zero))
+        found.append(PlacementPlanner(model, batch, setup, memory_rewrites="none").baseline.peak_by_kind())
+    # The inputs of q, k and v, of gate and up, and of down; attention keeps that of o anyway.
+    assert found[0]["activations"] - found[1]["activations"] == 2 * 4 * 2 * 16 * (32 + 32 + 48)
 
 
 @pytest.mark.parametrize("kind", ["zero2", "fsdp2"])

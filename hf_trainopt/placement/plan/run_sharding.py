@@ -23,6 +23,7 @@ _ZERO_NAMES = {
     "stage3_max_live_parameters": "max_live_parameters",
     "stage3_max_reuse_distance": "max_reuse_distance",
     "sub_group_size": "sub_group_size",
+    "memory_efficient_linear": "memory_efficient_linear",
 }
 # Settings of `zero_optimization` that change what is held, and the value with which they don't.
 _ZERO_STOCK = {
