@@ -6,8 +6,9 @@ import json
 import torch
 
 from ..plan.budget import gib
+from ..plan.deepspeed_config import auto_settings, zero_settings
 from ..plan.planner import PlacementPlanner
-from ..plan.run_sharding import accelerate_groups, auto_settings, zero_settings
+from ..plan.run_sharding import accelerate_groups
 from ..plan.stages import find_stages
 from ..simulate.optimizers import PAGED
 from ..simulate.quantized import Quantization, num_parameters

@@ -1,0 +1,108 @@
+"""How a run is spread over devices, read from its Trainer: configurations of DeepSpeed, plugins of Accelerate."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from helpers import tiny_gpt2
+
+from hf_trainopt.placement import PlacementError
+from hf_trainopt.placement.plan.run_sharding import sharding_of
+from hf_trainopt.placement.simulate.sharding import Sharding, ZeroSettings
+
+
+# ---- DeepSpeed -----------------------------------------------------------------------------------------------------
+
+
+CONFIGS = [
+    (
+        {"zero_optimization": {"stage": 2, "contiguous_gradients": False}},
+        "zero_optimization.contiguous_gradients=False",
+    ),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size=8"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param to NVMe"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "to the host in part"),
+    ({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}}, "data_types.grad_accum_dtype"),
+    ({"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": True}}, "torch_autocast.enabled"),
+    ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lion"}}, "the optimizer Lion"),
+    ({"bf16": {"enabled": True}}, "ZeRO stage 0 in bfloat16"),
+    ({"zero_optimization": {"stage": 3, "allgather_sequential": True}}, "zero_optimization.allgather_sequential=True"),
+    ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
+]
+
+
+def deepspeed_run(config: dict, mixed_precision: str = "no") -> Sharding:
+    trainer = SimpleNamespace(
+        is_deepspeed_enabled=True, args=SimpleNamespace(world_size=2), model=tiny_gpt2(),
+        accelerator=SimpleNamespace(mixed_precision=mixed_precision),
+    )  # fmt: skip
+    with mock.patch("hf_trainopt.placement.plan.run_sharding._config", return_value=config):
+        return sharding_of(trainer)
+
+
+@pytest.mark.parametrize(("config", "message"), CONFIGS)
+def test_what_is_not_predicted_is_said(config, message):
+    with pytest.raises(PlacementError, match=f"{message}.*checkpoint_placement='all'"):
+        deepspeed_run(config)
+
+
+def test_auto_buckets_are_those_of_transformers():
+    config = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_max_live_parameters": 7}}
+    found = deepspeed_run(config | {"bf16": {"enabled": "auto"}}, "bf16")
+    assert (found.kind, found.num_devices, found.dtype) == ("zero3", 2, torch.bfloat16)
+    assert found.zero == ZeroSettings(reduce_bucket_size=16 * 16, max_live_parameters=7)
+
+
+SIZES = {
+    "reduce_bucket_size": "reduce_bucket_size",
+    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
+    "prefetch_bucket_size": "prefetch_bucket_size",
+    "stage3_param_persistence_threshold": "persistence_threshold",
+    "param_persistence_threshold": "persistence_threshold",
+    "stage3_model_persistence_threshold": "model_persistence_threshold",
+    "stage3_max_live_parameters": "max_live_parameters",
+    "max_reuse_distance": "max_reuse_distance",
+    "sub_group_size": "sub_group_size",
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_may_be_written_as_floats(name):
+    for value in (2e8, 200_000_000, "200000000"):
+        found = deepspeed_run({"zero_optimization": {"stage": 3, name: value}}).zero
+        assert found == ZeroSettings(**{SIZES[name]: 200_000_000})
+        assert type(getattr(found, SIZES[name])) is int
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan"), float("inf"), -1, "2e8", None, [1]])
+def test_sizes_are_whole_numbers(value):
+    with pytest.raises(PlacementError, match=r"reduce_bucket_size is .*give a whole number"):
+        deepspeed_run({"zero_optimization": {"stage": 2, "reduce_bucket_size": value}})
+
+
+def test_flags_are_no_sizes():
+    zero = {"stage": 3, "overlap_comm": True, "memory_efficient_linear": False}
+    assert deepspeed_run({"zero_optimization": zero}).zero == ZeroSettings(
+        overlap_comm=True, memory_efficient_linear=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"zero_optimization": None}, "zero_optimization of the DeepSpeed configuration is None"),
+        ({"zero_optimization": True}, "make it a JSON object"),
+        ({"zero_optimization": {"stage": 4}}, "stage is 4; it must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2}, "bf16": True}, "bf16 of the DeepSpeed configuration is True"),
+    ],
+)
+def test_what_deepspeed_does_not_take_is_said(config, message):
+    with pytest.raises(PlacementError, match=message):
+        deepspeed_run(config)
+
+
+def test_the_old_name_of_bf16_is_read():
+    zero = {"zero_optimization": {"stage": 2}}
+    assert deepspeed_run(zero | {"bfloat16": {"enabled": True}}).dtype == torch.bfloat16
+    assert deepspeed_run(zero | {"bfloat16": {"enabled": True}, "bf16": {"enabled": False}}).dtype is None
