@@ -106,3 +106,19 @@ def test_the_old_name_of_bf16_is_read():
     zero = {"zero_optimization": {"stage": 2}}
     assert deepspeed_run(zero | {"bfloat16": {"enabled": True}}).dtype == torch.bfloat16
     assert deepspeed_run(zero | {"bfloat16": {"enabled": True}, "bf16": {"enabled": False}}).dtype is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "old", "new"),
+    [
+        (2, {"cpu_offload": True}, {"offload_optimizer": {"device": "cpu"}}),
+        (3, {"cpu_offload": True}, {"offload_optimizer": {"device": "cpu"}}),
+        (3, {"cpu_offload_param": True}, {"offload_param": {"device": "cpu"}}),
+        (3, {"cpu_offload_params": True}, {"offload_param": {"device": "cpu"}}),
+        (3, {"cpu_offload": False, "cpu_offload_param": False}, {}),
+    ],
+)
+def test_old_switches_offload_as_the_new_sections_do(stage, old, new):
+    found, expected = (deepspeed_run({"zero_optimization": {"stage": stage, **zero}}) for zero in (old, new))
+    assert found == expected
+    assert (found.offload_optimizer or found.offload_parameters) == bool(new)

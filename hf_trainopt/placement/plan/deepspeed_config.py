@@ -20,6 +20,11 @@ _SIZES = {
     "stage3_max_reuse_distance": "max_reuse_distance",
     "sub_group_size": "sub_group_size",
 }
+# Switches that became sections; DeepSpeed 0.19 still reads all but the last.
+_OLD_OFFLOADS = {
+    "offload_optimizer": ("cpu_offload",),
+    "offload_param": ("cpu_offload_param", "cpu_offload_params"),
+}
 _FLAGS = ("overlap_comm", "memory_efficient_linear")
 # Settings of `zero_optimization` that change what is held, and the value with which they don't.
 _STOCK = {
@@ -163,7 +168,9 @@ def is_offloaded(zero: Mapping[str, Any], name: str) -> bool:
     Raises:
         UnpredictedError: Only a part of it is, or it is on a disk.
     """
-    section = zero.get(name) or {}
+    if zero.get(name) is None and any(zero.get(old) for old in _OLD_OFFLOADS[name]):
+        return True
+    section = section_of(zero, name)
     device = str(section.get("device", "none"))
     if device == "nvme" or section.get("ratio", 1.0) != 1.0 or section.get("super_offload"):
         raise UnpredictedError(f"{name} to {'NVMe' if device == 'nvme' else 'the host in part'}")
