@@ -8,6 +8,7 @@ import torch
 from helpers import tiny_gpt2
 
 from hf_trainopt.placement import PlacementError
+from hf_trainopt.placement.plan.run_optimizer import optimizer_of
 from hf_trainopt.placement.plan.run_sharding import sharding_of
 from hf_trainopt.placement.simulate.sharding import Sharding, ZeroSettings
 
@@ -122,3 +123,23 @@ def test_old_switches_offload_as_the_new_sections_do(stage, old, new):
     found, expected = (deepspeed_run({"zero_optimization": {"stage": stage, **zero}}) for zero in (old, new))
     assert found == expected
     assert (found.offload_optimizer or found.offload_parameters) == bool(new)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_bnb_8bit", "galore_adamw", "lion_8bit", "sgd"])
+@pytest.mark.parametrize("is_made", [False, True])
+def test_the_optimizer_of_the_configuration_wins(name, is_made):
+    class Own:
+        def create_optimizer(self):
+            raise AssertionError("Trainer doesn't ask for it")
+
+    model = tiny_gpt2()
+    trainer = Own() if is_made else SimpleNamespace()
+    vars(trainer).update(
+        is_deepspeed_enabled=True, args=SimpleNamespace(optim=name), model=model, compute_loss_func=None,
+        optimizer=None, optimizer_cls_and_kwargs=(torch.optim.SGD, {}),
+    )  # fmt: skip
+    config = {"optimizer": {"type": "Adam", "params": {"torch_adam": True}}}
+    with mock.patch("hf_trainopt.placement.plan.run_sharding._config", return_value=config):
+        made = optimizer_of(trainer, model, is_flat=True)
+    assert type(made) is torch.optim.AdamW
+    assert not made.defaults["fused"]

@@ -57,6 +57,8 @@ ALL = {"checkpoint_placement": "all", **FIXED}
 NONE = {"memory_budget": "100%", "memory_rewrites": "none", **FIXED}
 EVERY_2 = {"checkpoint_placement": "every_2"}
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+# It wins over `optim`.
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
 SPLIT = {"memory_rewrites": "none", "auto_micro_batch": True, "per_device_train_batch_size": 8, **FIXED}
 
 # Budgets and more set-ups are in benchmarks/placement.py sharded: here each launch is to take seconds.
@@ -68,7 +70,7 @@ FSDP2_CASES = [
 ZERO_CASES = [
     # First, in a process in which DeepSpeed hasn't replaced `F.linear` yet.
     {"name": "zero3, lora", "deepspeed": zero(3), "arguments": NONE, "lora": ["q_proj", "v_proj"]},
-    {"name": "zero1, k = 3", "deepspeed": zero(1), "arguments": EVERY_2, "k": 3},
+    {"name": "zero1, k = 3", "deepspeed": zero(1) | ADAM, "arguments": EVERY_2 | {"optim": "adamw_8bit"}, "k": 3},
     {"name": "zero2, all, gpt2", "deepspeed": zero(2, reduce_bucket_size=6e4), "arguments": ALL, "model": "gpt2"},
     {"name": "zero3, loaded in pieces", "deepspeed": zero(3), "arguments": ALL, "loads": True},
     {"name": "zero3, k = 3, offloaded", "deepspeed": zero(3, stage3_max_reuse_distance=50_000, **OFFLOADED),
