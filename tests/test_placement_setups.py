@@ -5,6 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
+from accelerate.utils import FullyShardedDataParallelPlugin
 from helpers import tiny_gpt2
 
 from hf_trainopt.placement import PlacementError
@@ -143,3 +145,29 @@ def test_the_optimizer_of_the_configuration_wins(name, is_made):
         made = optimizer_of(trainer, model, is_flat=True)
     assert type(made) is torch.optim.AdamW
     assert not made.defaults["fused"]
+
+
+# ---- FSDP2 through Accelerate --------------------------------------------------------------------------------------
+
+
+def fsdp2_run(model: torch.nn.Module, names: list[str] | None = None, **parallelism) -> SimpleNamespace:
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=names
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no",
+        gradient_state=SimpleNamespace(plugin_kwargs={}), parallelism_config=ParallelismConfig(**parallelism),
+    )  # fmt: skip
+    return SimpleNamespace(
+        args=SimpleNamespace(world_size=4), model=model, accelerator=accelerator, is_deepspeed_enabled=False,
+        is_fsdp_enabled=True, is_distributed_loading_by_transformers=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "number"),
+    [({}, 4), ({"dp_shard_size": 4}, 4), ({"dp_replicate_size": 2, "dp_shard_size": 2}, 2)],
+)
+def test_hsdp_shards_over_the_ranks_of_one_copy(sizes, number):
+    found = sharding_of(fsdp2_run(tiny_gpt2(), **sizes))
+    assert (found.kind, found.num_devices) == ("fsdp2", number)

@@ -144,7 +144,7 @@ def _accelerate(trainer: Any) -> Sharding:
         offloads = False
     return Sharding(
         "fsdp2",
-        trainer.args.world_size,
+        _shard_size(trainer),
         offload_optimizer=offloads,
         offload_parameters=offloads,
         dtype=getattr(mixed, "param_dtype", None),
@@ -153,6 +153,14 @@ def _accelerate(trainer: Any) -> Sharding:
         groups=groups,
         reduces_always=_reduces_always(trainer),
     )
+
+
+def _shard_size(trainer: Any) -> int:
+    """Ranks over which Accelerate shards: those of one copy of the model, where HSDP keeps several."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    if config is None or config.total_size == 1:  # no mesh, so `fully_shard` takes all ranks
+        return trainer.args.world_size
+    return config.dp_shard_size * config.cp_size
 
 
 def accelerate_groups(model: nn.Module, layers: set[nn.Module], keeps: bool = False) -> Iterator[Group]:
