@@ -7,10 +7,12 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from helpers import tiny_gpt2
 
 from hf_trainopt.placement import PlacementError
 from hf_trainopt.placement.plan.run_optimizer import optimizer_of
+from hf_trainopt.placement.plan.run_planner import RunPlanner
 from hf_trainopt.placement.plan.run_sharding import sharding_of
 from hf_trainopt.placement.simulate.sharding import Sharding, ZeroSettings
 
@@ -171,3 +173,28 @@ def fsdp2_run(model: torch.nn.Module, names: list[str] | None = None, **parallel
 def test_hsdp_shards_over_the_ranks_of_one_copy(sizes, number):
     found = sharding_of(fsdp2_run(tiny_gpt2(), **sizes))
     assert (found.kind, found.num_devices) == ("fsdp2", number)
+
+
+@pytest.mark.parametrize("names", [None, ["GPT2Block"]])
+def test_a_second_train_finds_the_groups_of_the_first(names, one_rank):
+    trainer = fsdp2_run(tiny_gpt2(), names)
+    first = sharding_of(trainer)
+    plugin = trainer.accelerator.state.fsdp_plugin
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=True,
+        torch_device_mesh=None, device=torch.device("cpu"),
+    )  # fmt: skip
+    fsdp2_prepare_model(accelerator, trainer.model)
+    second = sharding_of(trainer)
+    assert len(second.groups) == len(first.groups) >= 4
+    assert {(frozenset(group.modules), group.is_kept) for group in second.groups} == {
+        (frozenset(group.modules), group.is_kept) for group in first.groups
+    }
+    assert RunPlanner(trainer, None)._sharding_request() == {"sharding": repr(second)}
+
+
+def test_classes_that_the_model_lacks_are_said():
+    trainer = fsdp2_run(tiny_gpt2(), ["BertLayer"])
+    with pytest.raises(PlacementError, match=r"class BertLayer in the model\. Set transformer_layer_cls_to_wrap"):
+        sharding_of(trainer)
+    assert "BertLayer" in RunPlanner(trainer, None)._sharding_request()["sharding"]  # named policies run

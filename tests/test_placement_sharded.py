@@ -288,13 +288,6 @@ def test_the_head_in_pieces_has_no_chunked_loss(kind):
 # ---- Models that are in pieces -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield torch.distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_groups_are_those_that_accelerate_makes(tied, one_rank):
     from accelerate.utils import fsdp_utils

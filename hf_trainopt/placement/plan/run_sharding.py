@@ -134,11 +134,10 @@ def _accelerate(trainer: Any) -> Sharding:
         raise PlacementError(f"The memory of a rank isn't predicted for FSDP1; set fsdp_version: 2, or {_REMEDY}")
     if getattr(plugin, "ignored_modules", None):
         raise PlacementError(f"The memory of a rank isn't predicted for FSDP2 with ignored_modules; {_REMEDY}")
-    plugin.set_auto_wrap_policy(model)
-    policy = fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model)
-    keeps = not plugin.reshard_after_forward
-    layers = {module for module in model.modules() if module is not model and policy is not None and policy(module)}
-    groups = tuple(accelerate_groups(model, layers, keeps))
+    if is_fsdp_module(model):  # by an earlier `train`; Accelerate leaves it as it is
+        groups = groups_of(model)
+    else:
+        groups = tuple(accelerate_groups(model, _layers(plugin, model), not plugin.reshard_after_forward))
     mixed, offloads = plugin.mixed_precision_policy, bool(plugin.cpu_offload)
     if type(plugin.cpu_offload).__name__ == "OffloadPolicy":
         offloads = False
@@ -153,6 +152,25 @@ def _accelerate(trainer: Any) -> Sharding:
         groups=groups,
         reduces_always=_reduces_always(trainer),
     )
+
+
+def _layers(plugin: Any, model: nn.Module) -> set[nn.Module]:
+    """Modules that the policy of Accelerate's plugin wraps, each in a group of its own.
+
+    Raises:
+        PlacementError: It names classes that the model lacks, so that Accelerate won't prepare it either.
+    """
+    try:
+        plugin.set_auto_wrap_policy(model)
+        policy = fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model)
+    except ValueError as error:
+        raise PlacementError(
+            f"The FSDP2 configuration doesn't fit the model: {error} Set transformer_layer_cls_to_wrap "
+            "(fsdp_transformer_layer_cls_to_wrap for accelerate launch) to classes of its layers."
+        ) from error
+    if policy is None:
+        return set()
+    return {module for module in model.modules() if module is not model and policy(module)}
 
 
 def _shard_size(trainer: Any) -> int:
