@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -20,6 +21,8 @@ from hf_trainopt.placement import PlacementError
 from hf_trainopt.placement.plan.chain import path_of
 from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.plan.run_sharding import accelerate_groups, groups_of
+from hf_trainopt.placement.show.deepspeed import sharding_of_flags
+from hf_trainopt.placement.show.flags import add_flags, check_flags
 from hf_trainopt.placement.simulate.fake import fake_copy, fake_mode
 from hf_trainopt.placement.simulate.sharding import Group, Sharding, ZeroSettings
 from hf_trainopt.placement.simulate.step_setup import StepSetup
@@ -346,7 +349,7 @@ MODEL = ["plan", "--model_type", "llama", "--config_overrides", "num_hidden_laye
         ("--num_devices 4 --sharding zero2 --offload_parameters", "needs --sharding zero3 or fsdp2, not zero2"),
         ("--num_devices 4 --sharding fsdp2 --offload_optimizer", "FSDP2 offloads both"),
         ("--num_devices 4 --sharding zero0 --bf16", "ZeRO-0 is planned in float32 only"),
-        ("--num_devices 4 --deepspeed x.json", "--deepspeed needs --sharding zero0"),
+        ("--num_devices 4 --sharding ddp --deepspeed x.json", "--deepspeed needs --sharding zero0"),
         ("--num_devices 4 --sharding zero2 --deepspeed x.json", "x.json is not a file"),
     ],
 )  # fmt: skip
@@ -377,9 +380,71 @@ def test_find_under_sharding(capsys):
     assert all(size["seconds"] > 0 for size in sizes)
 
 
-def test_buckets_of_a_configuration(tmp_path, capsys):
+# ---- Configurations of DeepSpeed on the command line ---------------------------------------------------------------
+
+
+def settled(tmp_path: Path, config: object, flags: str = "") -> tuple[Namespace, Sharding]:
+    """Return the flags and the sharding of a plan with a configuration."""
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 12345}}))
-    flags = ["--num_devices", "2", "--sharding", "zero2", "--deepspeed", str(path), "--checkpoint_placement", "all"]
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    parser = ArgumentParser()
+    add_flags(parser)
+    arguments = parser.parse_args([*MODEL[1:], "--num_devices", "2", *flags.split(), "--deepspeed", str(path)])
+    check_flags(arguments)
+    return arguments, sharding_of_flags(arguments, llama()[0])
+
+
+def test_a_configuration_decides(tmp_path, capsys):
+    config = zero(2, reduce_bucket_size=12345.0, offload_optimizer={"device": "cpu"}) | ADAM
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    flags = ["--num_devices", "2", "--deepspeed", str(path), "--checkpoint_placement", "all"]
     assert not cli.main([*MODEL, *flags])
-    assert "buckets of 12,345 numbers" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "ZeRO-2 over 2 devices; bytes are those of one; buckets of 12,345 numbers; optimizer on the host" in out
+    assert "AdamW of the DeepSpeed configuration" in out
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "expected"),
+    [
+        ({"stage": 1}, "", Sharding("zero1", 2)),
+        ({"stage": 3, "cpu_offload": True}, "--sharding zero3", Sharding("zero3", 2, offload_optimizer=True)),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, "", Sharding("zero3", 2, offload_parameters=True)),
+        ({"stage": 2}, "--bf16", Sharding("zero2", 2, dtype=torch.bfloat16)),
+        ({"stage": 2, "reduce_bucket_size": "auto"}, "", Sharding("zero2", 2, zero=ZeroSettings(1024))),
+    ],
+)
+def test_stage_and_offload_are_the_configurations(config, flags, expected, tmp_path):
+    arguments, found = settled(tmp_path, {"zero_optimization": config, "fp16": {"enabled": "auto"}}, flags)
+    assert found == expected
+    assert (arguments.sharding, arguments.offload_optimizer) == (expected.kind, expected.offload_optimizer)
+
+
+ZERO_2 = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        ("[]", "", "holds a list; a configuration is a JSON object"),
+        ("{", "", "isn't JSON"),
+        ({"zero_optimization": None}, "", "zero_optimization of the DeepSpeed configuration is None; make it"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0.5}}, "", "reduce_bucket_size is 0.5"),
+        ({"zero_optimization": {"stage": 3}}, "--sharding zero2", "--sharding zero2 contradicts .*stage is 3"),
+        ({}, "--sharding zero2", "--sharding zero2 contradicts .*stage is 0"),
+        (ZERO_2, "--offload_optimizer", "--offload_optimizer contradicts .*set zero_optimization.offload_optimizer"),
+        (ZERO_2 | {"bf16": {"enabled": True}}, "", "bf16.enabled true .*; pass --bf16"),
+        (ZERO_2 | {"bf16": {"enabled": False}}, "--bf16", "bf16.enabled false .* contradicts --bf16"),
+        (ZERO_2 | {"communication_data_type": "fp32"}, "", "communication_data_type=fp32, which isn't planned for"),
+        (ZERO_2 | {"optimizer": {"type": "Lion"}}, "", "the optimizer Lion .*, which isn't planned for"),
+        (ZERO_2 | ADAM, "--optim sgd", "optimizer in .* contradicts --optim sgd; leave out one of them"),
+        (ZERO_2 | {"gradient_clipping": 0.5}, "", "gradient_clipping 0.5 .*; pass --max_grad_norm 0.5"),
+        (ZERO_2 | {"train_micro_batch_size_per_gpu": 4}, "", "pass --per_device_train_batch_size 4"),
+        (ZERO_2 | {"train_batch_size": 8}, "", "train_batch_size 8 .* the flags, which make 4"),
+    ],
+)  # fmt: skip
+def test_what_a_configuration_contradicts_is_said(config, flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        settled(tmp_path, config, flags)
+    assert not isinstance(caught.value, PlacementError)  # whose remedies are those of a run

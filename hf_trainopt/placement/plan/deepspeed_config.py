@@ -205,7 +205,7 @@ def zero_settings(zero: Mapping[str, Any], model: nn.Module) -> ZeroSettings:
             del given[own]
     if not autos:
         return ZeroSettings(**given)
-    auto = auto_settings(model.config)
+    auto = auto_settings(getattr(model, "config", None))
     if auto is None:
         raise UnpredictedError("'auto' bucket sizes for a model whose config has no hidden_size")
     return ZeroSettings(**given, **{own: getattr(auto, own) for own in autos})
