@@ -9,12 +9,15 @@ from accelerate import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from helpers import tiny_gpt2
+from torch import nn
 
 from hf_trainopt.placement import PlacementError
+from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.plan.run_optimizer import optimizer_of
 from hf_trainopt.placement.plan.run_planner import RunPlanner
 from hf_trainopt.placement.plan.run_sharding import sharding_of
 from hf_trainopt.placement.simulate.sharding import Sharding, ZeroSettings
+from hf_trainopt.placement.simulate.step_setup import StepSetup
 
 
 # ---- DeepSpeed -----------------------------------------------------------------------------------------------------
@@ -198,3 +201,48 @@ def test_classes_that_the_model_lacks_are_said():
     with pytest.raises(PlacementError, match=r"class BertLayer in the model\. Set transformer_layer_cls_to_wrap"):
         sharding_of(trainer)
     assert "BertLayer" in RunPlanner(trainer, None)._sharding_request()["sharding"]  # named policies run
+
+
+# ---- Types that differ ---------------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A frozen layer in bfloat16 and a trained one in float32, whichever comes first."""
+
+    def __init__(self, names: tuple[str, str]):
+        super().__init__()
+        for name in names:
+            layer = nn.Linear(128, 128, bias=False, dtype=torch.bfloat16 if name == "base" else torch.float32)
+            setattr(self, name, layer.requires_grad_(name == "adapter"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.base(x.bfloat16()).float() + self.adapter(x))
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_each_type_takes_its_own_bytes(kind):
+    """Which parameter comes first says nothing of the others' types."""
+    zero = ZeroSettings(20_000, prefetch_bucket_size=10**6, persistence_threshold=0)
+    setup = StepSetup(sharding=Sharding(kind, 2, zero=zero))
+    found = []
+    for names in (("base", "adapter"), ("adapter", "base")):
+        model = nn.Sequential(*(Adapted(names) for _ in range(3)))
+        planner = PlacementPlanner(model, torch.zeros(2, 128), setup, memory_rewrites="none")
+        found.append(planner.baseline)
+    assert found[0].peak_bytes == found[1].peak_bytes
+    # Under FSDP2, a layer, the buffer of the next, and that of the reduce-scatter. Under ZeRO-3 all are gathered at
+    # once, into a buffer for each type, and copied out of it.
+    layer = (2 + 4) * 128 * 128
+    expected = {"fsdp2": 2 * layer + 4 * 128 * 128, "zero3": 2 * 3 * layer}
+    assert found[0].peak_by_kind()["gathered"] == expected[kind]
+
+
+def test_zero0_reduces_one_type_after_another():
+    peaks = []
+    for names in (("base", "adapter"), ("adapter", "base")):
+        model = nn.Sequential(*(Adapted(names) for _ in range(3))).requires_grad_(True)
+        setup = StepSetup(sharding=Sharding("zero0", 2), max_grad_norm=0)
+        planner = PlacementPlanner(model, torch.zeros(2, 128), setup, memory_rewrites="none")
+        assert planner.baseline.peak_by_kind()["communication"] == 3 * 4 * 128 * 128  # of the larger type
+        peaks.append(planner.baseline.peak_bytes)
+    assert peaks[0] == peaks[1]
