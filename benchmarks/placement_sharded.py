@@ -151,6 +151,10 @@ def make_model(case: dict[str, Any], folder: Path) -> torch.nn.Module:
             model = AutoModelForCausalLM.from_pretrained(folder / f"{kind}-{os.environ['RANK']}", **options)
     else:
         model = fresh_model(kind, **size)
+    if "lora" in case:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=8, target_modules=case["lora"]))
     model.loss_type = "ForCausalLM"
     return model
 

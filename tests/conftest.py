@@ -29,3 +29,11 @@ def _fresh_accelerate_state():
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A mesh of one rank, for what `fully_shard` makes of a model."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()

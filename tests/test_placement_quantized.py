@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from hf_trainopt import EfficientTrainer, cli
+from hf_trainopt.placement import PlacementError
+from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.recompute.selective import is_compute_op
 from hf_trainopt.placement.simulate.quantized import (
     Quantization,
@@ -23,6 +25,8 @@ from hf_trainopt.placement.simulate.quantized import (
     quantize,
     stand_in,
 )
+from hf_trainopt.placement.simulate.sharding import Sharding
+from hf_trainopt.placement.simulate.step_setup import StepSetup
 
 
 peft = pytest.importorskip("peft")
@@ -105,6 +109,15 @@ def test_a_budget_in_a_run(tmp_path, bits):
     assert plan.details["num_parameters"] == num_parameters(llama(2)) + num_parameters(placed.model, is_trained=True)
     losses = [[line["loss"] for line in t.state.log_history if "loss" in line] for t in (stock, placed)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_weights_in_pieces_are_refused(kind, bits):
+    ids = torch.zeros(2, 24, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    with pytest.raises(PlacementError, match=r"isn't predicted for weights of 4 or 8 bits under .*; choose DDP"):
+        PlacementPlanner(adapted(bits), batch, StepSetup(sharding=Sharding(kind, 2)))
 
 
 def test_what_stands_in():

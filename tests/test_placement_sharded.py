@@ -3,13 +3,14 @@
 import dataclasses
 import importlib.util
 import json
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from helpers import skip_below, tiny_gpt2
+from helpers import skip_below
 from processes import run_program
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,7 +20,9 @@ from hf_trainopt.machine.devices import DEVICES
 from hf_trainopt.placement import PlacementError
 from hf_trainopt.placement.plan.chain import path_of
 from hf_trainopt.placement.plan.planner import PlacementPlanner
-from hf_trainopt.placement.plan.run_sharding import accelerate_groups, groups_of, sharding_of
+from hf_trainopt.placement.plan.run_sharding import accelerate_groups, groups_of
+from hf_trainopt.placement.show.deepspeed import sharding_of_flags
+from hf_trainopt.placement.show.flags import add_flags, check_flags
 from hf_trainopt.placement.simulate.fake import fake_copy, fake_mode
 from hf_trainopt.placement.simulate.sharding import Group, Sharding, ZeroSettings
 from hf_trainopt.placement.simulate.step_setup import StepSetup
@@ -28,6 +31,7 @@ from hf_trainopt.placement.simulate.step_setup import StepSetup
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is in the extra 'deepspeed'"
 )
+HAS_PEFT = importlib.util.find_spec("peft") is not None
 SETTINGS = ZeroSettings(reduce_bucket_size=20_000, prefetch_bucket_size=10_000, persistence_threshold=100)
 TIGHT = dataclasses.replace(SETTINGS, max_reuse_distance=0, max_live_parameters=20_000)
 
@@ -53,8 +57,11 @@ def zero(stage: int, **more) -> dict:
 
 FIXED = {"accumulation_policy": "fixed"}
 ALL = {"checkpoint_placement": "all", **FIXED}
+NONE = {"memory_budget": "100%", "memory_rewrites": "none", **FIXED}
 EVERY_2 = {"checkpoint_placement": "every_2"}
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+# It wins over `optim`.
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
 SPLIT = {"memory_rewrites": "none", "auto_micro_batch": True, "per_device_train_batch_size": 8, **FIXED}
 
 # Budgets and more set-ups are in benchmarks/placement.py sharded: here each launch is to take seconds.
@@ -71,8 +78,10 @@ FSDP2_CASES = [
     },
 ]
 ZERO_CASES = [
-    {"name": "zero1, k = 3", "deepspeed": zero(1), "arguments": EVERY_2, "k": 3},
-    {"name": "zero2, all, gpt2", "deepspeed": zero(2), "arguments": ALL, "model": "gpt2"},
+    # First, in a process in which DeepSpeed hasn't replaced `F.linear` yet.
+    {"name": "zero3, lora", "deepspeed": zero(3), "arguments": NONE, "lora": ["q_proj", "v_proj"]},
+    {"name": "zero1, k = 3", "deepspeed": zero(1) | ADAM, "arguments": EVERY_2 | {"optim": "adamw_8bit"}, "k": 3},
+    {"name": "zero2, all, gpt2", "deepspeed": zero(2, reduce_bucket_size=6e4), "arguments": ALL, "model": "gpt2"},
     {"name": "zero3, loaded in pieces", "deepspeed": zero(3), "arguments": ALL, "loads": True},
     {"name": "zero3, k = 3, offloaded", "deepspeed": zero(3, stage3_max_reuse_distance=50_000, **OFFLOADED),
      "arguments": EVERY_2, "k": 3},
@@ -103,7 +112,8 @@ def fsdp2(tmp_path_factory) -> list[dict[str, dict]]:
 
 @pytest.fixture(scope="module")
 def deepspeed(tmp_path_factory) -> list[dict[str, dict]]:
-    return launched(ZERO_CASES, tmp_path_factory.mktemp("zero"), DS_ACCELERATOR="cpu")
+    cases = [case for case in ZERO_CASES if HAS_PEFT or "lora" not in case]
+    return launched(cases, tmp_path_factory.mktemp("zero"), DS_ACCELERATOR="cpu")
 
 
 def check(ranks: list[dict[str, dict]], name: str) -> dict:
@@ -136,6 +146,8 @@ def test_ranks_of_unequal_rows_end_together(fsdp2):
 @needs_deepspeed
 @pytest.mark.parametrize("name", [case["name"] for case in ZERO_CASES[:-2]])
 def test_peaks_under_deepspeed(name, deepspeed):
+    if name == "zero3, lora" and not HAS_PEFT:
+        pytest.skip("peft is in the extra 'examples'")
     assert check(deepspeed, name)["plan"]["details"]["sharding"] == name[:5]
 
 
@@ -254,6 +266,19 @@ def test_half_precision_halves_what_is_gathered():
     assert half.peak_by_kind()["gathered"] < full.peak_by_kind()["gathered"]
 
 
+def test_zero3_keeps_the_inputs_of_frozen_layers():
+    model, batch = llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    found = []
+    for keeps in (True, False):
+        zero = dataclasses.replace(TIGHT, memory_efficient_linear=keeps)
+        setup = StepSetup(sharding=Sharding("zero3", 2, zero=zero))
+        found.append(PlacementPlanner(model, batch, setup, memory_rewrites="none").baseline.peak_by_kind())
+    # The inputs of q, k and v, of gate and up, and of down; attention keeps that of o anyway.
+    assert found[0]["activations"] - found[1]["activations"] == 2 * 4 * 2 * 16 * (32 + 32 + 48)
+
+
 @pytest.mark.parametrize("kind", ["zero2", "fsdp2"])
 def test_the_chain_of_the_solver_fits_the_replays(kind):
     """It counts at most one group of gathered parameters too few: the first and the last gather other neighbours."""
@@ -277,13 +302,6 @@ def test_the_head_in_pieces_has_no_chunked_loss(kind):
 
 
 # ---- Models that are in pieces -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield torch.distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -327,48 +345,6 @@ def test_a_model_in_pieces_is_copied_whole_and_left_as_it_was(one_rank):
     model(**batch).loss.backward()
 
 
-# ---- Runs ----------------------------------------------------------------------------------------------------------
-
-
-CONFIGS = [
-    (
-        {"zero_optimization": {"stage": 2, "contiguous_gradients": False}},
-        "zero_optimization.contiguous_gradients=False",
-    ),
-    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size=8"),
-    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param to NVMe"),
-    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "to the host in part"),
-    ({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}}, "data_types.grad_accum_dtype"),
-    ({"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": True}}, "torch_autocast.enabled"),
-    ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lion"}}, "the optimizer Lion"),
-    ({"bf16": {"enabled": True}}, "ZeRO stage 0 in bfloat16"),
-]
-
-
-@pytest.mark.parametrize(("config", "message"), CONFIGS)
-def test_what_is_not_predicted_is_said(config, message):
-    with mock.patch("hf_trainopt.placement.plan.run_sharding._config", return_value=config):
-        trainer = SimpleNamespace(
-            is_deepspeed_enabled=True, args=SimpleNamespace(world_size=2), model=tiny_gpt2(),
-            accelerator=SimpleNamespace(mixed_precision="no"),
-        )  # fmt: skip
-        with pytest.raises(PlacementError, match=f"{message}.*checkpoint_placement='all'"):
-            sharding_of(trainer)
-
-
-def test_auto_buckets_are_those_of_transformers():
-    config = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_max_live_parameters": 7}}
-    trainer = SimpleNamespace(
-        is_deepspeed_enabled=True, args=SimpleNamespace(world_size=2), model=tiny_gpt2(),
-        accelerator=SimpleNamespace(mixed_precision="bf16"),
-    )  # fmt: skip
-    config["bf16"] = {"enabled": "auto"}
-    with mock.patch("hf_trainopt.placement.plan.run_sharding._config", return_value=config):
-        found = sharding_of(trainer)
-    assert (found.kind, found.num_devices, found.dtype) == ("zero3", 2, torch.bfloat16)
-    assert found.zero == ZeroSettings(reduce_bucket_size=16 * 16, max_live_parameters=7)
-
-
 # ---- The command line ----------------------------------------------------------------------------------------------
 
 MODEL = ["plan", "--model_type", "llama", "--config_overrides", "num_hidden_layers=1,hidden_size=32,"
@@ -386,7 +362,7 @@ MODEL = ["plan", "--model_type", "llama", "--config_overrides", "num_hidden_laye
         ("--num_devices 4 --sharding zero2 --offload_parameters", "needs --sharding zero3 or fsdp2, not zero2"),
         ("--num_devices 4 --sharding fsdp2 --offload_optimizer", "FSDP2 offloads both"),
         ("--num_devices 4 --sharding zero0 --bf16", "ZeRO-0 is planned in float32 only"),
-        ("--num_devices 4 --deepspeed x.json", "--deepspeed needs --sharding zero0"),
+        ("--num_devices 4 --sharding ddp --deepspeed x.json", "--deepspeed needs --sharding zero0"),
         ("--num_devices 4 --sharding zero2 --deepspeed x.json", "x.json is not a file"),
     ],
 )  # fmt: skip
@@ -417,9 +393,71 @@ def test_find_under_sharding(capsys):
     assert all(size["seconds"] > 0 for size in sizes)
 
 
-def test_buckets_of_a_configuration(tmp_path, capsys):
+# ---- Configurations of DeepSpeed on the command line ---------------------------------------------------------------
+
+
+def settled(tmp_path: Path, config: object, flags: str = "") -> tuple[Namespace, Sharding]:
+    """Return the flags and the sharding of a plan with a configuration."""
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 12345}}))
-    flags = ["--num_devices", "2", "--sharding", "zero2", "--deepspeed", str(path), "--checkpoint_placement", "all"]
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    parser = ArgumentParser()
+    add_flags(parser)
+    arguments = parser.parse_args([*MODEL[1:], "--num_devices", "2", *flags.split(), "--deepspeed", str(path)])
+    check_flags(arguments)
+    return arguments, sharding_of_flags(arguments, llama()[0])
+
+
+def test_a_configuration_decides(tmp_path, capsys):
+    config = zero(2, reduce_bucket_size=12345.0, offload_optimizer={"device": "cpu"}) | ADAM
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    flags = ["--num_devices", "2", "--deepspeed", str(path), "--checkpoint_placement", "all"]
     assert not cli.main([*MODEL, *flags])
-    assert "buckets of 12,345 numbers" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "ZeRO-2 over 2 devices; bytes are those of one; buckets of 12,345 numbers; optimizer on the host" in out
+    assert "AdamW of the DeepSpeed configuration" in out
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "expected"),
+    [
+        ({"stage": 1}, "", Sharding("zero1", 2)),
+        ({"stage": 3, "cpu_offload": True}, "--sharding zero3", Sharding("zero3", 2, offload_optimizer=True)),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, "", Sharding("zero3", 2, offload_parameters=True)),
+        ({"stage": 2}, "--bf16", Sharding("zero2", 2, dtype=torch.bfloat16)),
+        ({"stage": 2, "reduce_bucket_size": "auto"}, "", Sharding("zero2", 2, zero=ZeroSettings(1024))),
+    ],
+)
+def test_stage_and_offload_are_the_configurations(config, flags, expected, tmp_path):
+    arguments, found = settled(tmp_path, {"zero_optimization": config, "fp16": {"enabled": "auto"}}, flags)
+    assert found == expected
+    assert (arguments.sharding, arguments.offload_optimizer) == (expected.kind, expected.offload_optimizer)
+
+
+ZERO_2 = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        ("[]", "", "holds a list; a configuration is a JSON object"),
+        ("{", "", "isn't JSON"),
+        ({"zero_optimization": None}, "", "zero_optimization of the DeepSpeed configuration is None; make it"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0.5}}, "", "reduce_bucket_size is 0.5"),
+        ({"zero_optimization": {"stage": 3}}, "--sharding zero2", "--sharding zero2 contradicts .*stage is 3"),
+        ({}, "--sharding zero2", "--sharding zero2 contradicts .*stage is 0"),
+        (ZERO_2, "--offload_optimizer", "--offload_optimizer contradicts .*set zero_optimization.offload_optimizer"),
+        (ZERO_2 | {"bf16": {"enabled": True}}, "", "bf16.enabled true .*; pass --bf16"),
+        (ZERO_2 | {"bf16": {"enabled": False}}, "--bf16", "bf16.enabled false .* contradicts --bf16"),
+        (ZERO_2 | {"communication_data_type": "fp32"}, "", "communication_data_type=fp32, which isn't planned for"),
+        (ZERO_2 | {"optimizer": {"type": "Lion"}}, "", "the optimizer Lion .*, which isn't planned for"),
+        (ZERO_2 | ADAM, "--optim sgd", "optimizer in .* contradicts --optim sgd; leave out one of them"),
+        (ZERO_2 | {"gradient_clipping": 0.5}, "", "gradient_clipping 0.5 .*; pass --max_grad_norm 0.5"),
+        (ZERO_2 | {"train_micro_batch_size_per_gpu": 4}, "", "pass --per_device_train_batch_size 4"),
+        (ZERO_2 | {"train_batch_size": 8}, "", "train_batch_size 8 .* the flags, which make 4"),
+    ],
+)  # fmt: skip
+def test_what_a_configuration_contradicts_is_said(config, flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        settled(tmp_path, config, flags)
+    assert not isinstance(caught.value, PlacementError)  # whose remedies are those of a run

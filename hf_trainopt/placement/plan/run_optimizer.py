@@ -7,6 +7,7 @@ import torch
 
 from ...core.shadow import shadow_of
 from ..simulate.optimizers import STATES, TableOptimizer
+from .deepspeed_config import config_optimizer
 from .own_loss import overridden
 from .run_sharding import optimizer_in_config
 
@@ -19,6 +20,9 @@ def optimizer_of(trainer: Any, model: torch.nn.Module, *, is_flat: bool) -> torc
         model: A copy of its model.
         is_flat: Whether each of its groups becomes one tensor (DeepSpeed), so that groups must be those of the run.
     """
+    config = optimizer_in_config(trainer)
+    if config is not None:  # `Trainer` asks neither `optim` nor `create_optimizer` then
+        return config_optimizer(config, model)
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     # What `prepare` has made for an earlier `train` holds flat partitions under DeepSpeed.
     is_prepared = trainer.is_deepspeed_enabled and hasattr(trainer.optimizer, "optimizer")
@@ -36,10 +40,7 @@ def optimizer_of(trainer: Any, model: torch.nn.Module, *, is_flat: bool) -> torc
         return shadow.optimizer if made is None else made
     if trainer.optimizer_cls_and_kwargs is None and name in STATES:
         return TableOptimizer(model, name)
-    config = optimizer_in_config(trainer)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config is not None:  # DeepSpeed's own kernels, which hold nothing beside their state
-        return torch.optim.AdamW(trained, fused=not (config.get("params") or {}).get("torch_adam"))
     if is_flat:  # which makes a flat tensor of each group
         trained = _decay_groups(trained, model, trainer.get_decay_parameter_names(model))
     if trainer.optimizer_cls_and_kwargs is not None:

@@ -10,37 +10,11 @@ from torch import nn
 from ...core.facts import is_distributed, is_fsdp_module, ranks_per_micro_batch
 from ...core.versions import is_sharded_at_load
 from ..errors import PlacementError
-from ..simulate.sharding import ONE_DEVICE, Group, Sharding, ZeroSettings
+from ..simulate.sharding import ONE_DEVICE, Group, Sharding
+from .deepspeed_config import UnpredictedError, optimizer_of_config, sharding_of_config
 
 
 _REMEDY = "choose checkpoint_placement='all', 'every_n' or 'sqrt', which need no prediction, and no memory_budget."
-_ZERO_NAMES = {
-    "reduce_bucket_size": "reduce_bucket_size",
-    "overlap_comm": "overlap_comm",
-    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
-    "stage3_param_persistence_threshold": "persistence_threshold",
-    "stage3_model_persistence_threshold": "model_persistence_threshold",
-    "stage3_max_live_parameters": "max_live_parameters",
-    "stage3_max_reuse_distance": "max_reuse_distance",
-    "sub_group_size": "sub_group_size",
-}
-# Settings of `zero_optimization` that change what is held, and the value with which they don't.
-_ZERO_STOCK = {
-    "contiguous_gradients": True,
-    "reduce_scatter": True,
-    "round_robin_gradients": False,
-    "parameter_alignment": False,
-    "use_multi_rank_bucket_allreduce": True,
-    "stage3_use_all_reduce_for_fetch_params": False,
-    "stage3_allgather_sequential": False,
-    "stage3_module_granularity_threshold": 0,
-    "zero_hpz_partition_size": 1,
-    "zero_quantized_weights": False,
-    "zero_quantized_gradients": False,
-    "zero_quantized_nontrainable_weights": False,
-    "mics_shard_size": -1,
-}
-_OPTIMIZERS = ("adam", "adamw")
 
 
 def sharding_of(trainer: Any) -> Sharding:
@@ -68,8 +42,7 @@ def optimizer_in_config(trainer: Any) -> dict[str, Any] | None:
     """Return the parameters of the optimizer that DeepSpeed makes by its configuration; `None` if it makes none."""
     if not trainer.is_deepspeed_enabled:
         return None
-    optimizer = _config(trainer).get("optimizer")
-    return None if not isinstance(optimizer, Mapping) else dict(optimizer)
+    return optimizer_of_config(_config(trainer))
 
 
 # ---- DeepSpeed -----------------------------------------------------------------------------------------------------
@@ -80,96 +53,14 @@ def _config(trainer: Any) -> Mapping[str, Any]:
 
 
 def _deepspeed(trainer: Any) -> Sharding:
-    config = _config(trainer)
-    zero = config.get("zero_optimization") or {}
-    stage = int(zero.get("stage", 0))
-    for section, name in (
-        ("data_types", "grad_accum_dtype"),
-        ("torch_autocast", "enabled"),
-        ("compile", "deepcompile"),
-    ):
-        if (config.get(section) or {}).get(name):
-            raise _unpredicted(f"{section}.{name}={config[section][name]}")
-    if config.get("communication_data_type"):
-        raise _unpredicted(f"communication_data_type={config['communication_data_type']}")
-    optimizer = optimizer_in_config(trainer)
-    if optimizer is not None and str(optimizer.get("type")).lower() not in _OPTIMIZERS:
-        raise _unpredicted(f"the optimizer {optimizer.get('type')} of its configuration")
-    precision = _precision(trainer, config)
-    if stage == 0 and precision is not None:
-        raise _unpredicted(f"ZeRO stage 0 in {str(precision).removeprefix('torch.')}")
-    for name in ("bf16_master_weights_and_grads", "fp16_master_weights_and_grads"):
-        if any((config.get(section) or {}).get(name) for section in ("bf16", "fp16")):
-            raise _unpredicted(name)
-    return Sharding(
-        f"zero{stage}",
-        trainer.args.world_size,
-        offload_optimizer=stage > 0 and _is_offloaded(zero, "offload_optimizer"),
-        offload_parameters=stage == 3 and _is_offloaded(zero, "offload_param"),
-        dtype=precision,
-        zero=zero_settings(zero, trainer.model),
-    )
-
-
-def _precision(trainer: Any, config: Mapping[str, Any]) -> torch.dtype | None:
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        enabled = (config.get(name) or {}).get("enabled", False)
-        if enabled is True or (enabled == "auto" and trainer.accelerator.mixed_precision == name):
-            return dtype
-    return None
-
-
-def _is_offloaded(zero: Mapping[str, Any], name: str) -> bool:
-    section = zero.get(name) or {}
-    device = str(section.get("device", "none"))
-    if device == "nvme" or section.get("ratio", 1.0) != 1.0 or section.get("super_offload"):
-        raise _unpredicted(f"{name} to {'NVMe' if device == 'nvme' else 'the host in part'}")
-    return device == "cpu"
-
-
-def zero_settings(zero: Mapping[str, Any], model: nn.Module) -> ZeroSettings:
-    """Return the settings, with what transformers and Accelerate fill in for `"auto"`.
-
-    Args:
-        zero: `zero_optimization` of a configuration.
-        model: A model of transformers.
-
-    Raises:
-        PlacementError: One of them changes what is held in a way that isn't modelled.
-    """
-    for name, stock in _ZERO_STOCK.items():
-        if zero.get(name, stock) not in (stock, "auto"):
-            raise _unpredicted(f"zero_optimization.{name}={zero[name]}")
-    given = {own: zero[name] for name, own in _ZERO_NAMES.items() if name in zero}
-    if "auto" not in given.values():
-        return ZeroSettings(**given)
-    auto = auto_settings(model.config)
-    if auto is None:
-        raise _unpredicted("'auto' bucket sizes for a model whose config has no hidden_size")
-    filled = {name: getattr(auto, name) if value == "auto" else value for name, value in given.items()}
-    return ZeroSettings(**{name: value for name, value in filled.items() if value is not None})
-
-
-def auto_settings(config: Any) -> ZeroSettings | None:
-    """Return the settings that transformers and Accelerate make of `"auto"`; `None` without a hidden size.
-
-    Args:
-        config: Of a model of transformers.
-    """
-    text = getattr(config, "text_config", None)
-    sizes = [getattr(config, "hidden_size", None), *(getattr(config, "hidden_sizes", None) or [])]
-    sizes += [getattr(text, "hidden_size", None), *(getattr(text, "hidden_sizes", None) or [])]
-    found = [size for size in sizes if isinstance(size, int)]
-    if not found:
-        return None
-    size = found[0] if isinstance(sizes[0], int) else max(found)
-    return ZeroSettings(
-        reduce_bucket_size=size * size, prefetch_bucket_size=int(0.9 * size * size), persistence_threshold=10 * size
-    )
-
-
-def _unpredicted(what: str) -> PlacementError:
-    return PlacementError(f"The memory of a rank isn't predicted for DeepSpeed with {what}; change that, or {_REMEDY}")
+    try:
+        return sharding_of_config(
+            _config(trainer), trainer.args.world_size, trainer.model, trainer.accelerator.mixed_precision
+        )
+    except UnpredictedError as error:
+        raise PlacementError(
+            f"The memory of a rank isn't predicted for DeepSpeed with {error.what}; change that, or {_REMEDY}"
+        ) from error
 
 
 # ---- FSDP2 ---------------------------------------------------------------------------------------------------------
@@ -243,17 +134,16 @@ def _accelerate(trainer: Any) -> Sharding:
         raise PlacementError(f"The memory of a rank isn't predicted for FSDP1; set fsdp_version: 2, or {_REMEDY}")
     if getattr(plugin, "ignored_modules", None):
         raise PlacementError(f"The memory of a rank isn't predicted for FSDP2 with ignored_modules; {_REMEDY}")
-    plugin.set_auto_wrap_policy(model)
-    policy = fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model)
-    keeps = not plugin.reshard_after_forward
-    layers = {module for module in model.modules() if module is not model and policy is not None and policy(module)}
-    groups = tuple(accelerate_groups(model, layers, keeps))
+    if is_fsdp_module(model):  # by an earlier `train`; Accelerate leaves it as it is
+        groups = groups_of(model)
+    else:
+        groups = tuple(accelerate_groups(model, _layers(plugin, model), not plugin.reshard_after_forward))
     mixed, offloads = plugin.mixed_precision_policy, bool(plugin.cpu_offload)
     if type(plugin.cpu_offload).__name__ == "OffloadPolicy":
         offloads = False
     return Sharding(
         "fsdp2",
-        trainer.args.world_size,
+        _shard_size(trainer),
         offload_optimizer=offloads,
         offload_parameters=offloads,
         dtype=getattr(mixed, "param_dtype", None),
@@ -262,6 +152,33 @@ def _accelerate(trainer: Any) -> Sharding:
         groups=groups,
         reduces_always=_reduces_always(trainer),
     )
+
+
+def _layers(plugin: Any, model: nn.Module) -> set[nn.Module]:
+    """Modules that the policy of Accelerate's plugin wraps, each in a group of its own.
+
+    Raises:
+        PlacementError: It names classes that the model lacks, so that Accelerate won't prepare it either.
+    """
+    try:
+        plugin.set_auto_wrap_policy(model)
+        policy = fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model)
+    except ValueError as error:
+        raise PlacementError(
+            f"The FSDP2 configuration doesn't fit the model: {error} Set transformer_layer_cls_to_wrap "
+            "(fsdp_transformer_layer_cls_to_wrap for accelerate launch) to classes of its layers."
+        ) from error
+    if policy is None:
+        return set()
+    return {module for module in model.modules() if module is not model and policy(module)}
+
+
+def _shard_size(trainer: Any) -> int:
+    """Ranks over which Accelerate shards: those of one copy of the model, where HSDP keeps several."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    if config is None or config.total_size == 1:  # no mesh, so `fully_shard` takes all ranks
+        return trainer.args.world_size
+    return config.dp_shard_size * config.cp_size
 
 
 def accelerate_groups(model: nn.Module, layers: set[nn.Module], keeps: bool = False) -> Iterator[Group]:

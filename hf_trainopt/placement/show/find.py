@@ -100,7 +100,7 @@ class Finder:
             BATCH: str(best.micro_batch),
             "gradient_accumulation_steps": str(best.accumulation_steps),
             **{name: "True" for name in ("bf16", "fp16") if getattr(arguments, name)},
-            "optim": arguments.optim,
+            **({} if self.workshop.config_optimizer else {"optim": arguments.optim}),
             **({} if best.plan.is_stock else {"memory_budget": arguments.memory_budget}),
         }
         if arguments.memory_rewrites != "auto":

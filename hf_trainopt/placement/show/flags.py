@@ -16,6 +16,7 @@ from ..plan.policies import POLICIES, named_choices
 from ..rewrite.allowed_rewrites import check_rewrites
 from ..simulate.sharding import KINDS, OFFLOADS_OPTIMIZER, OFFLOADS_PARAMETERS
 from . import plot
+from .deepspeed import DEFAULT_OPTIM, settle_deepspeed
 from .models import TASKS
 from .optimizers import optimizer_maker
 
@@ -89,9 +90,9 @@ def _add_step(step: argparse._ArgumentGroup) -> None:
     )
     step.add_argument(
         "--optim",
-        default="adamw_torch_fused",
+        default=DEFAULT_OPTIM,
         help="as in TrainingArguments; optimizers of other packages (adamw_8bit, paged_adamw_8bit, lion_8bit, "
-        "adamw_torch_4bit, galore_adamw, ...) needn't be installed; default: adamw_torch_fused",
+        f"adamw_torch_4bit, galore_adamw, ...) needn't be installed; default: {DEFAULT_OPTIM}",
     )
     step.add_argument("--max_grad_norm", type=float, default=1.0, help="clipping, 0 for none; default: 1.0")
     precision = step.add_mutually_exclusive_group()
@@ -121,7 +122,9 @@ def _add_sharding(devices: argparse._ArgumentGroup) -> None:
         "--offload_parameters", action="store_true", help="keep shards of parameters on the host (zero3, fsdp2)"
     )
     devices.add_argument(
-        "--deepspeed", metavar="CONFIG.json", help="DeepSpeed configuration, for the sizes of its buckets"
+        "--deepspeed",
+        metavar="CONFIG.json",
+        help="DeepSpeed configuration: its stage, offload, optimizer and buckets; 'auto' is what the flags say",
     )
     devices.add_argument("--world_size", type=_positive, help=argparse.SUPPRESS)
 
@@ -224,7 +227,6 @@ def check_flags(arguments: argparse.Namespace) -> str | None:
         raise ValueError("--dtype is for models of transformers; leave it out, or use --bf16 with --timm_model.")
     if arguments.lora_target_modules is not None and arguments.lora_r is None:
         raise ValueError("--lora_target_modules needs --lora_r, such as 16.")
-    _check_quantization(arguments)
     if not arguments.max_grad_norm >= 0:
         raise ValueError(f"--max_grad_norm is {arguments.max_grad_norm}; it must be 0 or positive.")
     if arguments.placement_stages is not None:
@@ -237,6 +239,7 @@ def check_flags(arguments: argparse.Namespace) -> str | None:
             ) from error
     optimizer_maker(arguments.optim)
     _check_sharding(arguments)
+    _check_quantization(arguments)
     _check_device(arguments)
     _check_find(arguments)
     if arguments.output is not None and policy is None:
@@ -286,11 +289,13 @@ def _check_quantization(arguments: argparse.Namespace) -> None:
 
 
 def _check_sharding(arguments: argparse.Namespace) -> None:
+    if arguments.deepspeed is not None:
+        settle_deepspeed(arguments)
     kind, names = arguments.sharding, [n for n in ("offload_optimizer", "offload_parameters") if getattr(arguments, n)]
     if arguments.world_size is not None:
         raise ValueError(f"--world_size is --num_devices now; pass --num_devices {arguments.world_size}.")
     if arguments.num_devices == 1 and (kind or names):
-        given = f"--sharding {kind}" if kind else f"--{names[0]}"
+        given = "--deepspeed" if arguments.deepspeed else f"--sharding {kind}" if kind else f"--{names[0]}"
         raise ValueError(f"{given} needs --num_devices of 2 or more; add it, or leave {given} out.")
     for name in names:
         usable = {"offload_optimizer": OFFLOADS_OPTIMIZER, "offload_parameters": OFFLOADS_PARAMETERS}[name]
@@ -300,10 +305,6 @@ def _check_sharding(arguments: argparse.Namespace) -> None:
             )
     if kind == "fsdp2" and len(names) == 1:
         raise ValueError("FSDP2 offloads both; pass --offload_optimizer together with --offload_parameters.")
-    if arguments.deepspeed is not None and not (kind or "").startswith("zero"):
-        raise ValueError("--deepspeed needs --sharding zero0, zero1, zero2 or zero3; leave it out.")
-    if arguments.deepspeed is not None and not os.path.isfile(arguments.deepspeed):
-        raise ValueError(f"--deepspeed {arguments.deepspeed} is not a file.")
     if kind == "zero0" and (arguments.bf16 or arguments.fp16):
         raise ValueError("ZeRO-0 is planned in float32 only; leave out --bf16 and --fp16, or choose zero1.")
 

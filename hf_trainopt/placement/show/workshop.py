@@ -1,19 +1,21 @@
 """Builds models and planners from the flags of `hf-trainopt plan`, and describes them."""
 
 import argparse
-import json
+import functools
 
 import torch
 
 from ..plan.budget import gib
+from ..plan.deepspeed_config import auto_settings, config_optimizer, zero_settings
 from ..plan.planner import PlacementPlanner
-from ..plan.run_sharding import accelerate_groups, auto_settings, zero_settings
+from ..plan.run_sharding import accelerate_groups
 from ..plan.stages import find_stages
 from ..simulate.optimizers import PAGED
 from ..simulate.quantized import Quantization, num_parameters
 from ..simulate.sharding import WORDS, Sharding, ZeroSettings
 from ..simulate.step_setup import StepSetup
 from . import models
+from .deepspeed import optimizer_of_flags, sharding_of_flags
 from .flags import device_of
 from .optimizers import optimizer_maker
 from .progress import Progress
@@ -30,6 +32,7 @@ class Workshop:
     def __init__(self, arguments: argparse.Namespace, progress: Progress):
         self.arguments, self.progress = arguments, progress
         self.device = device_of(arguments)
+        self.config_optimizer = optimizer_of_flags(arguments)
         self.request = models.ModelRequest(
             model_type=arguments.model_type,
             config_overrides=arguments.config_overrides,
@@ -60,7 +63,9 @@ class Workshop:
         sharding = sharding_of(arguments, built, half)
         setup = StepSetup(
             device=self.device,
-            make_optimizer=optimizer_maker(arguments.optim),
+            make_optimizer=optimizer_maker(arguments.optim)
+            if self.config_optimizer is None
+            else functools.partial(config_optimizer, self.config_optimizer),
             autocast_dtype=None if sharding.is_zero else half,
             accumulation_steps=accumulation_steps,
             max_grad_norm=arguments.max_grad_norm,
@@ -107,7 +112,9 @@ def header(
         how = device.name
     if device.memory:
         how += f", {gib(device.memory)}"
-    optimizer = f"{arguments.optim}, gradients clipped at {arguments.max_grad_norm:g}"
+    made = workshop.config_optimizer
+    optimizer = arguments.optim if made is None else f"{made.get('type')} of the DeepSpeed configuration"
+    optimizer += f", gradients clipped at {arguments.max_grad_norm:g}"
     if arguments.optim in PAGED:
         optimizer += "; its pages aren't counted, because they can move to the host"
     total, trained = num_parameters(built.model), num_parameters(built.model, is_trained=True)
@@ -133,6 +140,8 @@ def sharding_of(arguments: argparse.Namespace, built: models.BuiltModel, half: t
     Raises:
         ValueError: The configuration of DeepSpeed has what can't be planned for.
     """
+    if arguments.deepspeed is not None:
+        return sharding_of_flags(arguments, built.model)
     kind, groups = arguments.sharding or "ddp", None
     settings = ZeroSettings()
     if kind == "fsdp2":
@@ -144,10 +153,7 @@ def sharding_of(arguments: argparse.Namespace, built: models.BuiltModel, half: t
         zero = {"reduce_bucket_size": "auto"}
         if kind == "zero3":
             zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
-        if arguments.deepspeed is not None:
-            with open(arguments.deepspeed, encoding="utf-8") as file:
-                zero = json.load(file).get("zero_optimization", {})
-        elif auto_settings(built.model.config) is None:
+        if auto_settings(built.model.config) is None:
             zero = {}  # DeepSpeed's own
         settings = zero_settings(zero, built.model)
     return Sharding(

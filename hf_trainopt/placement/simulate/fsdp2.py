@@ -257,18 +257,19 @@ class Fsdp2Rank(Rank):
         if group.buffer is not None or group.whole is not None or not group.parameters:
             return
         sent = []
-        dtype = group.parameters[0][1].dtype
         with tracker.tagged("gathered"):
-            for _, _, shard in group.parameters:
+            for _, whole, shard in group.parameters:
                 if self.sharding.offload_parameters and self._has_host:
                     sent.append(torch.empty_like(shard))
-                    if shard.dtype != dtype:
-                        sent[-1] = sent[-1].to(dtype)
+                    if shard.dtype != whole.dtype:
+                        sent[-1] = sent[-1].to(whole.dtype)
             if self._num > 1:
-                numel = sum(shard.numel() for _, _, shard in group.parameters)
-                if not sent and any(shard.dtype != dtype for _, _, shard in group.parameters):
-                    sent.append(torch.empty(numel, dtype=dtype))
-                group.buffer = torch.empty(numel * self._num, dtype=dtype)
+                # Those that are cast are copied together; types that differ are gathered as bytes.
+                cast = [(whole, shard) for _, whole, shard in group.parameters if shard.dtype != whole.dtype]
+                if not sent and cast:
+                    sent.append(torch.empty(sum(shard.numel() for _, shard in cast), dtype=cast[0][0].dtype))
+                size = sum(shard.numel() * whole.element_size() for _, whole, shard in group.parameters)
+                group.buffer = torch.empty(size * self._num, dtype=torch.uint8)
             else:
                 group.buffer = torch.empty(0)
 

@@ -140,14 +140,15 @@ class ZeroStage0(Rank):
         if self.sharding.num_devices == 1:
             return
         with tracker.tagged("communication"):
-            numel = 0
-            for _, parameter in self.trained:
-                numel += parameter.numel()
-                if numel > self._BUCKET:
-                    torch.empty(numel, dtype=parameter.dtype)
-                    numel = 0
-            if numel:
-                torch.empty(numel, dtype=self.trained[0][1].dtype)
+            for dtype in dict.fromkeys(parameter.dtype for _, parameter in self.trained):
+                numel = 0
+                for parameter in (p for _, p in self.trained if p.dtype == dtype):
+                    numel += parameter.numel()
+                    if numel > self._BUCKET:
+                        torch.empty(numel, dtype=dtype)
+                        numel = 0
+                if numel:
+                    torch.empty(numel, dtype=dtype)
 
 
 def removal_of(handles: Iterable[RemovableHandle]) -> Callable[[], None]:

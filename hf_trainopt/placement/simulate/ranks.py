@@ -3,8 +3,11 @@
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..errors import PlacementError
 from .fsdp2 import Fsdp2Rank
+from .quantized import QuantizedLinear
 from .rank import Rank, ZeroStage0
+from .sharding import OFFLOADS_PARAMETERS, WORDS
 from .step_setup import StepSetup
 from .zero import ZeroRank
 from .zero3 import Zero3Rank
@@ -22,7 +25,18 @@ def rank_of(model: nn.Module, mode: FakeTensorMode, setup: StepSetup, stages: li
         setup: How the step is made.
         stages: Names of the stages.
         source: The model that it was copied from.
+
+    Raises:
+        PlacementError: Quantized weights would be in pieces.
     """
-    if setup.sharding.kind == "fsdp2":
+    kind = setup.sharding.kind
+    if kind in OFFLOADS_PARAMETERS and any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        # Accelerate shards packed weights or keeps them whole, depending on `bnb_4bit_quant_storage`.
+        raise PlacementError(
+            f"The memory of a rank isn't predicted for weights of 4 or 8 bits under {WORDS[kind]}; choose DDP, where "
+            "all ranks hold them whole, or checkpoint_placement='all', 'every_n' or 'sqrt', which need no prediction, "
+            "and no memory_budget."
+        )
+    if kind == "fsdp2":
         return Fsdp2Rank(model, mode, setup, stages, source)
-    return _KINDS[setup.sharding.kind](model, mode, setup)
+    return _KINDS[kind](model, mode, setup)

@@ -28,6 +28,7 @@ from .scratch import cpu_scratch
 from .step_setup import StepSetup, model_loss
 from .tracker import Key, Section, StorageTracker, merged_section
 from .values import UnknownNumberError, following_values, known_pairs
+from .zero3_linear import zero3_linear
 
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,8 @@ class StepReplayer:
     def _on_device(self):
         with ExitStack() as stack:
             stack.enter_context(as_on(self.setup.device.kind, self.mode))
+            if self.setup.sharding.keeps_linear_inputs:
+                stack.enter_context(zero3_linear())
             stack.enter_context(no_checks_of_values())
             if not self._packed:
                 stack.enter_context(no_packed_sequences())

@@ -51,6 +51,8 @@ class ZeroSettings:
         max_live_parameters: Whole parameters at a time, beyond which ZeRO-3 gathers none ahead.
         max_reuse_distance: ZeRO-3 keeps parameters that are needed again within so many.
         sub_group_size: Parameters that ZeRO-3 steps at a time.
+        memory_efficient_linear: Whether ZeRO-3 puts its own function in place of `F.linear`, which also keeps the
+            inputs of frozen layers.
     """
 
     reduce_bucket_size: int = 500_000_000
@@ -61,6 +63,7 @@ class ZeroSettings:
     max_live_parameters: int = 1_000_000_000
     max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
+    memory_efficient_linear: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,11 @@ class Sharding:
     def is_zero(self) -> bool:
         """Whether DeepSpeed runs the steps."""
         return self.kind.startswith("zero")
+
+    @property
+    def keeps_linear_inputs(self) -> bool:
+        """Whether linear layers keep their inputs even where their weights are frozen."""
+        return self.kind == "zero3" and self.zero.memory_efficient_linear
 
 
 ONE_DEVICE = Sharding()

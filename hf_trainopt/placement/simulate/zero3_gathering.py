@@ -20,10 +20,10 @@ from .tracker import StorageTracker
 
 
 class _Handle:
-    """A gather under way: its buffer lives until all its parameters were waited for."""
+    """A gather under way: its buffers, one for each type, live until all its parameters were waited for."""
 
-    def __init__(self, parameters: list[nn.Parameter], buffer: torch.Tensor | None):
-        self.parameters, self.buffer, self.is_complete = parameters, buffer, False
+    def __init__(self, parameters: list[nn.Parameter], buffers: list[torch.Tensor]):
+        self.parameters, self.buffers, self.is_complete = parameters, buffers, False
 
 
 class _Before(torch.autograd.Function):
@@ -243,16 +243,15 @@ class Gathering:
         self._available += sum(p.numel() for p in parameters)
         with self._tagged():
             sent = [self._shard(p) for p in parameters] if self._copies_shards else []
-            if self._num == 1:
-                buffer = None
-            elif len(parameters) == 1:  # straight into the parameter
+            buffers = []
+            if self._num > 1 and len(parameters) == 1:  # straight into the parameter
                 self._whole[id(parameters[0])] = self._empty(parameters[0], is_padded=True)
-                buffer = None
-            else:
-                numel = sum(self._num * ceil_div(p.numel(), self._num) for p in parameters)
-                buffer = torch.empty(numel, dtype=parameters[0].dtype)
+            elif self._num > 1:
+                for dtype in dict.fromkeys(p.dtype for p in parameters):
+                    numel = sum(self._num * ceil_div(p.numel(), self._num) for p in parameters if p.dtype == dtype)
+                    buffers.append(torch.empty(numel, dtype=dtype))
             del sent
-        handle = _Handle(parameters, buffer)
+        handle = _Handle(parameters, buffers)
         for parameter in parameters:
             self._handles[id(parameter)] = handle
 
