@@ -174,13 +174,14 @@ def adam_by_definition(
     eps: float,
     weight_decay: float,
     rate_factors: list[float],
+    longest: float = np.inf,
 ) -> tuple[np.ndarray, np.ndarray]:
     """AdamW on a clock of data, in float64, from the whole history: no running average, no step count.
 
     After n windows the second moment is the mean of the square gradients, each weighted by what it came in with,
-    1 − β2^κ, times what all later windows have left of it. A mean: the weights are divided by their sum. The first
-    moment likewise, with β1 at every window. Weights decay by 1 − η·λ·κ a window, where η is the rate without the
-    factor for its batch.
+    1 − d(κ), times what all later windows have left of it, d(κ) = ½^(κ/half-life in data). A mean: the weights are
+    divided by their sum. The first moment likewise, with β1 at every window. Weights decay by 1 − η·λ·κ a window,
+    where η is the rate without the factor for its batch.
 
     Args:
         weights: Before the first window, shape (P,).
@@ -191,11 +192,17 @@ def adam_by_definition(
         eps: ε.
         weight_decay: λ.
         rate_factors: Factor for the batch of each.
+        longest: Longest half-life in reference windows that a smaller batch is given.
 
     Returns:
         Weights, and the second moment as the optimizer keeps it (not divided).
     """
     weights = weights.astype(np.float64)
+    of_recipe = np.log(0.5) / np.log(betas[1])  # its half-life in windows of k_ref
+    decays = []
+    for ratio in batch_ratios:
+        in_data = of_recipe if ratio >= 1 else min(of_recipe, max(of_recipe * ratio, longest))
+        decays.append(0.5 ** (ratio / in_data))
     for n in range(1, len(gradients) + 1):
         first, second = np.zeros_like(weights), np.zeros_like(weights)
         first_weight = second_weight = 0.0
@@ -204,9 +211,9 @@ def adam_by_definition(
             for _ in range(i + 1, n):
                 own *= betas[0]
             first, first_weight = first + own * gradients[i], first_weight + own
-            own = 1 - betas[1] ** batch_ratios[i]
+            own = 1 - decays[i]
             for j in range(i + 1, n):
-                own *= betas[1] ** batch_ratios[j]
+                own *= decays[j]
             second, second_weight = second + own * gradients[i] ** 2, second_weight + own
         rate = rates[n - 1]
         weights = weights * (1 - rate / rate_factors[n - 1] * weight_decay * batch_ratios[n - 1])

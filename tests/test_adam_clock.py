@@ -15,8 +15,10 @@ from transformers import Adafactor, Trainer, TrainerCallback, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.accumulation.second_moment import (
+    LONGEST_MEMORY,
     SecondMomentClock,
     bias_ratio,
+    moment_ratio,
     moment_setting,
     steps_taken,
 )
@@ -26,13 +28,13 @@ K_REF = 4
 sequences = st.lists(st.integers(1, 9), min_size=1, max_size=25)
 
 
-def run(optimizer_class, ks, rate_factors=None, seed=0, **options):
+def run(optimizer_class, ks, rate_factors=None, seed=0, longest=math.inf, **options):
     """Steps of an optimizer on float64 weights; returns it, the weights, their gradients, and the clock."""
     generator = torch.Generator().manual_seed(seed)
     parameter = torch.nn.Parameter(torch.randn(7, dtype=torch.float64, generator=generator))
     start = parameter.detach().clone().numpy()
     optimizer = optimizer_class([parameter], **options)
-    clock = SecondMomentClock(optimizer, moment_setting(optimizer))
+    clock = SecondMomentClock(optimizer, moment_setting(optimizer), longest=longest)
     gradients = []
     base = float(options.get("lr", 1e-3))
     for index, k in enumerate(ks):
@@ -50,13 +52,23 @@ def run(optimizer_class, ks, rate_factors=None, seed=0, **options):
     "way", [{"foreach": False}, {"foreach": True}, {"fused": True}, {"foreach": False, "amsgrad": True}]
 )
 @settings(max_examples=25, deadline=None)
-@given(ks=sequences, seed=st.integers(0, 99))
-def test_moments_and_weights_are_those_of_the_definition(way, ks, seed):
+@given(ks=sequences, seed=st.integers(0, 99), longest=st.sampled_from([math.inf, 2.0, 6.0, 12.0]))
+def test_moments_and_weights_are_those_of_the_definition(way, ks, seed, longest):
     factors = [1.0 + 0.3 * math.sin(i) for i in range(len(ks))]
     options = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.3}
-    optimizer, parameter, start, gradients, clock = run(torch.optim.AdamW, ks, factors, seed, **options, **way)
+    optimizer, parameter, start, gradients, clock = run(
+        torch.optim.AdamW, ks, factors, seed, longest, **options, **way
+    )
     weights, second = adam_by_definition(
-        start, gradients, [k / K_REF for k in ks], [3e-2 * f for f in factors], (0.9, 0.95), 1e-3, 0.3, factors
+        start,
+        gradients,
+        [k / K_REF for k in ks],
+        [3e-2 * f for f in factors],
+        (0.9, 0.95),
+        1e-3,
+        0.3,
+        factors,
+        longest,
     )
     state = optimizer.state[parameter]
     np.testing.assert_allclose(state["exp_avg_sq"].numpy(), second, rtol=1e-12)
@@ -66,6 +78,45 @@ def test_moments_and_weights_are_those_of_the_definition(way, ks, seed):
     assert int(state["step"]) == clock.steps == steps_taken(optimizer) == len(ks)
     group = optimizer.param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-3, 0.3)
+
+
+@given(st.floats(0.5, 0.9999), st.floats(1 / 64, 8.0), st.floats(0.01, 1e4))
+def test_memory_is_stretched_up_to_its_longest(beta2, ratio, longest):
+    """Between what an unchanged β2 remembers of the data and what the recipe does, and no longer than it may be."""
+    half_life = math.log(0.5) / math.log(beta2)
+    found = moment_ratio(math.log(beta2), ratio, longest)
+    in_data = ratio / found * half_life
+    if ratio >= 1 or longest >= half_life:
+        assert found == ratio  # to the bit: the same as if there were no longest
+    else:
+        assert in_data == pytest.approx(max(ratio * half_life, longest), rel=1e-9)
+        assert ratio <= found <= 1
+
+
+def test_groups_have_their_own_memory():
+    parameters = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
+    betas = [(0.9, 0.5), (0.9, 0.999)]
+    optimizer = torch.optim.AdamW([{"params": [p], "betas": b} for p, b in zip(parameters, betas, strict=True)])
+    clock = SecondMomentClock(optimizer, moment_setting(optimizer), longest=5.0)
+    ks, gradients = [1, 2, 2, 6, 1, 4], []
+    for k in ks:
+        gradients.append(torch.randn(3, dtype=torch.float64).numpy())
+        for parameter in parameters:
+            parameter.grad = torch.from_numpy(gradients[-1].copy())
+        clock.begin_step(k / K_REF, 1.0)
+        optimizer.step()
+        clock.end_step()
+    assert clock.windows == sum(ks) / K_REF
+    assert clock.forgotten == [pytest.approx(4.0), pytest.approx(4 * 1.0 + 6 / 4 + 1)]
+    for parameter, b in zip(parameters, betas, strict=True):
+        weights, second = adam_by_definition(
+            np.ones(3), gradients, [k / K_REF for k in ks], [1e-3] * 6, b, 1e-8, 1e-2, [1.0] * 6, 5.0
+        )
+        np.testing.assert_allclose(optimizer.state[parameter]["exp_avg_sq"].numpy(), second, rtol=1e-12)
+        np.testing.assert_allclose(parameter.detach().numpy(), weights, rtol=1e-11)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "betas": (0.9, 0.5)})
+    clock.begin_step(1.0, 1.0)
+    assert clock.forgotten[-1] == clock.windows
 
 
 @given(st.integers(1, 30), st.integers(1, 200))
@@ -238,10 +289,13 @@ def test_moments_in_a_run(tmp_path, optim):
     trainer.train()
     assert len(set(ks)) >= 5
     assert listener.betas == {(0.9, 0.95)}
+    half_life = math.log(0.5) / math.log(0.95)
+    longest = LONGEST_MEMORY * trainer.trainopt.accumulation.cursor.budget  # so short a run stretches little
+    decays = [0.5 ** (k / K_REF / max(longest, half_life * min(1, k / K_REF))) for k in ks]
     for index, parameter in enumerate(trainer.model.parameters()):
         second = torch.zeros_like(parameter)
-        for gradients, k in zip(listener.gradients, ks, strict=True):
-            second = 0.95 ** (k / K_REF) * second + (1 - 0.95 ** (k / K_REF)) * gradients[index] ** 2
+        for gradients, decay in zip(listener.gradients, decays, strict=True):
+            second = decay * second + (1 - decay) * gradients[index] ** 2
         state = trainer.optimizer.optimizer.state[parameter]
         torch.testing.assert_close(state["exp_avg_sq"], second, rtol=1e-12, atol=0)
         assert int(state["step"]) == trainer.state.global_step
@@ -365,10 +419,12 @@ def test_a_checkpoint_without_the_optimizer_begins_on_average(tmp_path):
     part = trainer.trainopt.adam_clock
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
     part.load_state_dict({"steps": 40, "windows": 10.0})
-    assert part._start(optimizer) == (0, 0.0)
+    assert part._start(optimizer) == (0, 0.0, [])
     optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
     optimizer.step()
-    assert part._start(optimizer) == (1, 0.25)
+    assert part._start(optimizer) == (1, 0.25, [])
+    part.load_state_dict({"steps": 40, "windows": 10.0, "forgotten": [20.0]})
+    assert part._start(optimizer) == (1, 0.25, [0.5])
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])

@@ -8,13 +8,15 @@ import torch
 
 from ..core.part import Part
 from .schedule import DataIndexedLR, torch_optimizer
-from .second_moment import SecondMomentClock, moment_setting, steps_taken
+from .second_moment import LONGEST_MEMORY, SecondMomentClock, moment_setting, steps_taken
 
 
 logger = logging.getLogger(__name__)
 
-# Optimizer -> (steps, reference windows) that it has come to: `train` may be called again, or another Trainer have it.
-_REACHED: "weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, float]]" = weakref.WeakKeyDictionary()
+# Steps, reference windows in them, and what each group has forgotten of them (see `SecondMomentClock`).
+Reached = tuple[int, float, list[float]]
+# What an optimizer has come to: `train` may be called again, or another Trainer have it.
+_REACHED: "weakref.WeakKeyDictionary[torch.optim.Optimizer, Reached]" = weakref.WeakKeyDictionary()
 
 
 class AdamClockPart(Part):
@@ -59,7 +61,8 @@ class AdamClockPart(Part):
             return
         if setting is None:
             return
-        self.clock = SecondMomentClock(inner, setting, *self._start(inner))
+        longest = LONGEST_MEMORY * accumulation.cursor.budget
+        self.clock = SecondMomentClock(inner, setting, *self._start(inner), longest=longest)
         if not by_engine:  # which steps it once for each parameter group
             self._hooks = [
                 inner.register_step_pre_hook(self._before_step),
@@ -67,25 +70,28 @@ class AdamClockPart(Part):
             ]
         self._committed_state = self._state()
 
-    def _start(self, optimizer: torch.optim.Optimizer) -> tuple[int, float | None]:
-        """Return the steps that the optimizer has taken, and the reference windows in them if known."""
+    def _start(self, optimizer: torch.optim.Optimizer) -> Reached | tuple[int]:
+        """Return the steps that the optimizer has taken, and what is known of them."""
         steps, saved = steps_taken(optimizer), self._loaded_state
-        known = None if saved is None else (saved["steps"], saved["windows"])
+        known = None if saved is None else (saved["steps"], saved["windows"], saved.get("forgotten", []))
         if known is None and self.parts.resumed_from is None:
             known = _REACHED.get(optimizer)
         if known is None:  # stock's, or written when every step had the β2 of the recipe
-            return (self.trainer.state.global_step if steps is None else steps), None
+            return (self.trainer.state.global_step if steps is None else steps,)
         if steps is None or steps == known[0]:
             return known
+        if not known[0]:
+            return (steps,)
         # Its state isn't the one of that run (not saved, or begun anew): windows as there are on average.
-        return steps, known[1] * steps / known[0] if known[0] else None
+        share = steps / known[0]
+        return steps, known[1] * share, [value * share for value in known[2]]
 
     def end_run(self) -> None:
         for hook in self._hooks:
             hook.remove()
         if self.clock is not None:
             self.clock.put_back()
-            _REACHED[self.clock.optimizer] = self.clock.steps, self.clock.windows
+            _REACHED[self.clock.optimizer] = self.clock.steps, self.clock.windows, self.clock.forgotten
         self.clock, self._hooks, self._committed_state = None, [], None
         self._step_begun = self._not_taken = None
 
@@ -135,7 +141,7 @@ class AdamClockPart(Part):
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {"steps": self.clock.steps, "windows": self.clock.windows}
+        return {"steps": self.clock.steps, "windows": self.clock.windows, "forgotten": self.clock.forgotten}
 
     def state_dict(self) -> dict[str, Any] | None:
         return self._committed_state

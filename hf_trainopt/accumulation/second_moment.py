@@ -6,6 +6,11 @@ Where k varies, the half-life *in data* is what has to stay (Marek et al. 2025, 
 
     β2(κ) = β2^κ.
 
+At κ < 1 that is a longer memory in steps, and a memory that is long against the run still holds the square gradients
+of its first steps. So it is stretched up to a share of the run only. An unchanged β2 with a half-life of h steps
+remembers h·κ reference windows at κ. What is aimed at is min(h, max(h·κ, H)), with H the longest. In place of κ then
+stands κ' ≥ κ, below and in β2(κ).
+
 Adam divides the moment by 1 − β2ⁿ, since it began at zero. After windows of κ_1 … κ_n the true weight of that zero is
 Π β2^κ_i = β2^u, u = Σ κ_i the reference windows consumed. The optimizer computes 1 − β2(κ_n)ⁿ from its own step count
 n. The quotient
@@ -23,6 +28,7 @@ too, since the optimizer multiplies it by the rate.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +45,34 @@ def decay_of_step(log_beta2: float, batch_ratio: float) -> float:
     return math.exp(batch_ratio * log_beta2)
 
 
+# Longest half-life, as a share of the run, that memory is stretched to. Measured: benchmarks/convergence.md.
+LONGEST_MEMORY = 0.125
+
+
+def moment_ratio(log_beta2: float, batch_ratio: float, longest: float) -> float:
+    """Return κ', by which the second moment forgets in a step of κ reference windows.
+
+    Args:
+        log_beta2: As above.
+        batch_ratio: κ.
+        longest: H, in reference windows.
+
+    Returns:
+        κ itself where κ ≥ 1 or the recipe's half-life is at most H; else more, up to 1, at which β2 is unchanged.
+    """
+    if batch_ratio >= 1:
+        return batch_ratio
+    half_life = -math.log(2.0) / log_beta2
+    return max(batch_ratio, min(1.0, half_life * batch_ratio / longest))
+
+
 def bias_ratio(log_beta2: float, batch_ratio: float, windows: float, steps: int) -> float:
     """Return ρ, what the rate must be multiplied by so that Adam's bias correction is the true one.
 
     Args:
         log_beta2: As above.
-        batch_ratio: κ of this step.
-        windows: u, reference windows consumed, this step included.
+        batch_ratio: κ of this step (κ' where the two differ).
+        windows: u, reference windows consumed, this step included (the sum of κ').
         steps: n, optimizer steps taken, this one included.
 
     Returns:
@@ -144,16 +171,29 @@ class SecondMomentClock:
         setting: What `moment_setting` has found in it.
         steps: n, steps that the optimizer has taken.
         windows: u, reference windows in them; by default one each, as in stock.
+        forgotten: Sum of κ' of each group; by default `windows`, as it is while κ' is κ.
+        longest: H, longest half-life that memory is stretched to, in reference windows.
     """
 
-    def __init__(self, optimizer: Optimizer, setting: MomentSetting, steps: int = 0, windows: float | None = None):
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        setting: MomentSetting,
+        steps: int = 0,
+        windows: float | None = None,
+        forgotten: Sequence[float] | None = None,
+        longest: float = math.inf,
+    ):
         self.optimizer = optimizer
         self.setting = setting
         self.steps = steps
         self.windows = float(steps) if windows is None else windows
+        self.forgotten = list(forgotten or ())
+        self._longest = longest
         self._replaced: list[dict[str, Any]] = []
-        self._before: tuple[int, float] | None = None
+        self._before: tuple[int, float, list[float]] | None = None
         self._batch_ratio = 1.0
+        self._ratios: list[float] = []
 
     def begin_step(self, batch_ratio: float, rate_factor: float) -> None:
         """Change the groups for a step of κ reference windows.
@@ -163,29 +203,35 @@ class SecondMomentClock:
             rate_factor: f, by which the rate in the groups was scaled for this k.
         """
         self.put_back()  # the last step has failed on its way
-        self._batch_ratio = batch_ratio
-        for group in self.optimizer.param_groups:
-            new = self._changed(group, rate_factor)
+        self._batch_ratio, self._ratios = batch_ratio, []
+        # Groups may have been added since.
+        self.forgotten += [self.windows] * (len(self.optimizer.param_groups) - len(self.forgotten))
+        for group, forgotten in zip(self.optimizer.param_groups, self.forgotten, strict=True):
+            log_beta2 = self.setting.log_beta2(group, self.windows)
+            keeps = -math.inf < log_beta2 < 0  # else nothing is kept, or everything, at any k
+            is_stretched = keeps and self.setting.kind != "power"  # Adafactor's memory grows with the run
+            ratio = moment_ratio(log_beta2, batch_ratio, self._longest) if is_stretched else batch_ratio
+            self._ratios.append(ratio)
+            new = self._changed(group, rate_factor, log_beta2, ratio, forgotten) if keeps else {}
             self._replaced.append({key: group[key] for key in new})
             group.update(new)
 
-    def _changed(self, group: dict[str, Any], rate_factor: float) -> dict[str, Any]:
-        """Return what is other in a group for this step."""
-        setting, ratio, step = self.setting, self._batch_ratio, self.steps + 1
-        log_beta2 = setting.log_beta2(group, self.windows)
-        if not -math.inf < log_beta2 < 0:  # nothing is kept, or everything, at any k
-            return {}
+    def _changed(
+        self, group: dict[str, Any], rate_factor: float, log_beta2: float, ratio: float, forgotten: float
+    ) -> dict[str, Any]:
+        """Return what is other in a group for this step; `ratio` is its κ', `forgotten` their sum so far."""
+        setting, step = self.setting, self.steps + 1
         new: dict[str, Any] = {}
         # Adafactor's decay depends on the place as well, which the optimizer counts in steps.
         is_off = setting.kind == "power" and self.windows != self.steps
         if ratio != 1 or is_off:
             new[setting.key] = setting.with_decay(group[setting.key], decay_of_step(log_beta2, ratio), step)
-        rate = bias_ratio(log_beta2, ratio, self.windows + ratio, step) if setting.corrects_bias else 1.0
+        rate = bias_ratio(log_beta2, ratio, forgotten + ratio, step) if setting.corrects_bias else 1.0
         if rate != 1:
             new["lr"] = group["lr"] * rate
             if "eps" in group:
                 new["eps"] = group["eps"] * rate
-        weight_decay = ratio / rate_factor / rate
+        weight_decay = self._batch_ratio / rate_factor / rate
         if setting.decouples_weight_decay and weight_decay != 1 and group.get("weight_decay"):
             new["weight_decay"] = group["weight_decay"] * weight_decay
         return new
@@ -194,8 +240,9 @@ class SecondMomentClock:
         """Put the groups back after a step, and count it if it was taken."""
         self.put_back()
         if was_taken:
-            self._before = self.steps, self.windows
+            self._before = self.steps, self.windows, self.forgotten
             self.steps, self.windows = self.steps + 1, self.windows + self._batch_ratio
+            self.forgotten = [sum(pair) for pair in zip(self.forgotten, self._ratios, strict=True)]
 
     def put_back(self) -> None:
         """Give the groups what they had before `begin_step`."""
@@ -206,7 +253,7 @@ class SecondMomentClock:
     def take_back(self) -> None:
         """Uncount the last step: the optimizer was told, on the device, not to take it."""
         if self._before is not None:
-            (self.steps, self.windows), self._before = self._before, None
+            (self.steps, self.windows, self.forgotten), self._before = self._before, None
 
 
 def steps_taken(optimizer: Optimizer) -> int | None:
