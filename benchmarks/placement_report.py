@@ -249,6 +249,25 @@ def estimators_table(folder: Path) -> str:
     return table(list(names), rows)
 
 
+def fastest_table(folder: Path) -> str:
+    """Return, for each budget, the micro-batch that was chosen and the one that was fastest."""
+    rows = [
+        [
+            record["title"],
+            f"{budget['share']:.0%}",
+            str(budget["fitting"]),
+            str(budget["chosen"]["micro_batch"]),
+            str(budget["fastest"]["micro_batch"]),
+            between(budget["ratio"]),
+            percent(budget["slowest_ratio"] - 1, 0),
+        ]
+        for record in records(folder, "fastest")
+        for budget in record["budgets"]
+    ]
+    names = ("model", "budget", "that fit", "chosen", "fastest", "chosen against fastest, %", "slowest, %")
+    return table(list(names), rows)
+
+
 def overhead_table(folder: Path) -> str:
     rows = [
         [record["task"], f"{record['stock_seconds']['median']:.4f}", between(record["ratio"]), str(record["rounds"]),
@@ -404,7 +423,7 @@ def write_report(results: Path, output: Path) -> None:
         "predict summary": predict_summary, "predict": predict_tables, "flops": flops_table, "time": time_tables,
         "frontier": frontier_table, "budgets": budgets_table, "figures": figures_table,
         "knob": knob_table, "overhead": overhead_table, "effort": effort_tables, "sharded": sharded_tables,
-        "estimators": estimators_table,
+        "estimators": estimators_table, "fastest": fastest_table,
     }  # fmt: skip
     for name, make in tables.items():
         text = text.replace(f"@@{name}@@", make(results))
