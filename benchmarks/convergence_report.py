@@ -219,6 +219,8 @@ def dear_steps_table(records: list[dict]) -> str:
     setup = {"task": "language", "policy": "fixed", "k": k, "learning_rate": rate, "ranks": 1}
     setup["adam_beta2"] = beta2_in_data("language", k, half_life)
     fastest = [r for r in records if all(r[key] == value for key, value in setup.items())]
+    if not fastest:
+        return "(not run)"
     rows = []
     for cost in DEAR_STEPS:
         ours = [r for r in records if r["optimizer_step_cost"] == cost]
