@@ -117,6 +117,10 @@ def test_groups_have_their_own_memory():
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "betas": (0.9, 0.5)})
     clock.begin_step(1.0, 1.0)
     assert clock.forgotten[-1] == clock.windows
+    fewer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    clock = SecondMomentClock(fewer, moment_setting(fewer), 4, 2.0, forgotten=[3.0, 4.0])
+    clock.begin_step(1.0, 1.0)
+    assert clock.forgotten == [2.0]
 
 
 @given(st.integers(1, 30), st.integers(1, 200))

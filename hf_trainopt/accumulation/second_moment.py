@@ -204,8 +204,10 @@ class SecondMomentClock:
         """
         self.put_back()  # the last step has failed on its way
         self._batch_ratio, self._ratios = batch_ratio, []
-        # Groups may have been added since.
-        self.forgotten += [self.windows] * (len(self.optimizer.param_groups) - len(self.forgotten))
+        count = len(self.optimizer.param_groups)
+        if len(self.forgotten) > count:  # those of a checkpoint with other groups
+            self.forgotten = []
+        self.forgotten += [self.windows] * (count - len(self.forgotten))  # groups may have been added
         for group, forgotten in zip(self.optimizer.param_groups, self.forgotten, strict=True):
             log_beta2 = self.setting.log_beta2(group, self.windows)
             keeps = -math.inf < log_beta2 < 0  # else nothing is kept, or everything, at any k
