@@ -205,9 +205,8 @@ class SecondMomentClock:
         self.put_back()  # the last step has failed on its way
         self._batch_ratio, self._ratios = batch_ratio, []
         count = len(self.optimizer.param_groups)
-        if len(self.forgotten) > count:  # those of a checkpoint with other groups
-            self.forgotten = []
-        self.forgotten += [self.windows] * (count - len(self.forgotten))  # groups may have been added
+        known = self.forgotten if len(self.forgotten) <= count else []  # a checkpoint with other groups has more
+        self.forgotten = [*known, *[self.windows] * (count - len(known))]  # groups may have been added
         for group, forgotten in zip(self.optimizer.param_groups, self.forgotten, strict=True):
             log_beta2 = self.setting.log_beta2(group, self.windows)
             keeps = -math.inf < log_beta2 < 0  # else nothing is kept, or everything, at any k
