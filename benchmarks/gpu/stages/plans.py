@@ -67,7 +67,7 @@ def plans_of(context: Context, case: Case) -> dict[str, Any]:
     began, started = time.monotonic(), time.process_time()
     toy_points, full_points = 1, FRONTIER_POINTS
     points = context.pick(full_points, toy_points) if case.name == COMPILED else 0
-    plans = all_plans(case, budgets=context.pick(BUDGETS, BUDGETS[:1]), points=points)
+    plans = all_plans(case, budgets=context.pick(BUDGETS, BUDGETS[:2]), points=points)
     return {
         "title": case.title,
         "device": case.device,
