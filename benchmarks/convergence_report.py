@@ -42,9 +42,14 @@ COSTS = json.loads((HERE / "results" / "unit_costs.json").read_text())["tasks"]
 def curve(record: dict) -> list[Evaluation]:
     """Return the evaluations of a record; seconds are those of its micro-batches and steps on the idle machine."""
     cost = COSTS[record["task"]]
-    per_sample = cost["micro_batch_seconds"] / MICRO_BATCH[record["task"]]
+    return _timed(record, cost["micro_batch_seconds"], cost["step_seconds"])
+
+
+def _timed(record: dict, micro_batch: float, step: float) -> list[Evaluation]:
+    """Return the evaluations of a record, where a micro-batch and an optimizer step take these times."""
+    per_sample = micro_batch / MICRO_BATCH[record["task"]]
     return [
-        Evaluation(p["loss"], p["step"], p["samples"], p["samples"] * per_sample + p["step"] * cost["step_seconds"])
+        Evaluation(p["loss"], p["step"], p["samples"], p["samples"] * per_sample + p["step"] * step)
         for p in record["curve"]
     ]
 
@@ -240,11 +245,7 @@ def dear_steps_table(records: list[dict]) -> str:
 
 def priced_curve(record: dict, step_cost: float) -> list[Evaluation]:
     """Return the evaluations of a record; time is in micro-batches, where a step costs as many as `step_cost`."""
-    size = MICRO_BATCH[record["task"]]
-    return [
-        Evaluation(p["loss"], p["step"], p["samples"], p["samples"] / size + step_cost * p["step"])
-        for p in record["curve"]
-    ]
+    return _timed(record, 1.0, step_cost)
 
 
 def draw_curves(records: list[dict], folder: Path) -> None:

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from .core.installed import installed_version
-
 
 class Command(NamedTuple):
     """A subcommand.
@@ -73,6 +71,16 @@ class CommandParser(argparse.ArgumentParser):
                 self.error(f"unrecognized arguments: {flag}{f'; did you mean {close[0]}?' if close else ''}")
 
 
+class ShowVersion(argparse.Action):
+    """Writes the version and ends; other commands needn't wait until it is looked up."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from .core.installed import installed_version
+
+        _write(f"hf-trainopt {installed_version('hf-trainopt') or '(not installed)'}\n")
+        parser.exit()
+
+
 def build_parser(used: str) -> CommandParser:
     """Return the parser of all subcommands. Only the one that is used gets its flags.
 
@@ -80,8 +88,7 @@ def build_parser(used: str) -> CommandParser:
         used: Name of the subcommand on the command line. Any other word will do where there is none.
     """
     parser = CommandParser(prog="hf-trainopt", description="The Hugging Face Trainer, cheaper.")
-    version = f"hf-trainopt {installed_version('hf-trainopt') or '(not installed)'}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         if name == used:

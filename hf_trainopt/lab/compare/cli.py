@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> str:
     """Make the runs that are missing; return the comparison as Markdown.
 
     Raises:
-        ValueError: Something asked for is impossible, or no run of the baseline has finished.
+        ValueError: Something asked for is impossible, or the first run of the baseline has failed.
     """
     check(arguments)
     script_arguments = with_defaults(arguments.script_arguments)
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> str:
         for seed in range(arguments.seeds)
         for arm in (chosen if seed % 2 == 0 else chosen[::-1])  # none is always the first
     ]
-    order.sort(key=lambda run: (run[1] > 0, run[1] == 0 and run[0].name != baseline))  # the others need its first run
+    order.sort(key=lambda run: (run[0].name, run[1]) != (baseline, 0))  # the others need the baseline's first run
     found = executor.make(order, check_first=functools.partial(check_first_run, own_arms=bool(arguments.arm)))
     by_arm = {arm.name: [found[arm.name, seed] for seed in range(arguments.seeds)] for arm in chosen}
     finished = [record for record in by_arm[baseline] if record["status"] == "finished"]

@@ -111,7 +111,7 @@ def first_answer(baseline: Replay, budget: str | None) -> str:
         f"{gib(baseline.resident_bytes)} are {listed}, which recomputation can't free."
     )
     if resident and "gradients" not in resident:
-        text += " Gradients come on top of them later in the step, when activations are gone."
+        text += " Gradients are added later in the step, once activations are freed."
     return text if budget is None else f"{text} {budget}"
 
 
