@@ -5,6 +5,7 @@
     python benchmarks/convergence.py others                 # tasks on which no default was found
     python benchmarks/convergence.py ablations              # the defaults' parts, wrong rates, fewest steps
     python benchmarks/convergence.py dear_steps             # ours where a step costs as much as 1 or 3 micro-batches
+    python benchmarks/convergence.py resnet50               # a larger net: rates searched; then resnet50_paired
     python benchmarks/convergence.py ranks                  # two ranks, on the idle machine; then ranks_paired
     python benchmarks/convergence.py run --task language --policy fixed -k 8 --learning_rate 2e-3 --seed 0
     python benchmarks/convergence.py table                  # benchmarks/convergence.md from the records
@@ -34,7 +35,7 @@ RESULTS = HERE / "results" / "convergence"
 STOCK = "fixed"
 NUM_EVALUATIONS = 20
 # Evaluations along the way are on a part of the validation data, the last one on all.
-CURVE_SAMPLES = {"language": 100, "vision": 500, "code": 100}
+CURVE_SAMPLES = {"language": 100, "vision": 500, "code": 100, "resnet50": 500}
 
 
 def record_path(options: argparse.Namespace) -> Path:

@@ -30,7 +30,7 @@ from hf_trainopt.metrics.targets import Crossing, Evaluation, first_crossing
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("language", "vision")
-MICRO_BATCH = {"language": 4, "vision": 16, "code": 4}
+MICRO_BATCH = {"language": 4, "vision": 16, "code": 4, "resnet50": 16}
 TARGET_LABELS = (("first target", "bottom"), ("second target", "top"))
 # Share of its data at which the loss of a run of seed 0 becomes a target.
 SHARES = {"eight": 0.8, "best": 0.9}
@@ -370,6 +370,8 @@ def write_report(results: Path, path: Path | None = None) -> None:
     there = {r["task"] for r in records}
     for task in OTHERS:
         parts[f"{task} others"] = lambda task=task: others_table(records, task) if task in there else "(not run)"
+    for name, make in (("resnet50 paired", paired_table), ("resnet50 sweep", sweep_table)):
+        parts[name] = lambda make=make: make(records, "resnet50") if "resnet50" in there else "(not run)"
     text = (HERE / "convergence.template.md").read_text()
     for name, make in parts.items():
         text = text.replace(f"@@{name}@@", make())

@@ -1,12 +1,12 @@
 """Which runs the parts of `convergence.py` are made of."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 
 REFERENCE = 8  # k of the recipe that a user comes with
-TASK_BETA2 = {"language": 0.95, "vision": 0.999, "code": 0.95}
+TASK_BETA2 = {"language": 0.95, "vision": 0.999, "code": 0.95, "resnet50": 0.999}
 # Learning rates of stock by k at the task's own β2: factors of two around what a first search found
 # further down where the lowest was the best.
 SWEEP = {
@@ -43,7 +43,7 @@ SWEEP_BETA2 = {
 }
 # Cost of an optimizer step in micro-batches, measured on the idle machine (results/unit_costs.json); ours
 # measures it in the run, which on a machine that runs two at a time would be another figure in every run.
-STEP_COST = {"language": 0.04, "vision": 0.24, "code": 0.04}
+STEP_COST = {"language": 0.04, "vision": 0.24, "code": 0.04, "resnet50": 0.14}
 DEFAULT = ("surge", "tokens")  # what lr_batch_scaling="auto" is under goodput, and adam_clock
 # The parts of the default, each without the other.
 PARTS_OF_DEFAULT = (("surge", "steps"), ("none", "tokens"), ("sqrt", "tokens"))
@@ -58,6 +58,10 @@ FASTEST_WITH_DEAR_STEPS = (2, 2e-3, 1)
 # Tasks on which no default was found, and rates of stock at k = 8.
 OTHERS = {"code": (2e-3, 4e-3, 8e-3)}
 OTHER_BETA2 = {"code": (0.95, 0.98)}
+# A larger net. Rates of stock by k, from a factor of two around ResNet-18's; which k and β2 are tried is what was best
+# there.
+RESNET50_SWEEP = {8: (3.5e-4, 7e-4, 1.4e-3), 2: (2.5e-4, 5e-4, 1e-3)}
+RESNET50_BETA2 = {2: (5e-4, 0.1)}  # k -> rate, half-life in data
 QUICK_SWEEP = {"language": {1: (3e-3,), 8: (2e-3,)}, "vision": {1: (3.5e-4,), 8: (1.4e-3,)}}
 
 Runs = Iterator[list[str]]
@@ -135,13 +139,19 @@ def paired(results: Path, quick: bool) -> Runs:
     records = load(results)
     for seed in range(1) if quick else SEEDS:
         for task in SWEEP:
-            eight, first = recipe(records, task), best(records, task=task, policy="fixed")
-            runs = [
-                stock(task, REFERENCE, eight["learning_rate"], seed),
-                adaptive(task, eight["learning_rate"], seed=seed),
-                stock(task, first["k"], first["learning_rate"], seed, first["adam_beta2"]),
-            ]
-            yield from runs[:: 1 if seed % 2 == 0 else -1]  # who is first must not matter
+            yield from compared(task, records, (seed,))
+
+
+def compared(task: str, records: list[dict], seeds: Iterable[int]) -> Runs:
+    """The three runs of each seed that are compared."""
+    eight, first = recipe(records, task), best(records, task=task, policy="fixed")
+    for seed in seeds:
+        runs = [
+            stock(task, REFERENCE, eight["learning_rate"], seed),
+            adaptive(task, eight["learning_rate"], seed=seed),
+            stock(task, first["k"], first["learning_rate"], seed, first["adam_beta2"]),
+        ]
+        yield from runs[:: 1 if seed % 2 == 0 else -1]  # who is first must not matter
 
 
 def others(results: Path, quick: bool) -> Runs:
@@ -154,6 +164,21 @@ def others(results: Path, quick: bool) -> Runs:
             yield adaptive(task, rate, beta2=beta2)
             yield adaptive(task, rate, clock="steps", beta2=beta2)
             yield stock(task, 1, rate, beta2=beta2_in_data(task, 1, of=beta2))
+
+
+def resnet50(results: Path, quick: bool) -> Runs:
+    """ResNet-50: a search of its own over rates; seed 0."""
+    for k, rates in ({} if quick else RESNET50_SWEEP).items():
+        for rate in rates:
+            yield stock("resnet50", k, rate)
+    for k, (rate, half_life) in ({} if quick else RESNET50_BETA2).items():
+        yield stock("resnet50", k, rate, beta2=beta2_in_data("resnet50", k, half_life))
+
+
+def resnet50_paired(results: Path, quick: bool) -> Runs:
+    """Three seeds of what is compared, with ResNet-50."""
+    if not quick:
+        yield from compared("resnet50", load(results), RANKS_SEEDS)
 
 
 def ablations(results: Path, quick: bool) -> Runs:
@@ -215,5 +240,6 @@ def on_two_ranks(arguments: list[str]) -> list[str]:
 
 PARTS: dict[str, Callable[[Path, bool], Runs]] = {
     "sweep": sweep, "paired": paired, "others": others, "ablations": ablations, "dear_steps": dear_steps,
+    "resnet50": resnet50, "resnet50_paired": resnet50_paired,
     "ranks": ranks, "ranks_paired": ranks_paired,
 }  # fmt: skip

@@ -62,7 +62,9 @@ VISION = Task(
 )
 # A task that no default was found on: a Llama-type net on the sources of Python's standard library.
 CODE = replace(LANGUAGE, name="code")
-TASKS = {task.name: task for task in (LANGUAGE, VISION, CODE)}
+# A larger net, for which rates are searched anew.
+RESNET50 = replace(VISION, name="resnet50")
+TASKS = {task.name: task for task in (LANGUAGE, VISION, CODE, RESNET50)}
 
 
 def common_arguments(task: Task, output_dir: str) -> dict[str, Any]:
@@ -224,7 +226,9 @@ def build(task: Task, seed: int, toy: bool = False) -> dict[str, Any]:
         }
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-    config = TimmWrapperConfig(architecture="resnet18", num_labels=10, do_pooling=True)
+    config = TimmWrapperConfig(
+        architecture="resnet50" if task.name == "resnet50" else "resnet18", num_labels=10, do_pooling=True
+    )
     arrays = _toy_arrays if toy else _vision_arrays
     return {
         "model": TimmWrapperForImageClassification(config),

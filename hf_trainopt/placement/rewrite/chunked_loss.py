@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
 
+from hf_trainopt.models.liger import has_liger_forward
+
 from ..errors import PlacementError
 from .chunked_cross_entropy import chunked_cross_entropy
 from .deferred_logits import DeferredLogits
@@ -200,6 +202,8 @@ def find_language_model(model: torch.nn.Module) -> PreTrainedModel | None:
     )
     rewrite = rewrite_of(innermost)
     loss_function = _loss_function(innermost) if rewrite is None else rewrite.loss_function
+    if has_liger_forward(innermost):
+        return None  # its loss is chunked already, and the head isn't called
     return innermost if plain and loss_function in PLAIN_LOSSES else None
 
 

@@ -16,17 +16,20 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_leaves
 
 from ...machine.costs import Cost
+from ...models.liger import uses_liger
 from ..errors import FilledCacheError, PlacementError, ReplayError
 from ..plan.plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice, describe
 from ..recompute.apply import apply_placement, check_model
 from .fake import as_on, as_type, fake_batch, fake_copy, fake_mode, fake_whole
 from .fake_contexts import no_checks_of_values, no_logged_traceback, no_packed_sequences
+from .liger import liger_replayed
 from .passes import calls_of_checkpoint, passes_of
 from .rank import removal_of
 from .ranks import rank_of
 from .scratch import cpu_scratch
 from .step_setup import StepSetup, model_loss
 from .tracker import Key, Section, StorageTracker, merged_section
+from .triton_kernels import triton_not_launched
 from .values import UnknownNumberError, following_values, known_pairs
 from .zero3_linear import zero3_linear
 
@@ -132,8 +135,12 @@ class StepReplayer:
         else:
             self.model = fake_copy(model, self.mode, fake_whole if cast is None else as_type(cast))
         if mode is None and setup.compute_loss is model_loss and "forward" in vars(type(self.model)):
-            # A `forward` that someone has put on the instance (TRL does) may call the real model.
-            self.model.__dict__.pop("forward", None)
+            # A `forward` that someone has put on the instance (TRL does) may call the real model; a method of it
+            # (Liger's) is one of the copy by now.
+            if getattr(self.model.__dict__.get("forward"), "__self__", None) is not self.model:
+                self.model.__dict__.pop("forward", None)
+        self._uses_liger = uses_liger(self.model)
+        self._tracker: StorageTracker | None = None
         self.model.train()
         self.batch = fake_batch(batch, self.mode, keeps_mask=setup.follows_values)
         self._known = known_pairs(self.batch, batch) if setup.follows_values else None
@@ -155,6 +162,9 @@ class StepReplayer:
             stack.enter_context(no_checks_of_values())
             if not self._packed:
                 stack.enter_context(no_packed_sequences())
+            stack.enter_context(triton_not_launched(self._count_kernel))
+            if self._uses_liger:
+                stack.enter_context(liger_replayed(self.setup.device.kind, self._count_kernel))
             if self._known is not None:
                 reads = stack.enter_context(following_values(self._known))
                 stack.callback(self._count_assumed, reads)
@@ -239,6 +249,11 @@ class StepReplayer:
                 "trains without a placement."
             ) from error
 
+    def _count_kernel(self, num_bytes: int, flops: int, dtype: torch.dtype) -> None:
+        if self._tracker is not None:
+            device = self.setup.device
+            self._tracker.charge(Cost(flops, num_bytes, device.seconds(flops, num_bytes, dtype), device.host_s))
+
     def _count_assumed(self, reads: Any) -> None:
         self.assumed_numbers = max(self.assumed_numbers, reads.assumed)
 
@@ -266,10 +281,12 @@ class StepReplayer:
             joined: set[str] = set()
             stack.callback(self._watch_stages(tracker, boundary, joined))
             stack.callback(self.rank.watch(tracker, _owners(self.model, self.stages)))
+            self._tracker = tracker
             try:
                 with tracker:
                     self._followed(lambda: self._step(tracker), is_placed)
             finally:
+                self._tracker = None
                 self.rank.reset()
         tracker.end()
         for section in tracker.sections:

@@ -177,6 +177,10 @@ class StorageTracker(TorchDispatchMode):
         self.boundary_bytes += entry[0]
         return entry[0]
 
+    def charge(self, cost: Cost) -> None:
+        """Add the cost of what is no operator of PyTorch to the section that runs."""
+        self.sections[-1].cost = self.sections[-1].cost + cost
+
     def total_cost(self) -> Cost:
         """Return the cost of everything that ran."""
         return sum((section.cost for section in self.sections), Cost())
