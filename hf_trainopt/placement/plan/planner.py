@@ -404,6 +404,7 @@ class PlacementPlanner:
                 "host_bytes": replay.host_bytes,
                 "optimizer": name_of(self.replayer.optimizer),
                 "model": type(self.replayer.model).__name__,
+                "kernels": self.replayer.kernels,
                 "num_parameters": num_parameters(self.replayer.model),
                 "batch": _shapes(self.replayer.batch),
                 "versions": installed_versions(("torch", "transformers", "timm", "hf-trainopt")),

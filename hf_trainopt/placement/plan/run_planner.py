@@ -18,6 +18,7 @@ from ...core.shadow import shadow_of
 from ...core.versions import activation_checkpointing_kwargs
 from ...machine.device_memory import memory_of_run, uses_expandable_segments
 from ...machine.devices import DeviceSpec, device_spec
+from ...models.liger import uses_liger
 from ..arguments import is_plan_file
 from ..errors import PlacementError, ReplayError
 from ..rewrite.allowed_rewrites import allowed_rewrites, check_rewrites
@@ -376,6 +377,7 @@ class RunPlanner:
             **self._sharding_request(),
             "accumulation_steps": self._accumulation.most_steps,
             **({"auto_micro_batch": True} if args.auto_micro_batch else {}),
+            **({"kernels": "liger"} if uses_liger(self.trainer.model) else {}),
             **({"device_memory": self._device_memory()} if is_of_device(args.memory_budget or "") else {}),
         }
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_trainopt.models.liger import uses_liger
 from hf_trainopt.placement.plan.plan import PlacementPlan, describe, runs_of
 from hf_trainopt.placement.recompute.regions import ForwardOverride, activation_modules
 from hf_trainopt.placement.recompute.segments import Run, RunMember
@@ -120,7 +121,7 @@ def apply_placement(model: nn.Module, plan: PlacementPlan, strict_logits: bool =
     Raises:
         ValueError: The plan names stages that the model lacks, that have no forward pass or whose runs are not
             consecutive; or the model holds a placement or activation checkpointing already, is compiled, scripted or a
-            `DataParallel`.
+            `DataParallel`; or it has Liger's kernels and the plan keeps outputs of a model without them.
     """
     check_model(model)
     modules = dict(model.named_modules())
@@ -146,6 +147,12 @@ def apply_placement(model: nn.Module, plan: PlacementPlan, strict_logits: bool =
         if (other := by_module.setdefault(modules[name], name)) != name:
             raise ValueError(f"the stages {other} and {name} are one module; name only {other} in the plan.")
     runs_of(plan.stages)
+    if "selective" in plan.counts() and plan.details.get("kernels") != "liger" and uses_liger(model):
+        # Liger overwrites outputs that such a plan may keep, and autograd doesn't notice.
+        raise ValueError(
+            "the placement plan keeps outputs of operators and was made for a model without Liger's kernels, which "
+            "overwrite some of them; make a plan for this model, with --use_liger_kernel if you use `hf-trainopt plan`."
+        )
     applied = AppliedPlacement(model, plan, strict_logits)
     try:
         applied._apply()

@@ -74,6 +74,9 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--bnb_4bit_use_double_quant", action="store_true", help="quantize the scales of 4-bit weights as well"
     )
+    model.add_argument(
+        "--use_liger_kernel", action="store_true", help="with the kernels of liger-kernel, as in TrainingArguments"
+    )
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights")
 
 
@@ -225,6 +228,8 @@ def check_flags(arguments: argparse.Namespace) -> str | None:
         raise ValueError("--model_args is for timm models; use --config_overrides with --model_type.")
     if arguments.dtype is not None and arguments.timm_model is not None:
         raise ValueError("--dtype is for models of transformers; leave it out, or use --bf16 with --timm_model.")
+    if arguments.use_liger_kernel and arguments.timm_model is not None:
+        raise ValueError("--use_liger_kernel is for models of transformers; leave it out with --timm_model.")
     if arguments.lora_target_modules is not None and arguments.lora_r is None:
         raise ValueError("--lora_target_modules needs --lora_r, such as 16.")
     if not arguments.max_grad_norm >= 0:

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, TimmWrapp
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
 from hf_trainopt.models.hub import hub_errors
+from hf_trainopt.models.liger import with_liger
 from hf_trainopt.models.overrides import config_with
 
 from ..simulate.quantized import Quantization, quantize
@@ -60,6 +61,7 @@ class ModelRequest:
         lora_target_modules: Modules that get adapters: names, a regular expression, or `"all-linear"`; `None`: PEFT's
             default for the model.
         quantization: How the weights of linear layers are kept; `None`: as they are.
+        use_liger_kernel: Whether it runs Liger's kernels.
     """
 
     model_type: str | None = None
@@ -74,6 +76,7 @@ class ModelRequest:
     lora_r: int | None = None
     lora_target_modules: Sequence[str] | None = None
     quantization: Quantization | None = None
+    use_liger_kernel: bool = False
 
     @property
     def name(self) -> str:
@@ -282,11 +285,11 @@ def _on_meta(request: ModelRequest, config: PreTrainedConfig, task: str) -> nn.M
         model.loss_type = "ForCausalLM"  # as run_clm.py has it
     if request.quantization is not None:
         quantize(model, request.quantization)
-    if request.lora_r is None:
-        return model
-    from hf_trainopt.models.lora import with_lora
+    if request.lora_r is not None:
+        from hf_trainopt.models.lora import with_lora
 
-    return with_lora(model, request.lora_r, request.lora_target_modules)
+        model = with_lora(model, request.lora_r, request.lora_target_modules)
+    return with_liger(model) if request.use_liger_kernel else model
 
 
 def _first_sentence(error: Exception) -> str:

@@ -46,6 +46,7 @@ class Workshop:
             lora_r=arguments.lora_r,
             lora_target_modules=arguments.lora_target_modules,
             quantization=_quantization(arguments),
+            use_liger_kernel=arguments.use_liger_kernel,
         )
 
     def build(self, batch: int, block: int | None, image: int | None) -> models.BuiltModel:
@@ -122,6 +123,7 @@ def header(
     return [
         ("Model", f"{request.name}: {type(built.model).__name__}, {count}"),
         *([("Config", request.changes)] if request.changes else []),
+        *([("Kernels", "Liger's")] if request.use_liger_kernel else []),
         ("Batch", batch),
         ("Precision", precision_of(arguments, built)),
         ("Optimizer", optimizer),

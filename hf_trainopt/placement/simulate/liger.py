@@ -16,7 +16,6 @@ _LOSS = "liger_kernel.ops.fused_linear_cross_entropy"
 _HALF = (torch.float16, torch.bfloat16)
 
 
-
 @contextmanager
 def liger_replayed(kind: str, launched: Launched) -> Iterator[None]:
     """Context in which a model with Liger's kernels can be replayed.

@@ -139,7 +139,7 @@ class StepReplayer:
             # (Liger's) is one of the copy by now.
             if getattr(self.model.__dict__.get("forward"), "__self__", None) is not self.model:
                 self.model.__dict__.pop("forward", None)
-        self._uses_liger = uses_liger(self.model)
+        self.kernels = "liger" if uses_liger(self.model) else "torch"
         self._tracker: StorageTracker | None = None
         self.model.train()
         self.batch = fake_batch(batch, self.mode, keeps_mask=setup.follows_values)
@@ -163,7 +163,7 @@ class StepReplayer:
             if not self._packed:
                 stack.enter_context(no_packed_sequences())
             stack.enter_context(triton_not_launched(self._count_kernel))
-            if self._uses_liger:
+            if self.kernels == "liger":
                 stack.enter_context(liger_replayed(self.setup.device.kind, self._count_kernel))
             if self._known is not None:
                 reads = stack.enter_context(following_values(self._known))
@@ -270,7 +270,7 @@ class StepReplayer:
 
     def replay_choices(self, stages: Mapping[str, StageChoice], rewrites: Rewrites = NO_REWRITES) -> Replay:
         """Return what one step takes under these choices."""
-        return self.replay(PlacementPlan("replay", dict(stages), rewrites))
+        return self.replay(PlacementPlan("replay", dict(stages), rewrites, details={"kernels": self.kernels}))
 
     def _replay(self, plan: PlacementPlan) -> Replay:
         is_placed = any(choice != STORE for choice in plan.stages.values())
