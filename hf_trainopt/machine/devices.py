@@ -25,6 +25,7 @@ class DeviceSpec:
         workspace: Bytes that cuBLAS takes from the allocator for each thread that multiplies matrices, and keeps. A
             training step has two: the backward pass runs on a thread of its own.
         memory: Bytes of the device; 0 where that isn't known.
+        link: Bytes/s to the host and, as many, from it; 0 where the host is the device.
     """
 
     name: str
@@ -37,6 +38,7 @@ class DeviceSpec:
     host_s: float = 0.0
     workspace: int = 0
     memory: int = 0
+    link: float = 0.0
 
     def seconds(self, flops: float, num_bytes: float, dtype: torch.dtype, aligned: bool = True) -> float:
         """Return the time of an operator that is bound by arithmetic or by memory, whichever takes longer.
@@ -72,13 +74,29 @@ _HOPPER, _OLDER = 32768, 4096 * 2 + 16 * 8
 _SHOWN, _SHOWN_ECC = 0.985, 0.985 * 15 / 16
 
 
+# GB/s one way over 16 lanes of PCI Express by its generation, and the share that copies to page-locked memory reach.
+_PCIE, _REACHED = {3: 15.75, 4: 31.5, 5: 63.0}, 0.8
+
+
 def _spec(
-    name: str, fp32: float, half: float, bandwidth: float, memory: float, workspace: int = _OLDER, ecc: bool = False
+    name: str,
+    fp32: float,
+    half: float,
+    bandwidth: float,
+    memory: float,
+    workspace: int = _OLDER,
+    ecc: bool = False,
+    pcie: int = 4,
+    lanes: int = 16,
 ) -> DeviceSpec:
-    """Return the spec of a GPU from its data sheet: TFLOP/s in fp32 and 16 bits, GB/s, GiB."""
+    """Return the spec of a GPU from its data sheet: TFLOP/s in fp32 and 16 bits, GB/s, GiB, PCI Express."""
     rates = {torch.float32: fp32 * 1e12, torch.float16: half * 1e12, torch.bfloat16: half * 1e12}
     shown = int(memory * 2**30 * (_SHOWN_ECC if ecc else _SHOWN))
-    return DeviceSpec(name, "cuda", rates, bandwidth * 1e9, host_s=HOST_S, workspace=workspace * 1024, memory=shown)
+    link = _REACHED * _PCIE[pcie] * 1e9 * lanes / 16
+    workspace *= 1024
+    return DeviceSpec(
+        name, "cuda", rates, bandwidth * 1e9, host_s=HOST_S, workspace=workspace, memory=shown, link=link
+    )
 
 
 # From the vendors' data sheets and architecture white papers: float32 without TF32, as PyTorch's default has it, and
@@ -90,17 +108,17 @@ DEVICES: dict[str, DeviceSpec] = {
         _spec("rtx3070", 20.3, 40.6, 448, 8),
         _spec("rtx3080", 29.8, 59.5, 760, 10),
         _spec("rtx3090", 35.6, 71, 936, 24),
-        _spec("rtx4060", 15.1, 30.2, 272, 8),
+        _spec("rtx4060", 15.1, 30.2, 272, 8, lanes=8),
         _spec("rtx4070", 29.1, 58.3, 504, 12),
         _spec("rtx4080", 48.7, 97.5, 717, 16),
         _spec("rtx4090", 82.6, 165, 1008, 24),
-        _spec("rtx5060", 19.2, 38.4, 448, 8),
-        _spec("rtx5070", 30.9, 61.7, 672, 12),
-        _spec("rtx5080", 56.3, 112.6, 960, 16),
-        _spec("rtx5090", 104.8, 209.5, 1792, 32),
-        _spec("t4", 8.1, 65, 320, 16, ecc=True),
-        _spec("v100", 15.7, 125, 900, 16),
-        _spec("v100-32gb", 15.7, 125, 900, 32),
+        _spec("rtx5060", 19.2, 38.4, 448, 8, pcie=5, lanes=8),
+        _spec("rtx5070", 30.9, 61.7, 672, 12, pcie=5),
+        _spec("rtx5080", 56.3, 112.6, 960, 16, pcie=5),
+        _spec("rtx5090", 104.8, 209.5, 1792, 32, pcie=5),
+        _spec("t4", 8.1, 65, 320, 16, ecc=True, pcie=3),
+        _spec("v100", 15.7, 125, 900, 16, pcie=3),
+        _spec("v100-32gb", 15.7, 125, 900, 32, pcie=3),
         _spec("a10", 31.2, 125, 600, 24, ecc=True),
         _spec("a6000", 38.7, 154.8, 768, 48),
         _spec("a100-40gb", 19.5, 312, 1555, 40),
@@ -109,10 +127,10 @@ DEVICES: dict[str, DeviceSpec] = {
         _spec("l40", 90.5, 181, 864, 48, ecc=True),
         _spec("l40s", 91.6, 362, 864, 48, ecc=True),
         _spec("rtx6000ada", 91.1, 364, 960, 48),
-        _spec("h100", 66.9, 989, 3350, 80, _HOPPER),
-        _spec("h200", 66.9, 989, 4800, 141, _HOPPER),
-        _spec("b200", 75, 2250, 7700, 180, _HOPPER),
-        _spec("mi300x", 163.4, 1307, 5300, 192),
+        _spec("h100", 66.9, 989, 3350, 80, _HOPPER, pcie=5),
+        _spec("h200", 66.9, 989, 4800, 141, _HOPPER, pcie=5),
+        _spec("b200", 75, 2250, 7700, 180, _HOPPER, pcie=5),
+        _spec("mi300x", 163.4, 1307, 5300, 192, pcie=5),
         DeviceSpec(
             "cpu",
             "cpu",

@@ -24,6 +24,8 @@ class PlacementArgumentsMixin:
             `fused_activations` and `chunked_loss`, separated by commas, that are on under any placement.
         placement_stages (`str`, *optional*): Regular expression for the names of the modules between which activations
             are placed. Unset: layers of transformers, blocks of timm, members of `nn.Sequential`.
+        placement_offload (`bool`, defaults to `False`): Whether a plan for `memory_budget` may keep the inputs of
+            recomputed layers in memory of the host.
     """
 
     checkpoint_placement: str | None = field(
@@ -62,6 +64,14 @@ class PlacementArgumentsMixin:
             "of nn.Sequential. Set it for a model where these are not found, or for finer ones."
         },
     )
+    placement_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Let a plan for memory_budget keep the inputs of recomputed layers in memory of the host, where "
+            "copying them costs less time than recomputing more. Default: False. Set it for long sequences, where "
+            "these inputs are most of what recomputation leaves, and only on a GPU."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,6 +106,11 @@ class PlacementArgumentsMixin:
                 )
         elif policy == "budget":
             raise ValueError("checkpoint_placement='budget' needs memory_budget, such as '12GiB' or 'device'.")
+        if self.placement_offload and self.memory_budget is None:
+            raise ValueError(
+                "placement_offload=True needs memory_budget, such as '12GiB' or 'device': no other placement offloads "
+                "anything, and a plan file says itself what it offloads."
+            )
         if is_plan_file(policy):
             try:
                 rewrites = PlacementPlan.load(policy).rewrites.names()

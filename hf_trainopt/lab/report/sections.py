@@ -378,7 +378,8 @@ def stage_rows(plan: PlacementPlan) -> tuple[tuple[str, str], ...]:
     """Return what each stage does in the backward pass; neighbours that do the same are one row."""
     groups: list[tuple[StageChoice, list[str]]] = []
     for name, choice in plan.stages.items():
-        if groups and groups[-1][0] == choice:
+        before = groups[-1][0] if groups else None
+        if before is not None and (before == choice or (choice.run is not None and choice.run == before.run)):
             groups[-1][1].append(name)
         else:
             groups.append((choice, [name]))
@@ -386,13 +387,12 @@ def stage_rows(plan: PlacementPlan) -> tuple[tuple[str, str], ...]:
 
 
 def _choice(choice: StageChoice, count: int) -> str:
+    kinds = {"none": "everything kept", "activation": "activation functions recomputed", "full": "recomputed"}
     if choice.recompute == "selective":
-        return f"recomputed but for {len(choice.saved_ops)} kept operators"
-    if choice.run is not None and count > 1:
-        return "recomputed, as one segment"
-    return {"none": "everything kept", "activation": "activation functions recomputed", "full": "recomputed"}[
-        choice.recompute
-    ]
+        text = f"recomputed but for {len(choice.saved_ops)} kept operators"
+    else:
+        text = kinds[choice.recompute] + (", as one segment" if choice.run is not None and count > 1 else "")
+    return text + (", input on the host" if choice.offload else "")
 
 
 def _comparison(comparison: ComparisonFolder, index: int, arms: Sequence[Arm]) -> Section:

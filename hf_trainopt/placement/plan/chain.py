@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...machine.costs import Cost
+from ...machine.devices import DeviceSpec
+from ..simulate.host_copies import copy_cost
 from ..simulate.replay import SAVED_TENSORS, Replay
 from .plan import FULL, STORE, StageChoice
 from .solver import Chain, Segment
@@ -145,13 +147,16 @@ def chain_profile(baseline: Replay, options: Mapping[str, Mapping[StageChoice, O
     )
 
 
-def build_chain(profile: ChainProfile, share: float = 1.0, *, max_run: int | None = None) -> Chain:
+def build_chain(
+    profile: ChainProfile, share: float = 1.0, *, max_run: int | None = None, link: DeviceSpec | None = None
+) -> Chain:
     """Return the solver's chain: every option of every stage, and every run of up to `max_run` stages.
 
     Args:
         profile: The step.
         share: Weight of the device's time against the host's, 0 to 1.
         max_run: Longest run that is looked at; `None`: all if there are at most 48 stages, else 2√L.
+        link: Device over whose link to the host the inputs of recomputed stages may be moved; `None`: none is.
     """
     stages = profile.stages
     count = len(stages)
@@ -183,7 +188,40 @@ def build_chain(profile: ChainProfile, share: float = 1.0, *, max_run: int | Non
             if not stages[stop - 1].joined or not all(FULL in stage.options for stage in stages[start:stop]):
                 break
             segments.append(_run(stages, start, stop, left, touch, share))
+    if link is not None:
+        segments += _offloaded(stages, segments, link, share)
     return Chain(count, tuple(segments), profile.before_bytes, profile.head_peak, profile.fixed_peak)
+
+
+def _offloaded(
+    stages: Sequence[StageProfile], segments: Sequence[Segment], link: DeviceSpec, share: float
+) -> list[Segment]:
+    """Return the segments once more, with their inputs on the host.
+
+    The input is the output of the stage before, and counts among what that one keeps. From the forward pass of the
+    segment to its own backward pass it isn't on the device; in both passes it is. An input that its own stage keeps
+    for its backward pass stays, and so may that of the first stage, which the code before it holds.
+    """
+    found = []
+    for segment in segments:
+        before, first = stages[segment.start - 1], segment.choice[0]
+        if (
+            segment.start == 0
+            or first.recompute not in ("full", "selective")
+            or not stages[segment.start].joined
+            or any(option.holds_output for option in before.options.values())
+        ):
+            continue
+        copies = copy_cost(before.boundary_bytes, link) + copy_cost(before.boundary_bytes, link)
+        found.append(
+            replace(
+                segment,
+                keep_bytes=segment.keep_bytes - before.boundary_bytes,
+                seconds=segment.seconds + copies.mixed(share),
+                choice=(replace(first, offload=True), *segment.choice[1:]),
+            )
+        )
+    return found
 
 
 def _net(stages: Sequence[StageProfile], index: int) -> int:
@@ -250,7 +288,7 @@ def choices_of(profile: ChainProfile, path: Sequence[Segment]) -> dict[str, Stag
     for segment in path:
         names = [stage.name for stage in profile.stages[segment.start : segment.stop]]
         if len(names) > 1:
-            choices |= dict.fromkeys(names, StageChoice("full", run=run))
+            choices |= {name: replace(c, run=run) for name, c in zip(names, segment.choice, strict=True)}
             run += 1
         else:
             choices[names[0]] = segment.choice[0]

@@ -29,11 +29,14 @@ class StageChoice:
             attention; numbered from 0 in the order in which one forward pass runs them) keep their outputs.
         run: For `"full"`: consecutive stages with the same number form one region, of which only the inputs of the
             first are kept. `None`: a region of its own.
+        offload: For `"full"` and `"selective"`: whether the input is kept on the host; of a run, that of its first
+            stage.
     """
 
     recompute: str = "none"
     saved_ops: tuple[int, ...] = ()
     run: int | None = None
+    offload: bool = False
 
     def __post_init__(self):
         if self.recompute not in RECOMPUTE_KINDS:
@@ -42,6 +45,8 @@ class StageChoice:
             raise ValueError(f"saved_ops needs recompute='selective', not '{self.recompute}'.")
         if self.run is not None and self.recompute != "full":
             raise ValueError(f"run needs recompute='full', not '{self.recompute}'.")
+        if self.offload and self.recompute not in ("full", "selective"):
+            raise ValueError(f"offload needs recompute='full' or 'selective', not '{self.recompute}'.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the choice as in the JSON file: without what is left at its default."""
@@ -50,6 +55,8 @@ class StageChoice:
             values["saved_ops"] = list(self.saved_ops)
         if self.run is not None:
             values["run"] = self.run
+        if self.offload:
+            values["offload"] = True
         return values
 
     @classmethod
@@ -65,7 +72,10 @@ class StageChoice:
             raise ValueError(f"saved_ops is {saved!r}, not a list of numbers from 0")
         if run is not None and type(run) is not int:
             raise ValueError(f"run is {run!r}, not a whole number")
-        return cls(values["recompute"], tuple(saved), run)
+        offload = values.get("offload", False)
+        if type(offload) is not bool:
+            raise ValueError(f"offload is {offload!r}, neither true nor false")
+        return cls(values["recompute"], tuple(saved), run, offload)
 
 
 STORE = StageChoice()
@@ -128,6 +138,11 @@ class PlacementPlan:
         """Whether the plan changes nothing."""
         return not self.rewrites.names() and all(choice == STORE for choice in self.stages.values())
 
+    @property
+    def offloads(self) -> bool:
+        """Whether an input of a stage is kept on the host."""
+        return any(choice.offload for choice in self.stages.values())
+
     def counts(self) -> dict[str, int]:
         """Return how many stages make each choice."""
         return {
@@ -143,6 +158,8 @@ class PlacementPlan:
             for kind in self.counts()
             if kind != "none"
         ]
+        if self.offloads:
+            parts.append(f"inputs on the host: {describe(n for n, choice in self.stages.items() if choice.offload)}")
         return f"{self.policy} ({'; '.join(parts + self.rewrites.names()) or 'nothing is recomputed'})"
 
     def to_dict(self) -> dict[str, Any]:
@@ -245,7 +262,7 @@ def runs_of(stages: dict[str, StageChoice]) -> list[list[str]]:
     """Return the regions of more than one stage: names in order, first to last.
 
     Raises:
-        ValueError: Stages of one run are not consecutive.
+        ValueError: Stages of one run are not consecutive, or one that isn't the first is to be offloaded.
     """
     regions: dict[int, list[str]] = {}
     previous: int | None = None
@@ -253,6 +270,8 @@ def runs_of(stages: dict[str, StageChoice]) -> list[list[str]]:
         if choice.run is not None:
             if choice.run in regions and choice.run != previous:
                 raise ValueError(f"the stages of run {choice.run} are not consecutive: {name} stands apart.")
+            if choice.offload and choice.run in regions:
+                raise ValueError(f"{name} is inside run {choice.run}, which keeps no input of it to offload.")
             regions.setdefault(choice.run, []).append(name)
         previous = choice.run
     return [names for names in regions.values() if len(names) > 1]

@@ -35,6 +35,7 @@ def plan_placement(
     memory_budget: str | int | float | None = None,
     memory_rewrites: str = "auto",
     placement_stages: Iterable[str] | str | None = None,
+    placement_offload: bool = False,
     setup: StepSetup | None = None,
     mode: Any = None,
     progress: Callable[[str], None] | None = None,
@@ -52,6 +53,7 @@ def plan_placement(
         memory_rewrites: `"auto"`, `"none"`, or names of `Rewrites` separated by commas. `"auto"` uses them only for a
             budget, where they are cheaper than recomputing more.
         placement_stages: Names of the stages or a regular expression for them.
+        placement_offload: Whether a plan for a budget may keep inputs of recomputed stages on the host.
         setup: Device, optimizer, precision and loss of a training step; `None`: AdamW in the type of the parameters,
             on the GPU that is there, else on this processor (an A100 if the model is made of fake or meta tensors).
         mode: Mode of the model's fake tensors, if it has such.
@@ -69,6 +71,8 @@ def plan_placement(
         raise ValueError(
             f"memory_budget is set but checkpoint_placement is '{checkpoint_placement}'; set it to 'budget'."
         )
+    if placement_offload and memory_budget is None:
+        raise ValueError("placement_offload needs memory_budget: no other placement offloads anything.")
     if memory_budget is not None:
         parse_budget(memory_budget)
     if not isinstance(placement_stages, str) and placement_stages is not None:
@@ -76,7 +80,14 @@ def plan_placement(
     if setup is None:
         setup = _setup_for(model)
     planner = PlacementPlanner(
-        model, batch, setup, stages=placement_stages, memory_rewrites=memory_rewrites, mode=mode, progress=progress
+        model,
+        batch,
+        setup,
+        stages=placement_stages,
+        memory_rewrites=memory_rewrites,
+        offload=placement_offload,
+        mode=mode,
+        progress=progress,
     )
     if checkpoint_placement == "budget":
         return planner.for_budget(memory_budget)

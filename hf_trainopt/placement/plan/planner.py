@@ -49,12 +49,14 @@ class PlacementPlanner:
         memory_rewrites: `"auto"`: any of those that the model allows, where they are cheaper than recomputing more;
             `"none"`; or names of `Rewrites`, separated by commas, that are on in every plan.
         available: The rewrites that the model allows; `None`: what its structure says.
+        offload: Whether plans for a budget may keep inputs of recomputed stages on the host.
         mode: The mode of the model's fake tensors.
         like: A planner of the same model with another batch. Only choices that are worth having there are measured.
         progress: Called with a line of text after each piece of work.
 
     Raises:
-        ValueError: The model has no stages, cannot be replayed, or does not allow the rewrites.
+        ValueError: The model has no stages, cannot be replayed, or does not allow the rewrites; or inputs are to be
+            offloaded and the device is the host.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class PlacementPlanner:
         stages: Sequence[str] | str | None = None,
         memory_rewrites: str = "auto",
         available: Rewrites | None = None,
+        offload: bool = False,
         mode: Any = None,
         like: "PlacementPlanner | None" = None,
         progress: Callable[[str], None] | None = None,
@@ -73,6 +76,9 @@ class PlacementPlanner:
         self._like = like
         names = find_stages(model, stages) if stages is None or isinstance(stages, str) else list(stages)
         self.setup = setup
+        if offload and not setup.device.link:
+            raise PlacementError("placement_offload needs a GPU: here the host is the device. Leave it out.")
+        self._link = setup.device if offload else None
         self.progress = progress or (lambda text: None)
         self.available = available_rewrites(model) if available is None else available
         if setup.sharding.kind in ("fsdp2", "zero3"):
@@ -128,7 +134,7 @@ class PlacementPlanner:
         """Return rewrites -> what the solver works on; `share` is the weight of the device's time."""
         if share not in self._chains:
             self._chains[share] = {
-                rewrites: build_chain(profile, share) for rewrites, profile in self.profiles.items()
+                rewrites: build_chain(profile, share, link=self._link) for rewrites, profile in self.profiles.items()
             }
         return self._chains[share]
 
@@ -421,6 +427,8 @@ class PlacementPlanner:
         ]
         if missing:
             remedies.insert(0, f"memory_rewrites='auto' ({', '.join(missing)})")
+        if self._link is None and self.setup.device.link:
+            remedies.append("placement_offload=True")
         if resident > 0.4 * replay.peak_bytes:
             remedies.append("an optimizer with less state (optim='adafactor', 'adamw_8bit')")
         if self.setup.autocast_dtype is None and self.setup.device.kind == "cuda":

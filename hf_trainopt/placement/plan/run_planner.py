@@ -282,8 +282,13 @@ class RunPlanner:
             memory=memory_of_run(self.trainer.args.device, self.trainer.model, self.trainer.args.world_size),
         )
         args = self.trainer.args
-        options = {"stages": args.placement_stages, "memory_rewrites": args.memory_rewrites, "available": available}
-        options["like"] = like
+        options = {
+            "stages": args.placement_stages,
+            "memory_rewrites": args.memory_rewrites,
+            "available": available,
+            "offload": args.placement_offload,
+            "like": like,
+        }
         try:
             return own_loss_planner(self.trainer, batch, setup, options)
         except ReplayError as error:
@@ -377,6 +382,7 @@ class RunPlanner:
             **self._sharding_request(),
             "accumulation_steps": self._accumulation.most_steps,
             **({"auto_micro_batch": True} if args.auto_micro_batch else {}),
+            **({"placement_offload": True} if args.placement_offload else {}),
             **({"kernels": "liger"} if uses_liger(self.trainer.model) else {}),
             **({"device_memory": self._device_memory()} if is_of_device(args.memory_budget or "") else {}),
         }

@@ -87,7 +87,10 @@ class AppliedPlacement:
             self._rewrites = apply_rewrites(self.model, self.plan.rewrites, self._strict_logits)
         modules = dict(self.model.named_modules())
         runs = {
-            name: (run, place) for run in map(Run, runs_of(self.plan.stages)) for place, name in enumerate(run.stages)
+            name: (run, place)
+            for names in runs_of(self.plan.stages)
+            for run in [Run(names, offload=self.plan.stages[names[0]].offload)]
+            for place, name in enumerate(names)
         }
         shared: set[nn.Module] = set()  # an activation function can be a member of several stages
         for name, choice in self.plan.stages.items():
@@ -100,7 +103,7 @@ class AppliedPlacement:
             elif name in runs:
                 self._enter_at(modules[name], RunMember(*runs[name]))
             elif choice.recompute != "none":
-                self._enter_at(modules[name], RunMember(Run([name], choice.saved_ops), 0))
+                self._enter_at(modules[name], RunMember(Run([name], choice.saved_ops, choice.offload), 0))
 
 
 def apply_placement(model: nn.Module, plan: PlacementPlan, strict_logits: bool = False) -> AppliedPlacement:
@@ -151,7 +154,7 @@ def apply_placement(model: nn.Module, plan: PlacementPlan, strict_logits: bool =
         # Liger overwrites outputs that such a plan may keep, and autograd doesn't notice.
         raise ValueError(
             "the placement plan keeps outputs of operators and was made for a model without Liger's kernels, which "
-            "overwrite some of them; make a plan for this model, with --use_liger_kernel if you use `hf-trainopt plan`."
+            "overwrite some of them; make a plan for this model (`hf-trainopt plan` with --use_liger_kernel)."
         )
     applied = AppliedPlacement(model, plan, strict_logits)
     try:

@@ -7,10 +7,13 @@ for each saved tensor than many a kernel takes on the device (`benchmarks/recomp
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+
+from hf_trainopt.placement.recompute.offload import InputOnHost
 
 
 Kind = tuple[torch.Size, torch.dtype, torch.device]
@@ -57,12 +60,17 @@ class Frame:
         stage: Name of the region, for errors.
         recompute: Computes the region again from its inputs. It must not refer to the frame.
         inputs: Inputs of the region.
+        offload: Whether the one that a stage has computed is kept on the host.
     """
 
-    def __init__(self, stage: str, recompute: Callable[..., Any], inputs: Sequence[torch.Tensor]):
+    def __init__(
+        self, stage: str, recompute: Callable[..., Any], inputs: Sequence[torch.Tensor], offload: bool = False
+    ):
         self._stage = stage
         self._recompute = recompute
-        self._kept = _Kept.apply(torch.empty(0, requires_grad=True), *inputs)  # its node lives as long as the tensor
+        with InputOnHost() if offload else nullcontext():
+            # Its node lives as long as the tensor.
+            self._kept = _Kept.apply(torch.empty(0, requires_grad=True), *inputs)
         self._holders: list[weakref.ref[_Holder]] = []
         self._kinds: list[Kind] = []
 

@@ -137,9 +137,9 @@ class _Replay:
 class _Open:
     """A region that later stages can still join."""
 
-    def __init__(self, stage: str, inputs: list[torch.Tensor]):
+    def __init__(self, stage: str, inputs: list[torch.Tensor], offload: bool):
         self.replay = _Replay()
-        self.frame = Frame(stage, self.replay, inputs)
+        self.frame = Frame(stage, self.replay, inputs, offload)
         self.last = -1
         self.inputs = [_Seen(tensor) for tensor in inputs]
         self.outputs: dict[_Output, _Seen] = {}
@@ -160,17 +160,19 @@ class Run:
     Args:
         stages: Names of the stages in the order in which the model calls them.
         saved_ops: Compute-bound operators whose outputs are kept as well; only for a run of one stage.
+        offload: Whether its input is kept on the host.
     """
 
-    def __init__(self, stages: Sequence[str], saved_ops: Sequence[int] = ()):
+    def __init__(self, stages: Sequence[str], saved_ops: Sequence[int] = (), offload: bool = False):
         self.stages = list(stages)
         self.saved_ops = tuple(saved_ops)
+        self.offload = offload
         self.buffers = BufferKeeper()
         self._open: _Open | None = None
         self._warned = False
 
     def __deepcopy__(self, memo: dict) -> "Run":
-        return Run(self.stages, self.saved_ops)
+        return Run(self.stages, self.saved_ops, self.offload)
 
     def call(self, position: int, function, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a stage and record the call.
@@ -187,7 +189,7 @@ class Run:
         if region is not None and region.last < position:
             arguments = [region.find(tensor, stage) for tensor in tensors]
         if not any(isinstance(argument, _Output) for argument in arguments):
-            region = _Open(stage, tensors)
+            region = _Open(stage, tensors, self.offload)
             arguments = [_Input(index) for index in range(len(tensors))]
             if position > 0:
                 self._warn(stage)

@@ -153,6 +153,7 @@ def _advice(arguments: argparse.Namespace, built: models.BuiltModel, chosen: Pla
     if arguments.memory_rewrites != "auto":
         flags["memory_rewrites"] = arguments.memory_rewrites
     flags["placement_stages"] = arguments.placement_stages
+    flags["placement_offload"] = arguments.placement_offload or None  # a flag without a value
     return render.render_choice(
         chosen,
         arguments.output,

@@ -179,6 +179,12 @@ def _add_choice(choice: argparse._ArgumentGroup) -> None:
         help="whole names of the modules between which activations are placed; default: the layers; for models where "
         "these are not found, or for finer ones ('transformer\\.h\\.\\d+\\.mlp')",
     )
+    choice.add_argument(
+        "--placement_offload",
+        action="store_true",
+        help="let the inputs of recomputed layers be kept in memory of the host where that costs less time than "
+        "recomputing more (needs --memory_budget)",
+    )
 
 
 def _one_of(*names: str) -> Callable[[str], str]:
@@ -242,6 +248,8 @@ def check_flags(arguments: argparse.Namespace) -> str | None:
                 f"--placement_stages {arguments.placement_stages} isn't a regular expression ({error}); escape dots "
                 "as in 'encoder\\.layer\\.\\d+'."
             ) from error
+    if arguments.placement_offload and arguments.memory_budget is None:
+        raise ValueError("--placement_offload needs --memory_budget, such as 12GiB or device.")
     optimizer_maker(arguments.optim)
     _check_sharding(arguments)
     _check_quantization(arguments)

@@ -223,15 +223,21 @@ def words(plan: PlacementPlan) -> str:
         for kind, names in groups.items()
     ]
     if runs:
-        parts.append("full in segments " + ", ".join(_segment([short[name] for name in run]) for run in runs))
+        for where, offload in (("", False), (", inputs on the host", True)):
+            segments = [
+                _segment([short[name] for name in run]) for run in runs if plan.stages[run[0]].offload == offload
+            ]
+            if segments:
+                parts.append(f"full in segments{where}: {', '.join(segments)}")
     parts += [name.replace("_activations", " activation").replace("_", " ") for name in plan.rewrites.names()]
     return "; ".join(parts) or "everything kept"
 
 
 def _kind(choice: StageChoice) -> str:
+    offloaded = ", input on the host" if choice.offload else ""
     if choice.recompute == "selective":
-        return f"selective ({len(choice.saved_ops)} kept)"
-    return "activation function" if choice.recompute == "activation" else choice.recompute
+        return f"selective ({len(choice.saved_ops)} kept{offloaded})"
+    return "activation function" if choice.recompute == "activation" else choice.recompute + offloaded
 
 
 def _segment(names: Sequence[str]) -> str:
@@ -325,7 +331,7 @@ def render_choice(
     plan: PlacementPlan,
     output: str | None = None,
     script: str = "your script",
-    settings: Mapping[str, str] | None = None,
+    settings: Mapping[str, str | bool] | None = None,
 ) -> str:
     """Return the chosen plan in a paragraph, and how to use it.
 
@@ -333,7 +339,7 @@ def render_choice(
         plan: The plan.
         output: The file that it was written to.
         script: The script that it is for.
-        settings: Names and values of the settings that make the same plan in a training run.
+        settings: Names and values (`True`: a flag) of the settings that make the same plan in a training run.
     """
     settings = settings or {}
     what = f"by policy '{plan.policy}'"
@@ -347,6 +353,8 @@ def render_choice(
     ]
     if plan.is_stock:
         sentences[1] = "The step fits as it is: nothing is recomputed."
+    if plan.offloads:
+        sentences.append(f"On the host there are {gib(plan.details['host_bytes'])} for this device, page-locked.")
     if plan.rewrites.names():
         sentences.append("The rewrites change results by rounding only; --memory_rewrites none leaves them out.")
     if plan.optimality_gap is not None:
@@ -387,13 +395,15 @@ def render_choice(
     return "\n".join(lines)
 
 
-def flags(settings: Mapping[str, str]) -> str:
+def flags(settings: Mapping[str, str | bool]) -> str:
     """Return settings as flags of a command line."""
-    return " ".join(f"--{name} {shlex.quote(value)}" for name, value in settings.items())
+    return " ".join(
+        f"--{name}" if value is True else f"--{name} {shlex.quote(value)}" for name, value in settings.items()
+    )
 
 
-def _keywords(settings: Mapping[str, str]) -> str:
-    return ", ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
+def _keywords(settings: Mapping[str, str | bool]) -> str:
+    return ", ".join(f"{name}={value if value is True else json.dumps(value)}" for name, value in settings.items())
 
 
 def render_pairs(pairs: Iterable[tuple[str, str]]) -> str:

@@ -78,6 +78,7 @@ class Workshop:
             setup,
             stages=arguments.placement_stages,
             memory_rewrites=arguments.memory_rewrites,
+            offload=arguments.placement_offload,
             like=like,
             progress=self.progress,
         )

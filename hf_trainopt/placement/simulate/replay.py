@@ -22,6 +22,7 @@ from ..plan.plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice
 from ..recompute.apply import apply_placement, check_model
 from .fake import as_on, as_type, fake_batch, fake_copy, fake_mode, fake_whole
 from .fake_contexts import no_checks_of_values, no_logged_traceback, no_packed_sequences
+from .host_copies import host_copies_counted
 from .liger import liger_replayed
 from .passes import calls_of_checkpoint, passes_of
 from .rank import removal_of
@@ -137,8 +138,9 @@ class StepReplayer:
         if mode is None and setup.compute_loss is model_loss and "forward" in vars(type(self.model)):
             # A `forward` that someone has put on the instance (TRL does) may call the real model; a method of it
             # (Liger's) is one of the copy by now.
-            if getattr(self.model.__dict__.get("forward"), "__self__", None) is not self.model:
-                self.model.__dict__.pop("forward", None)
+            forward = self.model.__dict__.pop("forward", None)
+            if getattr(forward, "__self__", None) is self.model:
+                self.model.forward = forward
         self.kernels = "liger" if uses_liger(self.model) else "torch"
         self._tracker: StorageTracker | None = None
         self.model.train()
@@ -163,6 +165,7 @@ class StepReplayer:
             if not self._packed:
                 stack.enter_context(no_packed_sequences())
             stack.enter_context(triton_not_launched(self._count_kernel))
+            stack.enter_context(host_copies_counted(lambda: self._tracker, self.setup.device))
             if self.kernels == "liger":
                 stack.enter_context(liger_replayed(self.setup.device.kind, self._count_kernel))
             if self._known is not None:

@@ -67,8 +67,9 @@ def _named_tensors(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def written_arguments(function: Callable[..., Any]) -> frozenset[str]:
     """Return the names of the arguments of a Triton kernel that it stores to, read off its source.
 
-    An argument is one of them if the address of a store, or of an atomic operation, is computed from it, directly or by
-    variables, or if it is handed to another kernel function that stores to it. What is loaded is no address.
+    An argument is one of them if the address of a store or of an atomic operation is computed from it (so strides are
+    among them), directly or by variables, or if it is handed to another kernel function that stores to it. What is
+    loaded is no address.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     made_of: dict[str, set[str]] = {}
