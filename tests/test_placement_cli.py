@@ -426,6 +426,21 @@ def test_a_device_of_ones_own(capsys):
     assert "The budget is 5.00 GiB; custom has 10.00 GiB." in " ".join(capsys.readouterr().out.split())
 
 
+def test_an_apple_chip_keeps_scores_and_shares_its_memory(capsys):
+    chip = ["--device", "apple", "--device_memory", "24GiB", "--device_bandwidth", "400", "--device_tflops", "10.4"]
+    assert plan(*GPT2, *SMALL, *chip, "--memory_budget", "device") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The budget is 16.00 GiB: 24.00 GiB of apple less the third that macOS keeps from the GPU." in text
+    sizes = ["--per_device_train_batch_size", "4", "--block_size", "256", "--json"]
+    small = ["--model_type", "gpt2", "--config_overrides", "n_layer=2,n_embd=64,n_head=4,vocab_size=99,attn_pdrop=0.0"]
+    activations = []
+    for device in (chip, ["--device", "a100"]):
+        assert plan(*small, *sizes, *device) == 0
+        activations.append(sum(row["activations"] for row in json.loads(capsys.readouterr().out)["memory"]))
+    scores = 4 * 4 * 256 * 256 * 4  # rows, heads, T x T, float32
+    assert activations[0] - activations[1] > 0.8 * scores
+
+
 def found(capsys, *arguments):
     return figures(capsys, *PLAIN, "--block_size", "64", "--device", "a100", "--find", *arguments)
 

@@ -1,10 +1,12 @@
 """How much of a device's memory tensors can take: its size less what no plan sees."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+
+from .devices import DeviceSpec
 
 
 # Measured on an H100 with torch 2.11 (benchmarks/gpu.md): the CUDA context, and by how much what the allocator
@@ -14,6 +16,8 @@ CONTEXT_BYTES = int(0.75 * 2**30)
 _ABOVE_PLAN = {(True, False): 0.10, (False, False): 0.25, (True, True): 0.20, (False, True): 0.60}
 # Buffers of NCCL, where there are several ranks. Not measured.
 _NCCL_BYTES = 2**29
+# What macOS lets the GPU of an Apple chip use of its memory, at least (Metal's recommendedMaxWorkingSetSize).
+_APPLE_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,22 @@ def device_memory(
         + ("" if is_expandable else ", less with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
     )
     return DeviceMemory(total_bytes, max(0, usable), " and ".join(words))
+
+
+def stated_memory(device: DeviceSpec, model: nn.Module, world_size: int) -> DeviceMemory:
+    """Return the memory of a device by its data sheet, with segments that expand.
+
+    Args:
+        device: The device; its memory is known.
+        model: What is trained.
+        world_size: Ranks.
+    """
+    if device.kind == "mps":  # how its allocator fragments wasn't measured
+        usable = int(_APPLE_SHARE * device.memory)
+        return DeviceMemory(device.memory, usable, "the third that macOS keeps from the GPU")
+    memory = device_memory(device.memory, is_expandable=True, convolves=has_convolutions(model), world_size=world_size)
+    reserve = f"{memory.reserve}, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+    return replace(memory, reserve=reserve)
 
 
 def memory_of_run(device: torch.device, model: nn.Module, world_size: int) -> DeviceMemory | None:

@@ -15,7 +15,7 @@ class DeviceSpec:
 
     Args:
         name: As in `hf-trainopt plan --device`.
-        kind: `"cuda"` or `"cpu"`: which kernels run, and so what dropout and attention keep.
+        kind: `"cuda"`, `"mps"` (Apple) or `"cpu"`: which kernels run, and so what dropout and attention keep.
         flops: Type of the numbers -> FLOP/s of matrix products.
         bandwidth: Bytes/s to and from memory.
         launch_s: Seconds that an operator takes at least.
@@ -158,6 +158,18 @@ def custom_device(memory: int, bandwidth: float, tflops: float, tflops_fp32: flo
     """
     fp32 = tflops / 4 if tflops_fp32 is None else tflops_fp32
     return dataclasses.replace(_spec("custom", fp32, tflops, bandwidth, 0), memory=memory)
+
+
+def apple_device(memory: int, bandwidth: float, tflops: float) -> DeviceSpec:
+    """Return the spec of an Apple GPU, which computes in 16 bits as fast as in 32 and shares the processor's memory.
+
+    Args:
+        memory: Bytes of the machine.
+        bandwidth: GB/s, as Apple states it for the chip.
+        tflops: TFLOP/s of its GPU.
+    """
+    rates = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), tflops * 1e12)
+    return DeviceSpec("apple", "mps", rates, bandwidth * 1e9, host_s=HOST_S, memory=memory)
 
 
 def device_spec(device: torch.device) -> DeviceSpec:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...core.installed import installed_versions
-from ...machine.device_memory import DeviceMemory, device_memory, has_convolutions
+from ...machine.device_memory import DeviceMemory, stated_memory
 from ..errors import PlacementError
 from ..rewrite.allowed_rewrites import allowed_rewrites, check_rewrites
 from ..rewrite.rewrites import available_rewrites
@@ -285,16 +285,9 @@ class PlacementPlanner:
     @cached_property
     def memory(self) -> DeviceMemory | None:
         """Memory of the device: as the set-up has it, else by its data sheet; `None` if neither says it."""
-        total = self.setup.device.memory
-        if self.setup.memory is not None or not total:
+        if self.setup.memory is not None or not self.setup.device.memory:
             return self.setup.memory
-        convolves = has_convolutions(self.replayer.model)
-        memory = device_memory(
-            total, is_expandable=True, convolves=convolves, world_size=self.setup.sharding.num_devices
-        )
-        return dataclasses.replace(
-            memory, reserve=f"{memory.reserve}, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-        )
+        return stated_memory(self.setup.device, self.replayer.model, self.setup.sharding.num_devices)
 
     def frontier(self, points: int = 10) -> list[PlacementPlan]:
         """Return plans from the baseline's peak down to the floor, each faster than all that need less memory."""

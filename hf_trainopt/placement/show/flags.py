@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...machine.devices import DEVICES, DeviceSpec, custom_device, device_spec, measured_cpu
+from ...machine.devices import DEVICES, DeviceSpec, apple_device, custom_device, device_spec, measured_cpu
 from ..arguments import is_plan_file
 from ..plan.budget import is_of_own_peak, parse_budget
 from ..plan.policies import POLICIES, named_choices
@@ -23,6 +23,9 @@ from .optimizers import optimizer_maker
 
 # Most micro-batches that adaptive accumulation takes unless told otherwise (`max_accumulation_steps`).
 _ADAPTIVE_STEPS = 32
+
+# Devices that are described by flags.
+_DESCRIBED = {"custom": custom_device, "apple": apple_device}
 
 # Sizes that can be searched for.
 BATCH, BLOCK, IMAGE = "per_device_train_batch_size", "block_size", "image_size"
@@ -136,13 +139,19 @@ def _add_device(device: argparse._ArgumentGroup) -> None:
     device.add_argument(
         "--device",
         metavar="NAME",
-        type=_one_of(*DEVICES, "custom"),
-        help=f"default: the GPU of this machine, else a100; one of {', '.join(DEVICES)}, or custom with:",
+        type=_one_of(*DEVICES, *_DESCRIBED),
+        help=f"default: the GPU of this machine, else a100; one of {', '.join(DEVICES)}; or custom, or apple (a chip "
+        "of Apple), with:",
     )
     device.add_argument("--device_memory", help="its memory, such as 24GiB; default: as its data sheet says")
-    device.add_argument("--device_bandwidth", type=float, metavar="GB/s", help="to and from its memory, for custom")
     device.add_argument(
-        "--device_tflops", type=float, metavar="TFLOP/s", help="of dense 16-bit matrix products, for custom"
+        "--device_bandwidth", type=float, metavar="GB/s", help="to and from its memory, for custom and apple"
+    )
+    device.add_argument(
+        "--device_tflops",
+        type=float,
+        metavar="TFLOP/s",
+        help="of dense 16-bit matrix products, for custom; of the GPU, for apple",
     )
 
 
@@ -331,14 +340,14 @@ def _check_device(arguments: argparse.Namespace) -> None:
             is_size = False
         if not is_size:
             raise ValueError(f"--device_memory is {custom['memory']}; give a size, such as 24GiB.")
-    if arguments.device == "custom":
+    if arguments.device in _DESCRIBED:
         missing = [f"--device_{name}" for name, value in custom.items() if value is None]
         if missing:
-            raise ValueError(f"--device custom needs {' and '.join(missing)} too.")
+            raise ValueError(f"--device {arguments.device} needs {' and '.join(missing)} too.")
     for name in ("bandwidth", "tflops"):
         value = custom[name]
-        if value is not None and arguments.device != "custom":
-            raise ValueError(f"--device_{name} is for --device custom; leave it out.")
+        if value is not None and arguments.device not in _DESCRIBED:
+            raise ValueError(f"--device_{name} is for --device {' and '.join(_DESCRIBED)}; leave it out.")
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--device_{name} is {value}; it must be positive.")
 
@@ -369,8 +378,8 @@ def _check_find(arguments: argparse.Namespace) -> None:
 def device_of(arguments: argparse.Namespace) -> DeviceSpec:
     """Return the device to plan for."""
     memory = None if arguments.device_memory is None else parse_budget(arguments.device_memory)
-    if arguments.device == "custom":
-        return custom_device(memory, arguments.device_bandwidth, arguments.device_tflops)
+    if arguments.device in _DESCRIBED:
+        return _DESCRIBED[arguments.device](memory, arguments.device_bandwidth, arguments.device_tflops)
     if arguments.device is None:
         device = device_spec(torch.device("cuda"))
     else:

@@ -223,12 +223,12 @@ def words(plan: PlacementPlan) -> str:
         for kind, names in groups.items()
     ]
     if runs:
-        for where, offload in (("", False), (", inputs on the host", True)):
+        for where, offload in (("", False), (", inputs on the host:", True)):
             segments = [
                 _segment([short[name] for name in run]) for run in runs if plan.stages[run[0]].offload == offload
             ]
             if segments:
-                parts.append(f"full in segments{where}: {', '.join(segments)}")
+                parts.append(f"full in segments{where} {', '.join(segments)}")
     parts += [name.replace("_activations", " activation").replace("_", " ") for name in plan.rewrites.names()]
     return "; ".join(parts) or "everything kept"
 

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -191,6 +191,29 @@ def _cuda_attention(stock):
     return attention
 
 
+def _apple_attention(stock):
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if not isinstance(query, FakeTensor):
+            return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+
+    return attention
+
+
+@contextmanager
+def apple_kernels() -> Iterator[None]:
+    """Context in which attention keeps its matrix of scores: its fused kernels on Apple GPUs have no backward pass."""
+    stock = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _apple_attention(stock)
+    try:
+        with cuda_autocast_rules():
+            yield
+    finally:
+        F.scaled_dot_product_attention = stock
+
+
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
     """Context in which fake tensors on the CPU keep what CUDA kernels keep: byte masks, fused attention.
@@ -251,10 +274,10 @@ def mended_shapes() -> Iterator[None]:
 
 @contextmanager
 def as_on(kind: str, mode: FakeTensorMode) -> Iterator[None]:
-    """Context in which fake tensors behave as on a `"cuda"` or `"cpu"` device."""
+    """Context in which fake tensors behave as on a `"cuda"`, `"mps"` or `"cpu"` device."""
+    kernels = {"cuda": cuda_kernels, "mps": apple_kernels, "cpu": nullcontext}
     with ExitStack() as stack:
-        if kind == "cuda":
-            stack.enter_context(cuda_kernels())
+        stack.enter_context(kernels[kind]())
         stack.enter_context(mended_shapes())
         stack.enter_context(mode)
         yield
