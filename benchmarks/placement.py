@@ -9,6 +9,7 @@
     python benchmarks/placement.py overhead                # checkpoint_placement unset: on a quiet machine
     python benchmarks/placement.py fastest                 # the micro-batch that --find chooses, against all that fit
     python benchmarks/placement.py estimators              # measured peaks beside other estimators' figures
+    python benchmarks/placement.py offload                 # peaks with inputs of recomputed layers on the host
     python benchmarks/placement.py sharded                 # peaks of a rank of FSDP2 and DeepSpeed, on two ranks
     python benchmarks/placement.py effort                  # CPU seconds and replays that planning takes
     python benchmarks/placement.py table                   # benchmarks/placement.md and plots from the records
@@ -28,7 +29,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports tha
 
 import torch
 import transformers
-from placement_cases import CASES, FRONTIERS, REAL, provenance
+from placement_cases import CASES, FRONTIERS, OFFLOADED, REAL, provenance
 from placement_effort import DEPTHS, MODELS, effort_record
 
 
@@ -58,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         "budgets": (("gpt2-small-fp32", "resnet50-224"), "plans for round budgets, on shapes"),
         "knob": (("knob-gpt2",), "against torch's activation_memory_budget"),
         "fastest": (FASTEST, "the micro-batch that --find calls the fastest, against all that fit"),
+        "offload": (tuple(OFFLOADED), "predicted against measured peaks with inputs on the host"),
         "overhead": ((), "what placement costs while it is off"),
         "effort": ((), "CPU seconds that planning takes"),
         "sharded": ((), "predicted against measured peaks of a rank"),
@@ -134,6 +136,10 @@ def run_case(options: argparse.Namespace, name: str) -> dict[str, Any]:
         from placement_measure import flops
 
         return flops(case)
+    if options.command == "offload":
+        from placement_offload import offloaded
+
+        return offloaded(case)
     if options.command == "time":
         from placement_time import time_case
 

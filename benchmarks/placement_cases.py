@@ -229,7 +229,26 @@ FASTEST = {
     "fastest-gpt2": _gpt2("fastest-gpt2", "GPT-2, 4 layers x 256, 16 samples of T=256", _KNOB, 16, 256),
     "fastest-vit": _timm("fastest-vit", "ViT-Ti/16, 96², 48 samples", "vit_tiny_patch16_224", 48, 96),
 }
-CASES = {**REAL, **FRONTIERS, **KNOB, **FASTEST, **TINY}
+# Where inputs of layers are much of what recomputation leaves: few gradients, long samples.
+OFFLOADED = {
+    case.name: case
+    for case in (
+        Case(
+            "offload-llama",
+            "Llama type, 16 layers x 256, vocabulary 2000, B=4, T=1024, LoRA of rank 8",
+            ModelRequest(
+                "llama",
+                "num_hidden_layers=16,hidden_size=256,intermediate_size=688,num_attention_heads=4,"
+                "num_key_value_heads=2,vocab_size=2000",
+                lora_r=8,
+            ),
+            4,
+            1024,
+        ),
+        _timm("offload-vit", "ViT-Ti/16, 224², B=32", "vit_tiny_patch16_224", 32, 224),
+    )
+}
+CASES = {**REAL, **FRONTIERS, **KNOB, **FASTEST, **OFFLOADED, **TINY}
 
 
 @dataclass

@@ -238,6 +238,29 @@ def sharded_tables(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def offload_table(folder: Path) -> str:
+    """Return the least peaks without and with inputs of recomputed layers on the host."""
+    rows = []
+    for record in records(folder, "offload"):
+        for run in record["runs"]:
+            error = percent(run["replayed_bytes"] / run["profiler_bytes"] - 1, 2)
+            what = f"{run['stages_on_host']} inputs on the host" if run["offload"] else "on the device"
+            figures = ("baseline_bytes", "replayed_bytes", "profiler_bytes")
+            host = [mib(run[name]) if run["offload"] else "" for name in ("predicted_host_bytes", "host_bytes")]
+            rows.append([record["title"], what, *(mib(run[name]) for name in figures), error, *host])
+    names = (
+        "model",
+        "inputs",
+        "as it is, MiB",
+        "floor, predicted",
+        "measured",
+        "error, %",
+        "host, predicted",
+        "copied",
+    )
+    return table(list(names), rows)
+
+
 def estimators_table(folder: Path) -> str:
     """Return measured peaks of steps without recomputation, our predictions, and what estimators say."""
     rows = []
@@ -423,7 +446,7 @@ def write_report(results: Path, output: Path) -> None:
         "predict summary": predict_summary, "predict": predict_tables, "flops": flops_table, "time": time_tables,
         "frontier": frontier_table, "budgets": budgets_table, "figures": figures_table,
         "knob": knob_table, "overhead": overhead_table, "effort": effort_tables, "sharded": sharded_tables,
-        "estimators": estimators_table, "fastest": fastest_table,
+        "offload": offload_table, "estimators": estimators_table, "fastest": fastest_table,
     }  # fmt: skip
     for name, make in tables.items():
         text = text.replace(f"@@{name}@@", make(results))
