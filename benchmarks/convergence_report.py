@@ -21,6 +21,7 @@ from convergence_suite import (
     load,
     recipe,
 )
+from noise_averages import noise_averages_table
 from page_tables import mean_spread, table
 
 from hf_trainopt.lab.compare.render import estimate_text
@@ -358,6 +359,7 @@ def write_report(results: Path, path: Path | None = None) -> None:
     records = load(results)
     parts: dict[str, Callable[[], str]] = {
         "overhead": overhead_table,
+        "noise averages": noise_averages_table,
         "dear steps": lambda: dear_steps_table(records),
         "ranks search": lambda: ranks_search_table(records),
         "ranks paired": lambda: ranks_paired_table(records),

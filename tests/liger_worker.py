@@ -105,7 +105,7 @@ def main() -> None:
     overwritten = StageChoice("selective", (0, 1))  # queries and keys, which the rotary embedding overwrites
     for name, choice in {"stored": STORE, "full": FULL, "selective": every, "overwritten": overwritten}.items():
         stages: dict[str, StageChoice] = dict.fromkeys(names, choice)
-        plan = PlacementPlan("test", stages, details={"kernels": "liger"})
+        plan = PlacementPlan("test", stages, details={"kernels": planner.replayer.kernels})
         peak, gradients = step(model, batch, optimizer, plan)
         reference = reference or gradients
         found[name] = {

@@ -431,6 +431,9 @@ def test_an_apple_chip_keeps_scores_and_shares_its_memory(capsys):
     assert plan(*GPT2, *SMALL, *chip, "--memory_budget", "device") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "The budget is 16.00 GiB: 24.00 GiB of apple less the third that macOS keeps from the GPU." in text
+    assert "CUDA" not in text
+    assert plan(*GPT2, *SMALL, *chip, "--memory_budget", "device", "--find", "per_device_train_batch_size") == 0
+    assert "CUDA" not in capsys.readouterr().out
     sizes = ["--per_device_train_batch_size", "4", "--block_size", "256", "--json"]
     small = ["--model_type", "gpt2", "--config_overrides", "n_layer=2,n_embd=64,n_head=4,vocab_size=99,attn_pdrop=0.0"]
     activations = []

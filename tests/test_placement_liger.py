@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 
 from hf_trainopt.cli import main
 from hf_trainopt.machine.devices import DEVICES
-from hf_trainopt.models.liger import uses_liger, with_liger
+from hf_trainopt.models.liger import liger_kernels, uses_liger, with_liger
 from hf_trainopt.placement.plan.plan import STORE, PlacementPlan, StageChoice
 from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.recompute.apply import apply_placement
@@ -88,11 +89,39 @@ def test_the_gradient_of_the_head_is_added_up_in_place_on_cuda_only():
         for device in ("a100", "cpu")
     )
     assert on_cpu - on_cuda > 0.9 * 4 * 64 * 500
+    assert planner_of(with_liger(llama()).bfloat16(), "t4").baseline.peak_by_kind()["loss"] == on_cpu
 
 
 def test_no_chunked_loss_beside_ligers():
     assert planner_of(llama()).available.chunked_loss
     assert not planner_of(with_liger(llama())).available.chunked_loss
+
+
+def test_ligers_plain_cross_entropy(monkeypatch):
+    """It checks that labels are within the vocabulary."""
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", torch.nn.functional.cross_entropy)  # to be restored
+    model = llama()
+    apply_liger_kernel(model, {"cross_entropy": True, "fused_linear_cross_entropy": False})
+    planner_of(model)
+
+
+def test_questions_of_others_about_values_stay_questions():
+    """A loss that branches on a number of the batch is followed in a second try, with Liger as without."""
+
+    def branching(model, batch):
+        if (batch["labels"] != -100).sum().item() > 0:
+            return model(**batch).loss
+        raise AssertionError("there are labels")
+
+    with pytest.raises(ValueError, match="cannot be replayed"):
+        planner_of(with_liger(llama()), compute_loss=branching)
+    planner_of(with_liger(llama()), compute_loss=branching, follows_values=True)
+
+
+def test_a_model_whose_module_is_not_registered():
+    namespace = {"LlamaForCausalLM": LlamaForCausalLM, "__name__": "nowhere"}
+    exec("class Own(LlamaForCausalLM):\n    pass", namespace)
+    assert not uses_liger(namespace["Own"](llama().config))
 
 
 def test_a_model_of_classes_that_liger_has_replaced_is_found(monkeypatch):
@@ -116,11 +145,26 @@ def test_a_plan_that_keeps_outputs_must_be_made_with_the_kernels():
     planner = planner_of(llama(1))
     stages = dict.fromkeys(planner.stages, StageChoice("selective", (0,)))
     apply_placement(llama(1), PlacementPlan("test", stages)).undo()
-    with pytest.raises(ValueError, match=r"made for a model without Liger's kernels.*--use_liger_kernel"):
+    with pytest.raises(ValueError, match=r"kernels of Liger that the plan wasn't made for.*--use_liger_kernel"):
         apply_placement(with_liger(llama(1)), PlacementPlan("test", stages))
     apply_placement(with_liger(llama(1)), PlacementPlan("test", dict.fromkeys(stages, STORE))).undo()
-    assert planner.for_budget("100%").details["kernels"] == "torch"
-    assert planner_of(with_liger(llama(1))).for_budget("100%").details["kernels"] == "liger"
+    assert planner.for_budget("100%").details["kernels"] == []
+    found = planner_of(with_liger(llama(1))).for_budget("100%").details["kernels"]
+    assert found[0].startswith("liger-kernel 0.")
+    assert any("RMSNorm" in name for name in found[1:])
+
+
+def test_a_plan_for_fewer_kernels_is_not_one_for_more():
+    partly = llama(1)
+    apply_liger_kernel(partly, {"rope": False})
+    fewer = liger_kernels(partly)
+    stages = dict.fromkeys(planner_of(partly).stages, StageChoice("selective", (0,)))
+    plan = PlacementPlan("test", stages, details={"kernels": fewer})
+    apply_placement(partly, plan).undo()
+    whole = with_liger(llama(1))
+    assert set(fewer) < set(liger_kernels(whole))
+    with pytest.raises(ValueError, match="the plan wasn't made for"):
+        apply_placement(whole, plan)
 
 
 def test_a_model_that_liger_has_no_kernels_for_is_refused():
@@ -163,3 +207,21 @@ class TestWrittenArguments:
         assert pointers_written(examples.by_variables) == {"out"}
         assert pointers_written(examples.by_atomics) == {"total"}
         assert pointers_written(examples.by_another) == {"target"}
+        assert pointers_written(examples.by_keyword) == {"out"}
+        assert pointers_written(examples.by_name) == {"out"}
+        assert pointers_written(examples.by_descriptor) == {"out"}
+        assert pointers_written(examples.by_module) == {"target"}
+        assert pointers_written(examples.by_itself) == {"out"}
+
+    def test_a_kernel_that_is_not_understood_writes_to_all(self):
+        import triton_examples as examples
+
+        from hf_trainopt.placement.simulate.triton_kernels import triton_not_launched
+
+        launched = []
+        with triton_not_launched(lambda *kernel: launched.append(kernel)):
+            for kernel, counts in ((examples.not_understood, (1, 1)), (examples.by_atomics, (1, 0))):
+                tensors = torch.zeros(2), torch.zeros(3)
+                kernel[(1,)](*tensors)
+                assert tuple(tensor._version for tensor in tensors) == counts
+        assert launched == [(20, 0, torch.float32)] * 2

@@ -25,7 +25,8 @@ class DeviceSpec:
         workspace: Bytes that cuBLAS takes from the allocator for each thread that multiplies matrices, and keeps. A
             training step has two: the backward pass runs on a thread of its own.
         memory: Bytes of the device; 0 where that isn't known.
-        link: Bytes/s to the host and, as many, from it; 0 where the host is the device.
+        link: Bytes/s to the host, and as many from it at the same time; 0 where the host is the device.
+        capability: CUDA's compute capability.
     """
 
     name: str
@@ -39,6 +40,7 @@ class DeviceSpec:
     workspace: int = 0
     memory: int = 0
     link: float = 0.0
+    capability: float = 8.0
 
     def seconds(self, flops: float, num_bytes: float, dtype: torch.dtype, aligned: bool = True) -> float:
         """Return the time of an operator that is bound by arithmetic or by memory, whichever takes longer.
@@ -88,14 +90,23 @@ def _spec(
     ecc: bool = False,
     pcie: int = 4,
     lanes: int = 16,
+    capability: float = 8.0,
 ) -> DeviceSpec:
-    """Return the spec of a GPU from its data sheet: TFLOP/s in fp32 and 16 bits, GB/s, GiB, PCI Express."""
+    """Return the spec of a GPU from its data sheet: TFLOP/s in fp32 and 16 bits, GB/s, GiB, PCI Express; the compute
+    capability matters below 8.0 only.
+    """
     rates = {torch.float32: fp32 * 1e12, torch.float16: half * 1e12, torch.bfloat16: half * 1e12}
     shown = int(memory * 2**30 * (_SHOWN_ECC if ecc else _SHOWN))
-    link = _REACHED * _PCIE[pcie] * 1e9 * lanes / 16
-    workspace *= 1024
     return DeviceSpec(
-        name, "cuda", rates, bandwidth * 1e9, host_s=HOST_S, workspace=workspace, memory=shown, link=link
+        name,
+        "cuda",
+        rates,
+        bandwidth * 1e9,
+        host_s=HOST_S,
+        workspace=workspace * 1024,
+        memory=shown,
+        link=_REACHED * _PCIE[pcie] * 1e9 * lanes / 16,
+        capability=capability,
     )
 
 
@@ -116,9 +127,9 @@ DEVICES: dict[str, DeviceSpec] = {
         _spec("rtx5070", 30.9, 61.7, 672, 12, pcie=5),
         _spec("rtx5080", 56.3, 112.6, 960, 16, pcie=5),
         _spec("rtx5090", 104.8, 209.5, 1792, 32, pcie=5),
-        _spec("t4", 8.1, 65, 320, 16, ecc=True, pcie=3),
-        _spec("v100", 15.7, 125, 900, 16, pcie=3),
-        _spec("v100-32gb", 15.7, 125, 900, 32, pcie=3),
+        _spec("t4", 8.1, 65, 320, 16, ecc=True, pcie=3, capability=7.5),
+        _spec("v100", 15.7, 125, 900, 16, pcie=3, capability=7.0),
+        _spec("v100-32gb", 15.7, 125, 900, 32, pcie=3, capability=7.0),
         _spec("a10", 31.2, 125, 600, 24, ecc=True),
         _spec("a6000", 38.7, 154.8, 768, 48),
         _spec("a100-40gb", 19.5, 312, 1555, 40),
@@ -179,7 +190,9 @@ def device_spec(device: torch.device) -> DeviceSpec:
     if device.type != "cuda" or not torch.cuda.is_available():
         return DEVICES[UNKNOWN]
     total = torch.cuda.get_device_properties(device).total_memory
-    return dataclasses.replace(named_spec(torch.cuda.get_device_name(device)), memory=total)
+    major, minor = torch.cuda.get_device_capability(device)
+    spec = named_spec(torch.cuda.get_device_name(device))
+    return dataclasses.replace(spec, memory=total, capability=major + minor / 10)
 
 
 def named_spec(name: str, default: str = UNKNOWN) -> DeviceSpec:

@@ -1,6 +1,7 @@
 """Liger's Triton kernels: put on a model for a plan, and found in one that has them."""
 
 import sys
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
@@ -23,16 +24,24 @@ def with_liger(model: nn.Module) -> nn.Module:
     return model
 
 
-def uses_liger(model: nn.Module) -> bool:
-    """Return whether a model runs kernels of Liger.
+def liger_kernels(model: nn.Module) -> list[str]:
+    """Return the version of Liger and what of a model it has replaced; empty where it has replaced nothing.
 
     Liger replaces forward passes, of modules or of their classes, and functions that these call (the rotary
-    embedding): those in the modules where the classes are defined, and PyTorch's cross-entropy.
+    embedding): those in the Python modules where the classes are defined, and PyTorch's cross-entropy.
     """
-    if any(has_liger_forward(module) for module in model.modules()) or _is_liger(nn.functional.cross_entropy):
-        return True
+    functions: list[Any] = [module.forward for module in model.modules()]
     sources = {type(module).__module__ for module in model.modules() if isinstance(module, PreTrainedModel)}
-    return any(_is_liger(value) for source in sources for value in vars(sys.modules[source]).values())
+    for source in sources & sys.modules.keys():
+        functions += vars(sys.modules[source]).values()
+    functions.append(nn.functional.cross_entropy)
+    names = {f"{function.__module__}.{function.__qualname__}" for function in functions if _is_liger(function)}
+    return [f"liger-kernel {version('liger-kernel')}", *sorted(names)] if names else []
+
+
+def uses_liger(model: nn.Module) -> bool:
+    """Return whether a model runs kernels of Liger."""
+    return bool(liger_kernels(model))
 
 
 def has_liger_forward(module: nn.Module) -> bool:
@@ -41,4 +50,5 @@ def has_liger_forward(module: nn.Module) -> bool:
 
 
 def _is_liger(function: Any) -> bool:
-    return callable(function) and (getattr(function, "__module__", None) or "").startswith("liger_kernel.")
+    is_named = callable(function) and hasattr(function, "__qualname__")
+    return is_named and (getattr(function, "__module__", None) or "").startswith("liger_kernel.")

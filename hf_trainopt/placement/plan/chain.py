@@ -61,6 +61,7 @@ class StageProfile:
         again: Cost of its forward pass within a recomputation.
         options: Choice -> profile; `STORE` is among them.
         joined: Whether it takes an output of the stage before it as it is, so that both can be of one run.
+        led: Whether that is the first of its inputs that was computed, which is the one that can be moved to the host.
     """
 
     name: str
@@ -69,6 +70,7 @@ class StageProfile:
     again: Cost
     options: Mapping[StageChoice, OptionProfile]
     joined: bool = True
+    led: bool = True
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def chain_profile(baseline: Replay, options: Mapping[str, Mapping[StageChoice, O
                 replace(forward.cost, host_seconds=(1 + SAVED_TENSORS) * forward.cost.host_seconds),
                 options[name],
                 name in baseline.joined,
+                name in baseline.led,
             )
         )
     head = baseline.section("head")
@@ -199,18 +202,16 @@ def _offloaded(
     """Return the segments once more, with their inputs on the host.
 
     The input is the output of the stage before, and counts among what that one keeps. From the forward pass of the
-    segment to its own backward pass it isn't on the device; in both passes it is. An input that its own stage keeps
-    for its backward pass stays, and so may that of the first stage, which the code before it holds.
+    segment to its own backward pass it isn't on the device; in both passes it is. Nothing is freed where the stage
+    before keeps its output for its backward pass, nor, maybe, at the first stage, whose input the model's code holds.
     """
     found = []
     for segment in segments:
-        before, first = stages[segment.start - 1], segment.choice[0]
-        if (
-            segment.start == 0
-            or first.recompute not in ("full", "selective")
-            or not stages[segment.start].joined
-            or any(option.holds_output for option in before.options.values())
-        ):
+        first = segment.choice[0]
+        if not segment.start or first.recompute not in ("full", "selective") or not stages[segment.start].led:
+            continue
+        before = stages[segment.start - 1]
+        if any(option.holds_output for option in before.options.values()):
             continue
         copies = copy_cost(before.boundary_bytes, link) + copy_cost(before.boundary_bytes, link)
         found.append(

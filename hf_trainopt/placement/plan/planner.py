@@ -77,7 +77,7 @@ class PlacementPlanner:
         names = find_stages(model, stages) if stages is None or isinstance(stages, str) else list(stages)
         self.setup = setup
         if offload and not setup.device.link:
-            raise PlacementError("placement_offload needs a GPU: here the host is the device. Leave it out.")
+            raise PlacementError("placement_offload needs a GPU with memory of its own; leave it out here.")
         self._link = setup.device if offload else None
         self.progress = progress or (lambda text: None)
         self.available = available_rewrites(model) if available is None else available
@@ -214,8 +214,11 @@ class PlacementPlanner:
         """The candidate with the least peak."""
         found, everything = [], self._choices("all")
         for rewrites, chain in self.chains().items():
-            solution = least_peak(chain)
-            found.append((solution.peak_bytes, rewrites, choices_of(self.profiles[rewrites], solution.path)))
+            kept = tuple(segment for segment in chain.segments if not segment.choice[0].offload)
+            # Without copies as well: a chain can count more as moved than a replay does.
+            for one in (chain, dataclasses.replace(chain, segments=kept))[: 1 + (self._link is not None)]:
+                solution = least_peak(one)
+                found.append((solution.peak_bytes, rewrites, choices_of(self.profiles[rewrites], solution.path)))
             path = path_of(chain, everything)
             found.append((chain.fixed_bytes if path is None else chain.peak(path), rewrites, everything))
         least = None

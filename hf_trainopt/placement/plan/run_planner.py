@@ -18,7 +18,7 @@ from ...core.shadow import shadow_of
 from ...core.versions import activation_checkpointing_kwargs
 from ...machine.device_memory import memory_of_run, uses_expandable_segments
 from ...machine.devices import DeviceSpec, device_spec
-from ...models.liger import uses_liger
+from ...models.liger import liger_kernels
 from ..arguments import is_plan_file
 from ..errors import PlacementError, ReplayError
 from ..rewrite.allowed_rewrites import allowed_rewrites, check_rewrites
@@ -147,12 +147,15 @@ class RunPlanner:
                 self.trainer.accelerator.mixed_precision, "float32"
             ),
             "accumulation_steps": self._accumulation.most_steps,
+            "kernels": _kernel_words(liger_kernels(self.trainer.model)),
             **self._spread_over(),
         }
         if "micro_batch_size" in plan.details:
             self._warn_of_another_micro_batch(plan.details["micro_batch_size"])
             del found["batch"], found["accumulation_steps"]
         made_for = {name: plan.details[name] for name in found if plan.details.get(name) is not None}
+        if "kernels" in made_for:
+            made_for["kernels"] = _kernel_words(made_for["kernels"])
         if "batch" in made_for:
             made_for["batch"] = _largest_shape(made_for["batch"])
         if made_for.get("device", "cpu") != "cpu":
@@ -383,9 +386,14 @@ class RunPlanner:
             "accumulation_steps": self._accumulation.most_steps,
             **({"auto_micro_batch": True} if args.auto_micro_batch else {}),
             **({"placement_offload": True} if args.placement_offload else {}),
-            **({"kernels": "liger"} if uses_liger(self.trainer.model) else {}),
+            **({"kernels": kernels} if (kernels := liger_kernels(self.trainer.model)) else {}),
             **({"device_memory": self._device_memory()} if is_of_device(args.memory_budget or "") else {}),
         }
+
+
+def _kernel_words(kernels: list[str]) -> str:
+    """Return in words what `liger_kernels` has found."""
+    return f"of {kernels[0]} ({len(kernels) - 1} replaced)" if kernels else "of torch"
 
 
 def halves(rows: int) -> list[int]:

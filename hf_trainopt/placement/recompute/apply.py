@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_trainopt.models.liger import uses_liger
+from hf_trainopt.models.liger import liger_kernels
 from hf_trainopt.placement.plan.plan import PlacementPlan, describe, runs_of
 from hf_trainopt.placement.recompute.regions import ForwardOverride, activation_modules
 from hf_trainopt.placement.recompute.segments import Run, RunMember
@@ -86,12 +86,10 @@ class AppliedPlacement:
 
             self._rewrites = apply_rewrites(self.model, self.plan.rewrites, self._strict_logits)
         modules = dict(self.model.named_modules())
-        runs = {
-            name: (run, place)
-            for names in runs_of(self.plan.stages)
-            for run in [Run(names, offload=self.plan.stages[names[0]].offload)]
-            for place, name in enumerate(names)
-        }
+        runs: dict[str, tuple[Run, int]] = {}
+        for names in runs_of(self.plan.stages):
+            run = Run(names, offload=self.plan.stages[names[0]].offload)
+            runs |= {name: (run, place) for place, name in enumerate(names)}
         shared: set[nn.Module] = set()  # an activation function can be a member of several stages
         for name, choice in self.plan.stages.items():
             if choice.recompute == "activation":
@@ -124,7 +122,7 @@ def apply_placement(model: nn.Module, plan: PlacementPlan, strict_logits: bool =
     Raises:
         ValueError: The plan names stages that the model lacks, that have no forward pass or whose runs are not
             consecutive; or the model holds a placement or activation checkpointing already, is compiled, scripted or a
-            `DataParallel`; or it has Liger's kernels and the plan keeps outputs of a model without them.
+            `DataParallel`; or it has kernels of Liger and the plan keeps outputs of a model that has others.
     """
     check_model(model)
     modules = dict(model.named_modules())
@@ -150,11 +148,13 @@ def apply_placement(model: nn.Module, plan: PlacementPlan, strict_logits: bool =
         if (other := by_module.setdefault(modules[name], name)) != name:
             raise ValueError(f"the stages {other} and {name} are one module; name only {other} in the plan.")
     runs_of(plan.stages)
-    if "selective" in plan.counts() and plan.details.get("kernels") != "liger" and uses_liger(model):
+    kernels = liger_kernels(model) if "selective" in plan.counts() else []
+    if kernels and plan.details.get("kernels") != kernels:
         # Liger overwrites outputs that such a plan may keep, and autograd doesn't notice.
         raise ValueError(
-            "the placement plan keeps outputs of operators and was made for a model without Liger's kernels, which "
-            "overwrite some of them; make a plan for this model (`hf-trainopt plan` with --use_liger_kernel)."
+            "the placement plan keeps outputs of operators, and the model has kernels of Liger that the plan wasn't "
+            "made for and that overwrite some of them; make a plan for this model, with memory_budget in the run or "
+            "with `hf-trainopt plan --use_liger_kernel`."
         )
     applied = AppliedPlacement(model, plan, strict_logits)
     try:

@@ -7,7 +7,6 @@ for each saved tensor than many a kernel takes on the device (`benchmarks/recomp
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ class Frame:
         stage: Name of the region, for errors.
         recompute: Computes the region again from its inputs. It must not refer to the frame.
         inputs: Inputs of the region.
-        offload: Whether the one that a stage has computed is kept on the host.
+        offload: Whether the first that was computed is kept on the host.
     """
 
     def __init__(
@@ -68,9 +67,9 @@ class Frame:
     ):
         self._stage = stage
         self._recompute = recompute
-        with InputOnHost() if offload else nullcontext():
-            # Its node lives as long as the tensor.
-            self._kept = _Kept.apply(torch.empty(0, requires_grad=True), *inputs)
+        self._on_host = InputOnHost(inputs) if offload else None
+        kept = inputs if self._on_host is None else self._on_host.others
+        self._kept = _Kept.apply(torch.empty(0, requires_grad=True), *kept)  # its node lives as long as the tensor
         self._holders: list[weakref.ref[_Holder]] = []
         self._kinds: list[Kind] = []
 
@@ -116,10 +115,14 @@ class Frame:
 
         try:
             with saved_tensors_hooks(pack, _same), torch.enable_grad():
-                self._recompute(*self._kept.grad_fn.saved_tensors)
+                self._recompute(*self._inputs())
         except _Stop:
             return
         raise RuntimeError(self._differs(f"it saved {last + 1} tensors or more, and {count} now"))
+
+    def _inputs(self) -> Sequence[torch.Tensor]:
+        kept = self._kept.grad_fn.saved_tensors
+        return kept if self._on_host is None else self._on_host.with_others(kept)
 
     def _differs(self, how: str) -> str:
         return (

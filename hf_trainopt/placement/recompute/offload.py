@@ -6,10 +6,9 @@ would run beside the computation; there such mistakes are common (torchtune#1867
 them.
 """
 
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from hf_trainopt.core.facts import is_distributed
 
@@ -25,24 +24,38 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty_like(host, device=device).copy_(host, non_blocking=True)
 
 
-class InputOnHost(saved_tensors_hooks):
-    """Context in which the first of the saved tensors that has been computed is kept on the host.
+def first_computed(tensors: Iterable[torch.Tensor]) -> int | None:
+    """Return the place of the first tensor that an operator has made, for which gradients are needed.
 
-    That is what the stage before has returned. Others aren't worth a copy: masks and positions, or what an encoder has
-    returned for all layers of a decoder, stay on the device for other stages.
+    In a stage that is what the stage before has returned. Others aren't worth a copy: masks and positions, or what an
+    encoder has returned for all layers of a decoder, stay on the device for other stages.
+    """
+    return next((place for place, tensor in enumerate(tensors) if tensor.grad_fn is not None), None)
+
+
+class InputOnHost:
+    """One of several inputs, kept on the host.
+
+    Args:
+        inputs: Inputs of a region.
+
+    Attributes:
+        others: Those that stay where they are.
     """
 
-    def __init__(self):
-        super().__init__(self._pack, self._unpack)
-        self._moved = False
+    def __init__(self, inputs: Sequence[torch.Tensor]):
+        self.others = list(inputs)
+        self._place = first_computed(inputs)
+        if self._place is None or is_distributed(inputs[self._place]):
+            self._place = None
+            return
+        moved = self.others.pop(self._place)
+        self._device = moved.device
+        self._host = to_host(moved.detach())
 
-    def _pack(self, tensor: torch.Tensor) -> Any:
-        is_computed = tensor.requires_grad and not tensor.is_leaf
-        if self._moved or not is_computed or is_distributed(tensor):
-            return tensor
-        self._moved = True
-        return to_host(tensor.detach()), tensor.device
-
-    @staticmethod
-    def _unpack(kept: Any) -> torch.Tensor:
-        return to_device(*kept) if isinstance(kept, tuple) else kept
+    def with_others(self, others: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the inputs in their order, the moved one on its device again."""
+        inputs = list(others)
+        if self._place is not None:
+            inputs.insert(self._place, to_device(self._host, self._device).requires_grad_())
+        return inputs

@@ -101,7 +101,7 @@ def _texts(workshop: Workshop, policy: str | None) -> Iterator[str]:
         table = render.render_frontier(frontier, named, chosen, ends_at_floor=shows_all)
         parts.append(f"{what} (times in % of a step without placement):\n\n{table}")
     parts.append(_advice(arguments, built, chosen))
-    parts.append(render.wrapped(render.not_counted(arguments.memory_budget)))
+    parts.append(render.wrapped(render.not_counted(arguments.memory_budget, planner.setup.device.kind)))
     yield "\n\n".join(parts) + "\n"
 
 
@@ -153,7 +153,8 @@ def _advice(arguments: argparse.Namespace, built: models.BuiltModel, chosen: Pla
     if arguments.memory_rewrites != "auto":
         flags["memory_rewrites"] = arguments.memory_rewrites
     flags["placement_stages"] = arguments.placement_stages
-    flags["placement_offload"] = arguments.placement_offload or None  # a flag without a value
+    for name in ("placement_offload", "use_liger_kernel"):
+        flags[name] = getattr(arguments, name) or None
     return render.render_choice(
         chosen,
         arguments.output,

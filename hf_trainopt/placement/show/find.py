@@ -105,6 +105,9 @@ class Finder:
         }
         if arguments.memory_rewrites != "auto":
             flags["memory_rewrites"] = arguments.memory_rewrites
+        flags |= {name: True for name in ("placement_offload", "use_liger_kernel") if getattr(arguments, name)}
+        if best.plan.is_stock:
+            flags.pop("placement_offload", None)  # which needs a budget
         return "\n".join(
             [
                 render.wrapped(text),
@@ -121,7 +124,7 @@ class Finder:
                     + (_WITHOUT_REWRITES if arguments.memory_rewrites == "auto" and has_stock else "")
                 ),
                 "",
-                render.wrapped(render.not_counted(arguments.memory_budget)),
+                render.wrapped(render.not_counted(arguments.memory_budget, self.workshop.device.kind)),
                 "",
                 f"  {self._allocator}{script_of(self.built)} ... {render.flags(flags)}",
                 "",
@@ -132,7 +135,9 @@ class Finder:
     def _allocator(self) -> str:
         """The setting of the allocator that a budget of the device is for."""
         return (
-            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True " if is_of_device(self.arguments.memory_budget) else ""
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "
+            if is_of_device(self.arguments.memory_budget) and self.workshop.device.kind == "cuda"
+            else ""
         )
 
     def _largest(self, name: str, budget: int, steps: int, **others: int) -> int:

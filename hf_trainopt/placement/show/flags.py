@@ -347,7 +347,7 @@ def _check_device(arguments: argparse.Namespace) -> None:
     for name in ("bandwidth", "tflops"):
         value = custom[name]
         if value is not None and arguments.device not in _DESCRIBED:
-            raise ValueError(f"--device_{name} is for --device {' and '.join(_DESCRIBED)}; leave it out.")
+            raise ValueError(f"--device_{name} is for --device {' or '.join(_DESCRIBED)}; leave it out.")
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--device_{name} is {value}; it must be positive.")
 

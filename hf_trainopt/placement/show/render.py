@@ -44,8 +44,15 @@ _SELECTIVE = (
 )
 
 
-def not_counted(budget: str | None) -> str:
-    """Return what plans don't count, and where there is room for it."""
+def not_counted(budget: str | None, kind: str = "cuda") -> str:
+    """Return what plans don't count, and where there is room for it.
+
+    Args:
+        budget: As given.
+        kind: Of the device.
+    """
+    if kind == "mps":
+        return "Not counted: rounding and fragmentation of the allocator, and what Metal takes. Leave room for them."
     return NOT_COUNTED if budget is None or not is_of_device(budget) else _NOT_COUNTED_OF_DEVICE
 
 
@@ -354,7 +361,7 @@ def render_choice(
     if plan.is_stock:
         sentences[1] = "The step fits as it is: nothing is recomputed."
     if plan.offloads:
-        sentences.append(f"On the host there are {gib(plan.details['host_bytes'])} for this device, page-locked.")
+        sentences.append(f"{gib(plan.details['host_bytes'])} are in memory of the host, for each device.")
     if plan.rewrites.names():
         sentences.append("The rewrites change results by rounding only; --memory_rewrites none leaves them out.")
     if plan.optimality_gap is not None:
@@ -370,7 +377,9 @@ def render_choice(
     if plan.is_stock and plan.budget_bytes is not None and plan.floor_peak_bytes is None and output is None:
         return wrapped(f"{sentences[1]} Its peak is {gib(plan.predicted_peak_bytes)}.")
     path = output or "plan.json"
-    by_file = {"checkpoint_placement": path}
+    by_file: dict[str, str | bool] = {"checkpoint_placement": path}
+    if "use_liger_kernel" in settings:
+        by_file["use_liger_kernel"] = True
     if settings.get("memory_rewrites") == "none":
         by_file["memory_rewrites"] = "none"
     lines = [

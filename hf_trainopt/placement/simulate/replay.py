@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_leaves
 
 from ...machine.costs import Cost
-from ...models.liger import uses_liger
+from ...models.liger import liger_kernels
 from ..errors import FilledCacheError, PlacementError, ReplayError
 from ..plan.plan import NO_REWRITES, STORE, PlacementPlan, Rewrites, StageChoice, describe
 from ..recompute.apply import apply_placement, check_model
+from ..recompute.offload import first_computed
 from .fake import as_on, as_type, fake_batch, fake_copy, fake_mode, fake_whole
 from .fake_contexts import no_checks_of_values, no_logged_traceback, no_packed_sequences
 from .host_copies import host_copies_counted
@@ -54,6 +55,7 @@ class Replay:
         boundary_bytes: Stage -> bytes of its outputs.
         holds_output: Stages whose output is alive until their own backward pass is done.
         joined: Stages that take an output of the stage before them as it is.
+        led: Those of them whose first computed input it is.
         cost: Everything that ran, the optimizer step included.
         host_bytes: Most bytes on the host of what is offloaded.
     """
@@ -64,6 +66,7 @@ class Replay:
     boundary_bytes: dict[str, int]
     holds_output: frozenset[str]
     joined: frozenset[str]
+    led: frozenset[str]
     cost: Cost
     host_bytes: int = 0
 
@@ -141,7 +144,7 @@ class StepReplayer:
             forward = self.model.__dict__.pop("forward", None)
             if getattr(forward, "__self__", None) is self.model:
                 self.model.forward = forward
-        self.kernels = "liger" if uses_liger(self.model) else "torch"
+        self.kernels = liger_kernels(self.model)
         self._tracker: StorageTracker | None = None
         self.model.train()
         self.batch = fake_batch(batch, self.mode, keeps_mask=setup.follows_values)
@@ -166,8 +169,8 @@ class StepReplayer:
                 stack.enter_context(no_packed_sequences())
             stack.enter_context(triton_not_launched(self._count_kernel))
             stack.enter_context(host_copies_counted(lambda: self._tracker, self.setup.device))
-            if self.kernels == "liger":
-                stack.enter_context(liger_replayed(self.setup.device.kind, self._count_kernel))
+            if self.kernels:
+                stack.enter_context(liger_replayed(self.setup.device, self._count_kernel))
             if self._known is not None:
                 reads = stack.enter_context(following_values(self._known))
                 stack.callback(self._count_assumed, reads)
@@ -281,7 +284,7 @@ class StepReplayer:
             self.rank.rehearse(lambda: self._followed(self._passes, is_placed))
             tracker = self._start()
             boundary: dict[str, int] = {}
-            joined: set[str] = set()
+            joined: dict[str, bool] = {}
             stack.callback(self._watch_stages(tracker, boundary, joined))
             stack.callback(self.rank.watch(tracker, _owners(self.model, self.stages)))
             self._tracker = tracker
@@ -305,6 +308,7 @@ class StepReplayer:
             boundary,
             holds,
             frozenset(joined),
+            frozenset(name for name, leads in joined.items() if leads),
             tracker.total_cost(),
             tracker.host_bytes,
         )
@@ -327,7 +331,9 @@ class StepReplayer:
         tracker.count([self._workspace], "workspace")
         return tracker
 
-    def _watch_stages(self, tracker: StorageTracker, boundary: dict[str, int], joined: set[str]) -> Callable[[], None]:
+    def _watch_stages(
+        self, tracker: StorageTracker, boundary: dict[str, int], joined: dict[str, bool]
+    ) -> Callable[[], None]:
         """Let the tracker know where stages and their backward passes begin; return what takes that back."""
         owner = _owners(self.model, self.stages)
         last = self.stages[-1] if self.stages else ""
@@ -339,9 +345,11 @@ class StepReplayer:
             def hook(module, args, kwargs):
                 if not torch.is_grad_enabled():
                     return
-                inputs = {id(leaf) for leaf in _tensors([args, kwargs])}
-                if any((output := reference()) is not None and id(output) in inputs for reference in outputs_before):
-                    joined.add(name)
+                inputs = list(_tensors([args, kwargs]))
+                before = [output for reference in outputs_before if (output := reference()) is not None]
+                if any(leaf is output for leaf in inputs for output in before):
+                    place = first_computed(inputs)
+                    joined[name] = place is not None and any(inputs[place] is output for output in before)
                 if not passed:
                     for leaf in _tensors([args, kwargs]):
                         if leaf.requires_grad and not leaf.is_leaf:

@@ -4,7 +4,6 @@ Those of Liger (`use_liger_kernel`) are what people train with; any other kernel
 """
 
 import ast
-import functools
 import inspect
 import sys
 import textwrap
@@ -27,19 +26,27 @@ def triton_not_launched(launched: Launched) -> Iterator[None]:
     autograd (Liger's rotary embedding overwrites queries and keys).
 
     Args:
-        launched: Called for each launch; its bytes are those of the tensors that it is given.
+        launched: Called for each launch with the bytes of the tensors that it is given, and no FLOPs: most kernels are
+            bound by memory, and what others compute isn't known.
     """
     jit = sys.modules.get("triton.runtime.jit")
     if jit is None:  # nobody has imported Triton, so there are no kernels
         yield
         return
+    known: dict[Callable[..., Any], frozenset[str]] = {}
 
     def launcher(kernel, grid):
+        function = _function_of(kernel)
+        if function not in known:
+            known[function] = written_arguments(function)
+
         def launch(*args, **kwargs):
-            named = _named_tensors(kernel, args, kwargs)
-            for name in written_arguments(_function_of(kernel)) & named.keys():
+            named = dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs
+            named = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+            # A kernel that writes to nothing hasn't been understood.
+            for name in (known[function] & named.keys()) or named:
                 torch.autograd.graph.increment_version(named[name])
-            launched(sum(tensor.numel() * tensor.element_size() for tensor in named.values()), 0, torch.float32)
+            launched(sum(tensor.nbytes for tensor in named.values()), 0, torch.float32)
 
         return launch
 
@@ -58,32 +65,34 @@ def _function_of(kernel: Any) -> Callable[..., Any]:
     return kernel
 
 
-def _named_tensors(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    named = dict(zip(inspect.signature(_function_of(kernel)).parameters, args, strict=False)) | kwargs
-    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
-
-
-@functools.cache
-def written_arguments(function: Callable[..., Any]) -> frozenset[str]:
+def written_arguments(function: Callable[..., Any], callers: tuple[Callable[..., Any], ...] = ()) -> frozenset[str]:
     """Return the names of the arguments of a Triton kernel that it stores to, read off its source.
 
     An argument is one of them if the address of a store or of an atomic operation is computed from it (so strides are
     among them), directly or by variables, or if it is handed to another kernel function that stores to it. What is
-    loaded is no address.
+    loaded is no address. All arguments are, if the source can't be read.
+
+    Args:
+        function: The Python function of the kernel.
+        callers: Those whose sources are being read: what a recursive call stores to is found without it.
     """
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    parameters = set(inspect.signature(function).parameters)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return frozenset(parameters)
     made_of: dict[str, set[str]] = {}
     addresses: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) and node.value is not None:
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.NamedExpr) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for name in set().union(*map(_names, targets)):
                 made_of.setdefault(name, set()).update(_names(node.value))
         elif isinstance(node, ast.Call):
-            addresses |= _stored_to(node, function)
+            addresses |= _stored_to(node, function, callers)
     while more := set().union(*(made_of.get(name, set()) for name in addresses)) - addresses:
         addresses |= more
-    return frozenset(addresses & set(inspect.signature(function).parameters))
+    return frozenset(addresses & parameters)
 
 
 def _names(node: ast.AST) -> set[str]:
@@ -95,15 +104,27 @@ def _names(node: ast.AST) -> set[str]:
     return set().union(*map(_names, ast.iter_child_nodes(node)))
 
 
-def _stored_to(call: ast.Call, function: Callable[..., Any]) -> set[str]:
+def _stored_to(call: ast.Call, function: Callable[..., Any], callers: tuple[Callable[..., Any], ...]) -> set[str]:
     """Names in the addresses that a call stores to."""
-    if isinstance(call.func, ast.Attribute):
-        is_store = call.func.attr == "store" or call.func.attr.startswith("atomic_")
-        return _names(call.args[0]) if is_store and call.args else set()
-    other = function.__globals__.get(call.func.id) if isinstance(call.func, ast.Name) else None
+    named = {word.arg: word.value for word in call.keywords if word.arg}
+    called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if called.startswith(("store", "atomic_")):  # tl.store(pointer, ...), and store(...) of a tensor descriptor
+        owner = set() if not isinstance(call.func, ast.Attribute) else _names(call.func.value)
+        address = call.args[:1] or [named[name] for name in ("pointer", "desc") if name in named]
+        return owner.union(*map(_names, address))
+    other = _global_of(call.func, function)
     if not hasattr(other, "fn") or not type(other).__module__.startswith("triton."):
         return set()
     other = _function_of(other)
-    handed = dict(zip(inspect.signature(other).parameters, call.args, strict=False))
-    handed |= {word.arg: word.value for word in call.keywords if word.arg}
-    return set().union(*(_names(handed[name]) for name in written_arguments(other) & handed.keys()))
+    if other is function or other in callers:
+        return set()
+    handed = dict(zip(inspect.signature(other).parameters, call.args, strict=False)) | named
+    written = written_arguments(other, (*callers, function))
+    return set().union(*(_names(handed[name]) for name in written & handed.keys()))
+
+
+def _global_of(node: ast.expr, function: Callable[..., Any]) -> Any:
+    """Return what a name, dotted or not, stands for outside of a function; `None` if nothing."""
+    if isinstance(node, ast.Attribute):
+        return getattr(_global_of(node.value, function), node.attr, None)
+    return function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
