@@ -214,9 +214,11 @@ class PlacementPlanner:
         """The candidate with the least peak."""
         found, everything = [], self._choices("all")
         for rewrites, chain in self.chains().items():
-            kept = tuple(segment for segment in chain.segments if not segment.choice[0].offload)
-            # Without copies as well: a chain can count more as moved than a replay does.
-            for one in (chain, dataclasses.replace(chain, segments=kept))[: 1 + (self._link is not None)]:
+            chains = [chain]
+            if self._link is not None:  # a chain can count more as moved than a replay does
+                kept = tuple(segment for segment in chain.segments if not segment.choice[0].offload)
+                chains.append(dataclasses.replace(chain, segments=kept))
+            for one in chains:
                 solution = least_peak(one)
                 found.append((solution.peak_bytes, rewrites, choices_of(self.profiles[rewrites], solution.path)))
             path = path_of(chain, everything)

@@ -346,10 +346,10 @@ class StepReplayer:
                 if not torch.is_grad_enabled():
                     return
                 inputs = list(_tensors([args, kwargs]))
-                before = [output for reference in outputs_before if (output := reference()) is not None]
-                if any(leaf is output for leaf in inputs for output in before):
+                passed_on = [output for reference in outputs_before if (output := reference()) is not None]
+                if any(leaf is output for leaf in inputs for output in passed_on):
                     place = first_computed(inputs)
-                    joined[name] = place is not None and any(inputs[place] is output for output in before)
+                    joined[name] = place is not None and any(inputs[place] is output for output in passed_on)
                 if not passed:
                     for leaf in _tensors([args, kwargs]):
                         if leaf.requires_grad and not leaf.is_leaf:
