@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -54,14 +55,16 @@ def read_config(path: str) -> dict[str, Any]:
 def settle_deepspeed(arguments: argparse.Namespace) -> None:
     """Check the flags against the configuration, and set those that it decides: sharding and offload.
 
+    The configuration itself is then in `arguments.deepspeed_config`.
+
     Raises:
         ValueError: They contradict each other, or the configuration isn't one.
     """
     path = arguments.deepspeed
     if arguments.sharding is not None and not arguments.sharding.startswith("zero"):
         raise ValueError("--deepspeed needs --sharding zero0, zero1, zero2 or zero3; leave it out.")
-    config = read_config(path)
-    try:
+    config = arguments.deepspeed_config = read_config(path)
+    with _explained(path):
         kind = f"zero{stage_of_config(config)}"
         if arguments.sharding not in (None, kind):
             raise ValueError(
@@ -81,10 +84,6 @@ def settle_deepspeed(arguments: argparse.Namespace) -> None:
             setattr(arguments, flag, moves)
         for said, given, remedy in _contradictions(config, arguments):
             raise ValueError(f"{said} in {path} contradicts {given}; {remedy}.")
-    except UnpredictedError as error:
-        raise _not_planned(path, error) from error
-    except PlacementError as error:
-        raise ValueError(f"--deepspeed {path}: {error}") from error
 
 
 def _contradictions(config: Mapping[str, Any], arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
@@ -122,21 +121,24 @@ def sharding_of_flags(arguments: argparse.Namespace, model: nn.Module) -> Shardi
         ValueError: A setting isn't planned for.
     """
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
-    config = dict(read_config(arguments.deepspeed))
+    config = dict(arguments.deepspeed_config)
     if precision != "no":
         config.setdefault(precision, {"enabled": True})  # as Accelerate fills it in
-    try:
+    with _explained(arguments.deepspeed):
         return sharding_of_config(config, arguments.num_devices, model, precision)
-    except UnpredictedError as error:
-        raise _not_planned(arguments.deepspeed, error) from error
-    except PlacementError as error:
-        raise ValueError(f"--deepspeed {arguments.deepspeed}: {error}") from error
 
 
 def optimizer_of_flags(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Return the optimizer of the configuration; `None` if `--optim` decides."""
-    return None if arguments.deepspeed is None else optimizer_of_config(read_config(arguments.deepspeed))
+    return None if arguments.deepspeed is None else optimizer_of_config(arguments.deepspeed_config)
 
 
-def _not_planned(path: str, error: UnpredictedError) -> ValueError:
-    return ValueError(f"--deepspeed {path} has {error.what}, which isn't planned for; change that.")
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Context in which errors name the file."""
+    try:
+        yield
+    except UnpredictedError as error:
+        raise ValueError(f"--deepspeed {path} has {error.what}, which isn't planned for; change that.") from error
+    except PlacementError as error:
+        raise ValueError(f"--deepspeed {path}: {error}") from error
