@@ -186,7 +186,7 @@ def paired_table(records: list[dict], task: str) -> str:
                 for axis in ("seconds", "samples")
             ]
         rows.append([name, len(runs), *quality, steps, *cells])
-    accuracy = ["accuracy, %"] if task.startswith("vision") else []
+    accuracy = [] if task == "language" else ["accuracy, %"]
     first, second = (f"{frozen[name][0]:.3f}" for name in ("eight", "best"))
     header = ["arm, learning rate", "seeds", "final loss", *accuracy, "steps", f"time to {first} against k = 8",
               "samples", f"time to {second} against the sweep's best", "samples"]  # fmt: skip
