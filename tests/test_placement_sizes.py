@@ -76,10 +76,13 @@ def test_the_fastest_micro_batch_beats_every_other_with_any_uniform_placement():
 
 
 class Timed:
-    """A planner on a device, whose plans need no recomputation; a step of this micro-batch takes so many seconds."""
+    """A planner on a device, whose plans recompute this share; a step of this micro-batch takes so many seconds."""
 
-    def __init__(self, seconds, kind):
-        plan = PlacementPlan("budget", {"a": STORE})
+    def __init__(self, seconds, kind, recomputed=0.0):
+        stages = {"a": FULL if recomputed else STORE}
+        plan = PlacementPlan(
+            "budget", stages, baseline_peak_bytes=2, predicted_peak_bytes=1, extra_time_ratio=recomputed
+        )
         self.setup, self.baseline = SimpleNamespace(device=SimpleNamespace(kind=kind)), SimpleNamespace(peak_bytes=1)
         once = SimpleNamespace(cost=Cost())
         replay = SimpleNamespace(cost=Cost(device_seconds=seconds), section=lambda phase: once)
@@ -98,6 +101,12 @@ def test_on_a_cpu_all_sizes_are_tried(kind, tried):
     found = fastest_micro_batch(planner, {8: 1, 4: 2, 2: 4, 1: 8}, "1GiB")
     assert list(dict.fromkeys(asked)) == tried
     assert found[0].micro_batch == (2 if kind == "cpu" else 8)
+
+
+def test_a_larger_one_that_recomputes_more_is_not_preferred():
+    timed = {4: Timed(4.2, "cpu", 0.2), 2: Timed(2.08, "cpu", 0.1), 1: Timed(1.0, "cpu", 0.1)}
+    found = fastest_micro_batch(timed.get, {4: 1, 2: 2, 1: 4}, "1GiB")
+    assert [sized.micro_batch for sized in found] == [2, 1, 4]
 
 
 def test_choices_that_are_worth_having_for_one_batch_are_for_another():

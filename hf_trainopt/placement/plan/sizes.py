@@ -96,7 +96,8 @@ def fastest_micro_batch(
 
     The search goes from large to small. On a GPU it ends with the first micro-batch that needs no recomputation: a
     smaller one does the same work in more and smaller kernels. On a CPU all are tried: smaller ones may gain, because
-    more of the work stays in the caches, and the first is the largest of those within the error of the prediction.
+    more of the work stays in the caches, and the first is the largest of those that are within the error of the
+    prediction and recompute no more.
     Where times are equal, the larger micro-batch comes first.
 
     Args:
@@ -124,7 +125,13 @@ def fastest_micro_batch(
     ordered = sorted(found, key=lambda sized: (round(sized.seconds, 9), -sized.micro_batch))
     if not ordered or planner_for(ordered[0].micro_batch).setup.device.kind != "cpu":
         return ordered
-    # What a smaller one gains within the error of the prediction, it may lose to Python.
-    close = [sized for sized in ordered if sized.seconds <= _ERROR_ON_CPU * ordered[0].seconds]
+    # What a smaller one gains within the error of the prediction, it may lose to Python; but not to recomputation.
+    first = ordered[0]
+    close = [
+        sized
+        for sized in ordered
+        if sized.seconds <= _ERROR_ON_CPU * first.seconds
+        and sized.plan.extra_time_ratio <= first.plan.extra_time_ratio
+    ]
     best = max(close, key=lambda sized: sized.micro_batch)
     return [best, *(sized for sized in ordered if sized is not best)]
