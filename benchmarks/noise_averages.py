@@ -89,9 +89,8 @@ def series(windows: list, half_life: float, interval: int, offset: int) -> list[
     return found
 
 
-def deviations(windows: list, half_life: float, interval: int) -> dict[str, float]:
+def deviations(windows: list, truth: list[float], half_life: float, interval: int) -> dict[str, float]:
     """Return how far the estimate is off in log2: its mean (the lag), its spread between series, and both together."""
-    truth = truth_of(windows)
     every = [series(windows, half_life, interval, offset) for offset in range(interval)]
     margin = round(MARGIN * len(windows))
     means, spreads, squares, unknown = [], [], [], 0
@@ -131,15 +130,16 @@ def main() -> None:
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {"tasks": {}}
     for task in options.task:
         windows = measured_windows(task, options.seed)
+        truth = truth_of(windows)
         settings = [(h, 8) for h in HALF_LIVES] + [(0.05, n) for n in INTERVALS if n != 8]
         record["tasks"][task] = {
             "command": " ".join(["python", "benchmarks/noise_averages.py", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d"), "seed": options.seed,
             "truth_in_micro_batches": [
-                round(truth_of(windows)[int(share * len(windows))] / (windows[0].num_samples / 2), 2)
+                round(truth[int(share * len(windows))] / (windows[0].num_samples / 2), 2)
                 for share in (0.1, 0.25, 0.5, 0.75, 0.9)
             ],
-            "rows": [deviations(windows, half_life, interval) for half_life, interval in settings],
+            "rows": [deviations(windows, truth, half_life, interval) for half_life, interval in settings],
         }  # fmt: skip
         RESULT.write_text(json.dumps(record, indent=1) + "\n")
         print(task, json.dumps(record["tasks"][task]["rows"]))

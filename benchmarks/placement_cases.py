@@ -65,12 +65,17 @@ class Case:
         )
 
     def planner(
-        self, memory_rewrites: str, device: DeviceSpec | None = None, progress: Any = None
+        self, memory_rewrites: str, device: DeviceSpec | None = None, progress: Any = None, offload: bool = False
     ) -> PlacementPlanner:
         """Return a planner that has seen shapes only."""
         built = build_model(self.request, self.batch_size, self.block_size, self.image_size)
         return PlacementPlanner(
-            built.model, built.batch, self.setup(device), memory_rewrites=memory_rewrites, progress=progress
+            built.model,
+            built.batch,
+            self.setup(device),
+            memory_rewrites=memory_rewrites,
+            offload=offload,
+            progress=progress,
         )
 
     def real(self, seed: int = 0) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

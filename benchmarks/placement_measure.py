@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +151,22 @@ def _measure(case: Case, plan: PlacementPlan, queue: Any) -> None:
         )  # fmt: skip
 
 
-def measure_peaks(case: Case, plans: list[dict[str, Any]]) -> None:
-    """Add what real steps take to plans, each in a process of its own that inherits the imports."""
+def measured_apart(measure: Callable[[Case, PlacementPlan, Any], None], case: Case, plan: PlacementPlan) -> Any:
+    """Return what `measure` puts into its queue, in a process of its own that inherits the imports."""
     context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=measure, args=(case, plan, queue))
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise SystemExit(f"{case.name}, {plan.policy}: the process ended with {child.exitcode}.")
+    return queue.get()
+
+
+def measure_peaks(case: Case, plans: list[dict[str, Any]]) -> None:
+    """Add what real steps take to plans."""
     for entry in plans:
-        queue = context.SimpleQueue()
-        child = context.Process(target=_measure, args=(case, PlacementPlan.from_dict(entry["plan"]), queue))
-        child.start()
-        child.join()
-        if child.exitcode:
-            raise SystemExit(f"{case.name}, {entry['placement']}: the process ended with {child.exitcode}.")
-        entry |= queue.get()
+        entry |= measured_apart(_measure, case, PlacementPlan.from_dict(entry["plan"]))
         print(f"{case.name}, {entry['placement']}: {_summary(entry)}", flush=True)
 
 

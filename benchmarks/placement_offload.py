@@ -4,19 +4,16 @@ Host and device are one memory here, so the copies of the host are NumPy's, whic
 """
 
 import dataclasses
-import multiprocessing
 from typing import Any
 
 import numpy as np
 import torch
 from placement_cases import Case, TrainingStep, provenance
-from placement_measure import profiler_peak
+from placement_measure import measured_apart, profiler_peak
 
 from hf_trainopt.machine.devices import DEVICES
 from hf_trainopt.placement.plan.plan import PlacementPlan
-from hf_trainopt.placement.plan.planner import PlacementPlanner
 from hf_trainopt.placement.recompute import offload as copies
-from hf_trainopt.placement.show.models import build_model
 
 
 # As fast a link as the memory has: the floor is what is looked at, and not whether a copy pays.
@@ -25,20 +22,12 @@ LINK = 10e9
 
 def offloaded(case: Case) -> dict[str, Any]:
     """Return the record of a case: the least peaks without and with copies on the host."""
-    setup = case.setup(dataclasses.replace(DEVICES["cpu"], link=LINK))
+    device = dataclasses.replace(DEVICES["cpu"], link=LINK)
     entries = []
     for offload in (False, True):
-        built = build_model(case.request, case.batch_size, case.block_size, case.image_size)
-        planner = PlacementPlanner(built.model, built.batch, setup, memory_rewrites="none", offload=offload)
+        planner = case.planner("none", device, offload=offload)
         plan = planner.for_budget(planner.floor.peak_bytes)
-        context = multiprocessing.get_context("fork")
-        queue = context.SimpleQueue()
-        child = context.Process(target=_measure, args=(case, plan, queue))
-        child.start()
-        child.join()
-        if child.exitcode:
-            raise SystemExit(f"{case.name}: the process ended with {child.exitcode}.")
-        measured, on_host = queue.get()
+        measured, on_host = measured_apart(_measure, case, plan)
         entries.append(
             {"offload": offload, "baseline_bytes": planner.baseline.peak_bytes, "plan": plan.to_dict(),
              "replayed_bytes": plan.predicted_peak_bytes, "profiler_bytes": measured,

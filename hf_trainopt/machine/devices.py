@@ -25,7 +25,7 @@ class DeviceSpec:
         workspace: Bytes that cuBLAS takes from the allocator for each thread that multiplies matrices, and keeps. A
             training step has two: the backward pass runs on a thread of its own.
         memory: Bytes of the device; 0 where that isn't known.
-        link: Bytes/s to the host, and as many from it at the same time; 0 where the host is the device.
+        link: Bytes/s between device and host, in either direction; 0 where the host is the device.
         capability: CUDA's compute capability.
     """
 
@@ -92,8 +92,9 @@ def _spec(
     lanes: int = 16,
     capability: float = 8.0,
 ) -> DeviceSpec:
-    """Return the spec of a GPU from its data sheet: TFLOP/s in fp32 and 16 bits, GB/s, GiB, PCI Express; the compute
-    capability matters below 8.0 only.
+    """Return the spec of a GPU from its data sheet: TFLOP/s in fp32 and 16 bits, GB/s, GiB, PCI Express.
+
+    The compute capability matters only where it is below 8.0.
     """
     rates = {torch.float32: fp32 * 1e12, torch.float16: half * 1e12, torch.bfloat16: half * 1e12}
     shown = int(memory * 2**30 * (_SHOWN_ECC if ecc else _SHOWN))

@@ -97,8 +97,7 @@ def fastest_micro_batch(
     The search goes from large to small. On a GPU it ends with the first micro-batch that needs no recomputation: a
     smaller one does the same work in more and smaller kernels. On a CPU all are tried: smaller ones may gain, because
     more of the work stays in the caches, and the first is the largest of those that are within the error of the
-    prediction and recompute no more.
-    Where times are equal, the larger micro-batch comes first.
+    prediction and recompute no more. Where times are equal, the larger micro-batch comes first.
 
     Args:
         planner_for: Micro-batch -> planner.
@@ -125,7 +124,8 @@ def fastest_micro_batch(
     ordered = sorted(found, key=lambda sized: (round(sized.seconds, 9), -sized.micro_batch))
     if not ordered or planner_for(ordered[0].micro_batch).setup.device.kind != "cpu":
         return ordered
-    # What a smaller one gains within the error of the prediction, it may lose to Python; but not to recomputation.
+    # What a smaller one gains within the error of the prediction it may lose to Python, unless a larger one recomputes
+    # more.
     first = ordered[0]
     close = [
         sized

@@ -140,8 +140,8 @@ def _add_device(device: argparse._ArgumentGroup) -> None:
         "--device",
         metavar="NAME",
         type=_one_of(*DEVICES, *_DESCRIBED),
-        help=f"default: the GPU of this machine, else a100; one of {', '.join(DEVICES)}; or custom, or apple (a chip "
-        "of Apple), with:",
+        help=f"default: the GPU of this machine, else a100; one of {', '.join(DEVICES)}; or custom, or apple (an "
+        "Apple chip), with:",
     )
     device.add_argument("--device_memory", help="its memory, such as 24GiB; default: as its data sheet says")
     device.add_argument(
