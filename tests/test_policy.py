@@ -46,30 +46,44 @@ GRID = [1e-2 * 1.01**i for i in range(2000)]
 
 
 @given(cost=st.floats(0.01, 50), noise_scale=st.floats(0.1, 1e4))
-def test_goodput_is_the_best_k_of_a_brute_force_search(cost, noise_scale):
+def test_goodput_without_slack_is_the_best_k_of_a_brute_force_search(cost, noise_scale):
     """k* minimises seconds to the loss, (k + r)(1 + B/k): searched on a fine grid."""
     seen = observe(noise=noise(noise_scale * 4.0), learning_rate_decay=0.1)
     best = min(GRID, key=lambda k: (k + cost) * (1 + noise_scale / k))
-    assert GoodputPolicy(step_cost=cost, anneals=False)(seen) == pytest.approx(best, rel=0.011)
-    assert GoodputPolicy(step_cost=cost).without_annealing(seen) == pytest.approx(best, rel=0.011)
+    assert GoodputPolicy(step_cost=cost, anneals=False, slack=0.0)(seen) == pytest.approx(best, rel=0.011)
+    assert GoodputPolicy(step_cost=cost, slack=0.0).without_annealing(seen) == pytest.approx(best, rel=0.011)
     at_peak = observe(noise=noise(noise_scale * 4.0), learning_rate_decay=1.0)
-    assert GoodputPolicy(step_cost=cost)(at_peak) == pytest.approx(math.sqrt(cost * noise_scale))
+    assert GoodputPolicy(step_cost=cost, slack=0.0)(at_peak) == pytest.approx(math.sqrt(cost * noise_scale), rel=1e-6)
 
 
-@given(cost=st.floats(0.01, 50), noise_scale=st.floats(0.1, 1e3), decay=st.floats(0.01, 1.0))
-def test_the_batch_grows_with_a_decayed_rate_as_far_as_it_pays(cost, noise_scale, decay):
+@given(
+    cost=st.floats(0.01, 50),
+    noise_scale=st.floats(0.1, 1e3),
+    decay=st.floats(0.01, 1.0),
+    slack=st.sampled_from([0.0, 0.02, 0.1]),
+)
+def test_goodput_is_the_smallest_k_within_the_slack(cost, noise_scale, decay, slack):
     """Gain of a step at the rate ε, 2ε − ε²(1 + B/k), per second; ε is c of the best for k*, in proportion to k."""
     peak = math.sqrt(cost * noise_scale)
 
-    def gain_per_second(k):
+    def gain_per_second(k, decay=decay):
         rate = decay / (1 + noise_scale / peak) * k / peak
         return (2 * rate - rate**2 * (1 + noise_scale / k)) / (k + cost)
 
     seen = observe(noise=noise(noise_scale * 4.0), learning_rate_decay=decay)
-    found = GoodputPolicy(step_cost=cost)(seen)
-    assert found >= peak * (1 - 1e-9)
-    best = max(GRID, key=gain_per_second)
+    found = GoodputPolicy(step_cost=cost, slack=slack)(seen)
+    gains = [gain_per_second(k) for k in GRID]
+    best = next(k for k, gain in zip(GRID, gains, strict=True) if gain >= (1 - slack) * max(gains))
     assert found == pytest.approx(best, rel=0.011)
+    assert found >= GoodputPolicy(step_cost=cost, slack=slack).without_annealing(seen) * (1 - 1e-9)
+
+
+def test_where_steps_are_cheap_k_is_1_and_where_they_are_dear_it_is_not():
+    """The default, for noise scales of micro-batches: language and vision of the benchmark, and an offloaded Adam."""
+    wishes = {
+        (cost, b): GoodputPolicy(cost)(observe(noise=noise(4.0 * b))) for cost, b in [(0.04, 60), (0.24, 30), (3, 50)]
+    }
+    assert wishes == pytest.approx({(0.04, 60): 0.64, (0.24, 30): 1.63, (3, 50): 8.81}, rel=0.01)
 
 
 @given(cost=st.floats(0.01, 50), noise_scale=st.floats(0.1, 1e3), decay=st.floats(0.01, 1.0))
@@ -99,9 +113,10 @@ def test_a_schedule_that_ends_at_zero_has_an_end_to_the_growth():
 
 def test_goodput_measures_its_step_cost():
     seen = observe(noise=noise(36.0), micro_batch_seconds=0.2, step_seconds=0.8)
-    assert GoodputPolicy()(seen) == pytest.approx(math.sqrt(4 * 9))
+    assert GoodputPolicy()(seen) == pytest.approx(GoodputPolicy(step_cost=4.0)(seen))
+    assert GoodputPolicy(slack=0.0)(seen) == pytest.approx(math.sqrt(4 * 9))
     assert GoodputPolicy()(observe(noise=noise(36.0), micro_batch_seconds=0.2)) is None
-    assert GoodputPolicy(step_cost=1.0)(seen) == pytest.approx(3.0)
+    assert GoodputPolicy(step_cost=1.0, slack=0.0)(seen) == pytest.approx(3.0)
 
 
 def test_ramp_follows_its_text():

@@ -22,6 +22,7 @@ from ..core.versions import (
     loss_is_scaled_for_ga,
 )
 from .deepspeed_checks import check_deepspeed
+from .halves import can_halve
 from .loss_scaling import (
     base_model,
     calls_super,
@@ -222,10 +223,11 @@ def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
         and args.accumulation_policy == "fixed"
         and args.gradient_accumulation_steps == 1
         and data_parallel_size(args) == 1
+        and not can_halve(trainer)
     ):
         logger.warning(
-            "measure_noise_scale with gradient_accumulation_steps=1 on one device: one micro-batch cannot tell its "
-            "own noise, so every %d-th optimizer step (and the first ones) takes two.",
+            "measure_noise_scale with gradient_accumulation_steps=1 on one device: a micro-batch of this model can't "
+            "tell its own noise, so every %d-th optimizer step (and the first ones) takes two.",
             args.noise_scale_interval,
         )
     inner = base_model(model)

@@ -2,7 +2,12 @@
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+
+from ..core.facts import data_parallel_size, rank_batch_size
+from .halves import can_halve
 from .noise_scale import NoiseScale, NoiseScaleTracker, WindowStatistics, noise_logs
 from .policy import AccumulationPolicy, FixedPolicy, Observation, RampPolicy, limit_change
 from .timing import StepTimer
@@ -30,6 +35,7 @@ class AccumulationController:
         measure_interval: Every n-th window is measured.
         dwell: Windows between two changes of k.
         timer: Measures what micro-batches and steps cost.
+        halves: Whether a micro-batch that is alone in its window is measured by its halves.
         accumulation_steps: k decided for the next window.
         counted: Samples, and micro-batches of all ranks, that `calibrate` has seen.
     """
@@ -44,6 +50,7 @@ class AccumulationController:
     measure_interval: int
     dwell: int = 4
     timer: StepTimer = field(default_factory=StepTimer)
+    halves: bool = False
     accumulation_steps: int = field(init=False)
     num_windows: int = field(init=False, default=0)
     windows_since_change: int = field(init=False, default=0)
@@ -135,13 +142,14 @@ class AccumulationController:
     def next_window_steps(self) -> int:
         """Micro-batches that the next window should have: k, or 2 where one micro-batch cannot tell its noise.
 
-        A window of one micro-batch on one rank carries no information on the spread between micro-batches, nor one
-        of k = 1 on the time without gradient reduction: every so often such a window is a probe of two.
+        A window of one micro-batch on one rank carries no information on the spread between micro-batches, unless it
+        can be measured by its halves, nor one of k = 1 on the time without gradient reduction: every so often such a
+        window is a probe of two.
         """
         k = self.accumulation_steps
         if k > 1 or self.maximum < 2:
             return k
-        probe_noise = self.measures_next and self.world_size == 1
+        probe_noise = self.measures_next and self.world_size == 1 and not self.halves
         probe_time = self.tracker is not None and self.timer.needs_plain_micro_batch
         return 2 if probe_noise or probe_time else k
 
@@ -230,16 +238,60 @@ class AccumulationController:
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name) for name in self._SAVED}
-        state["counted"] = list(self.counted)
+        state["counted"], state["halves"] = list(self.counted), self.halves
         state["tracker"] = self.tracker.state_dict() if self.tracker is not None else None
         return state
 
     def load_state_dict(self, state: dict) -> None:
         for name in self._SAVED:
             setattr(self, name, state[name])
-        self.counted = state.get("counted", [0, 0])  # not in older checkpoints
+        # Older checkpoints don't have these.
+        self.counted = state.get("counted", [0, 0])
+        self.halves &= state.get("halves", True)
         self._scale_half_life()
         if self.tracker is not None and state["tracker"] is not None:
             self.tracker.load_state_dict(state["tracker"])
         # Bounds may be others now.
         self.accumulation_steps = min(max(self.accumulation_steps, self.minimum), self.maximum)
+
+
+def controller_of_run(
+    trainer: Any,
+    policy: AccumulationPolicy,
+    reference_steps: int,
+    num_samples: int,
+    measures: bool,
+    has_own_policy: bool,
+) -> AccumulationController:
+    """Return the controller that a run begins with, by the arguments of its Trainer.
+
+    Args:
+        trainer: The Trainer, prepared.
+        policy: What k should be.
+        reference_steps: k_ref.
+        num_samples: Samples of the whole run, over all ranks.
+        measures: Whether gradient statistics are taken.
+        has_own_policy: Whether the policy is the user's own, which may ask for times.
+    """
+    args = trainer.args
+    minimum, maximum = args.accumulation_bounds
+    data_parallel = data_parallel_size(args)
+    half_life = args.noise_scale_half_life
+    on_cpu = args.device.type == "cpu"
+    return AccumulationController(
+        policy=policy,
+        reference_steps=reference_steps,
+        minimum=minimum,
+        maximum=maximum,
+        world_size=data_parallel,
+        micro_batch_size=rank_batch_size(trainer),
+        tracker=NoiseScaleTracker(half_life if half_life >= 1 else half_life * num_samples) if measures else None,
+        measure_interval=args.noise_scale_interval,
+        timer=StepTimer(
+            synchronize=None if on_cpu else torch.accelerator.synchronize,
+            distributed=data_parallel > 1,
+            interval=1 if on_cpu else args.noise_scale_interval,
+            enabled=has_own_policy or getattr(policy, "step_cost", 0.0) is None,
+        ),
+        halves=measures and can_halve(trainer),
+    )

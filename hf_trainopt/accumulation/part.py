@@ -22,18 +22,18 @@ from .checks import (
     warn_of_adaptive_setup,
     warn_of_ignored_settings,
 )
-from .controller import AccumulationController
+from .controller import AccumulationController, controller_of_run
 from .cursor import DataCursor
 from .fetch import StockFetch, WindowFetcher
+from .halves import in_halves
 from .loss_division import LossDivision
 from .mean_loss import MeanLoss
 from .measurement import WindowMeasurement
-from .noise_scale import NoiseScaleTracker, WindowStatistics
+from .noise_scale import WindowStatistics
 from .policy import AccumulationPolicy, FixedPolicy, growth_of
 from .schedule import NOISE_SCALING_RULES, DataIndexedLR
 from .sums import POLICY_FAILED, Proposal, with_counted_items
-from .timing import StepTimer
-from .window import Window
+from .window import Slice, Window
 
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,10 @@ class AccumulationPart(Part):
             micro_batches_per_epoch=steps_in_epoch if sized else None,
             epoch_length=steps_in_epoch,
         )
-        self.controller = self._make_controller(max_steps)
+        budget = max_steps * self.reference_steps * rank_batch_size(trainer) * data_parallel_size(args)
+        self.controller = controller_of_run(
+            trainer, self.policy, self.reference_steps, budget, self.measures, self.has_own_policy
+        )
         parts = self.parts
         self.measurement = WindowMeasurement(trainer, self.measures, parts.deepspeed, parts.tensor_parallel.begin())
         self.last_window, self._rate_is_outdated = None, False
@@ -200,32 +203,6 @@ class AccumulationPart(Part):
         )
         # k >= 1, so an epoch has at most as many windows as micro-batches; an iterator that is dry ends it earlier.
         return epochs, steps_in_epoch, examples, samples, total_batch, steps_in_epoch, max_steps
-
-    def _make_controller(self, budget: int) -> AccumulationController:
-        args = self.trainer.args
-        minimum, maximum = args.accumulation_bounds
-        data_parallel = data_parallel_size(args)
-        micro_batch_size = rank_batch_size(self.trainer)
-        half_life = args.noise_scale_half_life
-        if half_life < 1:
-            half_life *= budget * self.reference_steps * micro_batch_size * data_parallel
-        on_cpu = args.device.type == "cpu"
-        return AccumulationController(
-            policy=self.policy,
-            reference_steps=self.reference_steps,
-            minimum=minimum,
-            maximum=maximum,
-            world_size=data_parallel,
-            micro_batch_size=micro_batch_size,
-            tracker=NoiseScaleTracker(half_life) if self.measures else None,
-            measure_interval=args.noise_scale_interval,
-            timer=StepTimer(
-                synchronize=None if on_cpu else torch.accelerator.synchronize,
-                distributed=data_parallel > 1,
-                interval=1 if on_cpu else args.noise_scale_interval,
-                enabled=self.has_own_policy or getattr(self.policy, "step_cost", 0.0) is None,
-            ),
-        )
 
     def place(self) -> tuple[int, int]:
         """Return the epoch to begin with and the micro-batches of it to skip, after `load_state_dict`."""
@@ -316,8 +293,15 @@ class AccumulationPart(Part):
             control.should_training_stop |= cursor.exhausted
             return [], num_items
         controller.timer.fetched(len(micro_batches))
-        measured = measures and len(micro_batches) * data_parallel_size(self.trainer.args) >= 2
-        return [Window(micro_batches, planned, measured)], num_items
+        slices: list[Slice] = []
+        if measures and controller.halves and planned == 1:
+            slices = in_halves(micro_batches[0], num_items)
+            if slices:
+                controller.timer.leave_out_window()
+            elif not self._fetcher.epoch_is_over:  # where it is, the micro-batch may be short
+                controller.halves = False
+        measured = measures and max(len(slices), len(micro_batches) * data_parallel_size(self.trainer.args)) >= 2
+        return [Window(micro_batches, planned, measured, slices)], num_items
 
     def try_loss(self, model: torch.nn.Module, window: Window, num_items_in_batch: Any) -> None:
         """Try, in the first window of a run, whether the loss is divided by the items."""

@@ -87,52 +87,70 @@ class NoiseScalePolicy:
 
 @dataclass(frozen=True)
 class GoodputPolicy:
-    r"""Most progress per second: k* = √(r·B_noise), r the cost of an optimizer step, both in micro-batches.
+    r"""Most progress per second, and of the k that have it within 2 % the smallest.
 
     Steps to a given loss are proportional to 1 + B_noise/B (McCandlish et al. 2018, eq. 2.11) and a window of k
     micro-batches takes k·t_mb + t_step seconds, so that the time to the loss is proportional to
     (k + r)(1 + B_noise/k), r = t_step/t_mb, which is least at k* = √(r·B_noise). This is the goodput of Pollux (Qiao
-    et al. 2021, arXiv 2008.12260, section 3) maximised over accumulation alone. On one device r is small and k* is
-    mostly 1 to 3; it grows where steps are dear (all-reduce over a slow network, offloaded optimizers).
+    et al. 2021, arXiv 2008.12260, section 3) maximised over accumulation alone.
 
     Where the rate has decayed to c of its peak, a larger batch is better. In McCandlish's model (eq. 2.7) a step at
     the rate ε, in units of the largest that is stable without noise, gains 2ε − ε²(1 + B_noise/k). At the peak ε is
     the best for k*, 1/(1 + B_noise/k*). Let it decay to c of that, and follow the batch in proportion, as for SGD.
-    Then a micro-batch gains 2 − c(k + B_noise)/(k* + B_noise), but for a factor, and takes 1 + r/k of its time. Gain
-    per time is largest at
+    Then gain per time is, but for a factor,
 
-        k = √(r² + r((2 − c)B_noise + 2k*)/c) − r,
+        V(k) = (2 − c(k + B_noise)/(k* + B_noise)) / (1 + r/k),
 
-    which is k* at c = 1 and grows by about √((2 − c)/c). So the batch takes over a part of the decay (Smith et al.
-    2018, arXiv 1711.00489; for Adam Meterez et al. 2025, arXiv 2510.14717), no more than pays in time.
+    largest at k° = √(r² + r((2 − c)B_noise + 2k*)/c) − r: k* at c = 1, and about √((2 − c)/c) times that later. So
+    the batch takes over a part of the decay (Smith et al. 2018, arXiv 1711.00489; for Adam Meterez et al. 2025, arXiv
+    2510.14717).
+
+    V is flat around k°, and what the model leaves out speaks for small batches: in our measurements
+    (benchmarks/convergence.md) the best fixed k is below k*, and a run ends lower at equal data the more steps it
+    takes. So k is the smallest with V(k) ≥ (1 − slack)·V(k°). On one device r is small, and that is mostly 1 or 2,
+    however large the noise scale; it grows where steps are dear (all-reduce over a slow network, offloaded
+    optimizers).
 
     Args:
         step_cost: r in micro-batches instead of the measured one (makes a run reproducible to the bit).
         anneals: Whether the batch grows as the rate decays. Only where the rate follows the batch.
+        slack: Share of the model's gain per time that is given up for a smaller k.
     """
 
     step_cost: float | None = None
     anneals: bool = True
+    slack: float = 0.02
 
     def __call__(self, observation: Observation) -> float | None:
         best, growth = self.without_annealing(observation), self.growth(observation)
         return None if best is None else best * growth
 
     def without_annealing(self, observation: Observation) -> float | None:
-        """Return k*, the best k at the peak of the rate; `None` while that isn't known."""
-        cost, noise = self._cost(observation), observation.noise_in_micro_batches
-        # The trace of micro-batches that are all alike is zero up to rounding, of either sign.
-        return None if noise is None or cost is None else math.sqrt(cost * max(noise, 0.0))
+        """Return k at the peak of the rate; `None` while that isn't known."""
+        return self._k_at(observation, decay=1.0)
 
     def growth(self, observation: Observation) -> float | None:
-        """Return k/k*, at least 1; `None` while that isn't known."""
+        """Return by which factor k is larger than at the peak of the rate, at least 1; `None` while k isn't known."""
         best = self.without_annealing(observation)
         if best is None or not self.anneals or best == 0:
             return None if best is None else 1.0
+        return max(self._k_at(observation, max(observation.learning_rate_decay, 1e-3)) / best, 1.0)
+
+    def _k_at(self, observation: Observation, decay: float) -> float | None:
+        """Return the smallest k whose gain per time is within the slack, where the rate has decayed to c = `decay`."""
         cost, noise = self._cost(observation), observation.noise_in_micro_batches
-        decay = max(observation.learning_rate_decay, 1e-3)
-        k = math.sqrt(cost**2 + cost * ((2 - decay) * noise + 2 * best) / decay) - cost
-        return max(k / best, 1.0)
+        if cost is None or noise is None:
+            return None
+        # The trace of micro-batches that are all alike is zero up to rounding, of either sign.
+        peak = math.sqrt(cost * max(noise, 0.0))
+        if peak == 0:
+            return 0.0
+        best = math.sqrt(cost**2 + cost * ((2 - decay) * noise + 2 * peak) / decay) - cost
+        slope = decay / (peak + noise)
+        least = (1 - self.slack) * (2 - slope * (best + noise)) / (1 + cost / best)
+        # (2 − slope·(k + B))·k = least·(k + r): a quadratic, of which this is the smaller root.
+        linear = 2 - slope * noise - least
+        return 2 * least * cost / (linear + math.sqrt(max(linear**2 - 4 * slope * least * cost, 0.0)))
 
     def _cost(self, observation: Observation) -> float | None:
         """Return r."""

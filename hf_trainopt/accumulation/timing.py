@@ -39,7 +39,7 @@ class StepTimer:
         self._last: deque[float] = deque(maxlen=window)
         self._step: deque[float] = deque(maxlen=window)
         self._count = 0
-        self._timed = False
+        self._timed = self._is_owed = False
         self._mark = 0.0
         self._fetch = 0.0
         self._engine_step = 0.0
@@ -55,6 +55,7 @@ class StepTimer:
         self._count += 1
         self._engine_step = 0.0
         if self._timed:
+            self._is_owed = False
             self._mark = self._now()
 
     def fetched(self, num_micro_batches: int) -> None:
@@ -72,6 +73,11 @@ class StepTimer:
         seconds = now - self._mark + self._fetch
         self._mark = now
         (self._last if last and self._distributed else self._plain).append(seconds)
+
+    def leave_out_window(self) -> None:
+        """Call where a window isn't like others; the next one is timed in its place."""
+        self._is_owed |= self._timed
+        self._timed = False
 
     def engine_has_stepped(self) -> None:
         """Call after an optimizer step that was taken before the window was over, as an engine does it."""
@@ -99,7 +105,7 @@ class StepTimer:
     @property
     def _times_next(self) -> bool:
         # The first window is left out: lazy initialisation, autotuning, cold caches.
-        return self._enabled and self._count > 0 and self._count % self._interval == 0
+        return self._enabled and self._count > 0 and (self._is_owed or self._count % self._interval == 0)
 
     @property
     def needs_plain_micro_batch(self) -> bool:

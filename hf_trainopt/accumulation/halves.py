@@ -1,0 +1,64 @@
+"""A micro-batch that is alone in its window tells its noise by its halves, where they train what the whole does."""
+
+import logging
+from typing import Any
+
+import torch
+from accelerate.utils import is_compiled_module
+
+from ..core.batch import count_rows, split_evenly
+from ..core.facts import data_parallel_size, loss_divides_itself, rank_batch_size
+from .loss_probe import is_in_doubt
+from .loss_scaling import base_model, calls_super, own_compute_loss
+from .window import Slice
+
+
+logger = logging.getLogger(__name__)
+
+_NORMALISATION_OVER_ROWS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm)
+
+
+def can_halve(trainer: Any) -> bool:
+    """Return whether the halves of a micro-batch add up to its gradient, as far as can be known before a run.
+
+    So they do if the loss is a sum over targets, divided by the targets of the step: the losses of transformers'
+    language models. They don't if rows meet in BatchNorm or in the loss of a router; a mean over the rows of a
+    micro-batch may be contrastive, and a loss of the user's anything. A compiled model would be compiled again for
+    another number of rows.
+
+    Args:
+        trainer: Before its first window.
+    """
+    args, model = trainer.args, trainer.model
+    if data_parallel_size(args) > 1 or args.n_gpu > 1 or rank_batch_size(trainer) < 2:
+        return False
+    if args.torch_compile or is_compiled_module(model):
+        return False
+    own = own_compute_loss(trainer)
+    is_own_loss = trainer.compute_loss_func is not None or (own is not None and not calls_super(own))
+    if is_own_loss or is_in_doubt(trainer) or not loss_divides_itself(trainer, num_items_in_batch=1):
+        return False
+    rows_meet = any(
+        isinstance(layer, _NORMALISATION_OVER_ROWS) or getattr(layer, "running_mean", None) is not None
+        for layer in model.modules()
+    )
+    return not rows_meet and not getattr(getattr(base_model(model), "config", None), "output_router_logits", False)
+
+
+def in_halves(micro_batch: Any, num_items_in_batch: Any) -> list[Slice]:
+    """Return the halves of a micro-batch (the first may have a row more); none if it can't be split.
+
+    Args:
+        micro_batch: Collated samples.
+        num_items_in_batch: Of its window.
+    """
+    if num_items_in_batch is None:  # whatever the loss is divided by, it isn't these
+        return []
+    try:
+        rows = count_rows(micro_batch)
+        pieces = split_evenly(micro_batch, 2)
+    except ValueError as error:
+        logger.debug("A micro-batch wasn't split to measure its noise: %s.", error)
+        return []
+    counts = [count_rows(piece) for piece in pieces]
+    return [Slice(pieces[0], counts[0], rows, ends_micro_batch=False), Slice(pieces[1], counts[1], rows)]
