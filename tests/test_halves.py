@@ -5,7 +5,15 @@ import logging
 import pytest
 import torch
 from helpers import Pictures, Recorder, Rows, arguments, quiet, tiny_gpt2, tiny_resnet, weights_equal
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_trainopt import EfficientTrainer
 from hf_trainopt.accumulation.halves import can_halve, in_halves
@@ -43,12 +51,51 @@ def measured(tmp_path, cls=Counting, model=None, dataset=None, trainer=None, **k
     )
 
 
-def test_a_measured_run_at_k_1_takes_the_steps_of_one_that_is_not_measured(tmp_path):
+def vit():
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        num_labels=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return ViTForImageClassification(config).double()
+
+
+def bert():
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).double()
+
+
+class Sentences(Rows):
+    def __getitem__(self, index):
+        return {"input_ids": self.rows[index], "labels": index % 3}
+
+
+class DoublePictures(Pictures):
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        return row | {"pixel_values": row["pixel_values"].double()}
+
+
+MODELS = {
+    "language model": (lambda: tiny_gpt2(dtype=torch.float64), lambda: Rows(64)),
+    "ViT": (vit, lambda: DoublePictures(64)),
+    "BERT": (bert, lambda: Sentences(64)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_measured_run_at_k_1_takes_the_steps_of_one_that_is_not_measured(tmp_path, name):
+    make_model, make_data = MODELS[name]
     halved, whole = Recorder(), Recorder()
-    trainer = measured(tmp_path, trainer={"callbacks": [halved]})
-    trainer.train()
-    stock = measured(tmp_path, measure_noise_scale=False, noise_scale_interval=8, trainer={"callbacks": [whole]})
-    stock.train()
+    runs = []
+    for settings, recorder in (({}, halved), ({"measure_noise_scale": False, "noise_scale_interval": 8}, whole)):
+        torch.manual_seed(0)
+        model, callbacks = make_model(), {"callbacks": [recorder]}
+        runs.append(measured(tmp_path, model=model, dataset=make_data(), trainer=callbacks, **settings))
+        runs[-1].train()
+    trainer, stock = runs
     assert trainer.sizes == [1] * 16
     assert trainer.rows.count(4) == 16 - trainer.rows.count(2) / 2  # the others run in halves
     assert trainer.rows.count(2) >= 2 * 8
@@ -97,10 +144,17 @@ def routed():
     return MixtralForCausalLM(config)
 
 
+class Mean(GPT2LMHeadModel):
+    """The mean over tokens, as it says of itself."""
+
+    accepts_loss_kwargs = False
+
+
 CANNOT = {
-    "BatchNorm, and a mean over pictures": lambda: {"model": tiny_resnet(), "dataset": Pictures(64)},
+    "BatchNorm in a classifier": lambda: {"model": tiny_resnet(), "dataset": Pictures(64)},
     "BatchNorm in a language model": lambda: {"model": with_norm()},
     "loss of a router": lambda: {"model": routed()},
+    "a mean that isn't known to be over rows": lambda: {"model": Mean(tiny_gpt2().config)},
     "one row": lambda: {"per_device_train_batch_size": 1, "dataset": Rows(16)},
     "compute_loss_func": lambda: {"trainer": {"compute_loss_func": _own_loss}},
     "compute_loss of one's own": lambda: {"cls": OwnLoss},
@@ -209,7 +263,7 @@ def test_auto_micro_batch_goes_on_from_halves(tmp_path):
 
 @pytest.mark.parametrize(("rows", "sizes"), [(4, [2, 2]), (5, [3, 2]), (2, [1, 1])])
 def test_halves_of_a_micro_batch(rows, sizes):
-    found = in_halves({"labels": torch.arange(rows)}, 10)
+    found = in_halves({"labels": torch.arange(rows)})
     assert [len(piece.inputs["labels"]) for piece in found] == [piece.num_rows for piece in found] == sizes
     assert [piece.num_rows_of_micro_batch for piece in found] == [rows, rows]
     assert [piece.ends_micro_batch for piece in found] == [False, True]
@@ -217,11 +271,11 @@ def test_halves_of_a_micro_batch(rows, sizes):
 
 
 @pytest.mark.parametrize(
-    ("batch", "num_items"),
-    [({"labels": torch.arange(1)}, 1), ({"labels": torch.arange(4)}, None), ({"max_length_q": 3}, 4), ({}, 4)],
+    "batch",
+    [{"labels": torch.arange(1)}, {"max_length_q": 3, "labels": torch.arange(4)}, {}],
 )
-def test_what_has_no_halves(batch, num_items):
-    assert in_halves(batch, num_items) == []
+def test_what_has_no_halves(batch):
+    assert in_halves(batch) == []
 
 
 def test_a_window_that_is_left_out_is_timed_later():

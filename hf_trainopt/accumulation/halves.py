@@ -15,16 +15,18 @@ from .window import Slice
 
 logger = logging.getLogger(__name__)
 
+# Their loss is a mean over rows. Others that have one may compare rows with each other.
+_MEANS_OVER_ROWS = ("ForSequenceClassification", "ForImageClassification")
 _NORMALISATION_OVER_ROWS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm)
 
 
 def can_halve(trainer: Any) -> bool:
     """Return whether the halves of a micro-batch add up to its gradient, as far as can be known before a run.
 
-    So they do if the loss is a sum over targets, divided by the targets of the step: the losses of transformers'
-    language models. They don't if rows meet in BatchNorm or in the loss of a router; a mean over the rows of a
-    micro-batch may be contrastive, and a loss of the user's anything. A compiled model would be compiled again for
-    another number of rows.
+    So they do if the loss is a sum over targets, divided by the targets of the step (transformers' language models),
+    or a mean over rows (its classifiers). They don't if rows meet in BatchNorm or in the loss of a router; other
+    means may be contrastive, and a loss of the user's anything. A compiled model would be compiled again for another
+    number of rows.
 
     Args:
         trainer: Before its first window.
@@ -34,26 +36,28 @@ def can_halve(trainer: Any) -> bool:
         return False
     if args.torch_compile or is_compiled_module(model):
         return False
-    own = own_compute_loss(trainer)
-    is_own_loss = trainer.compute_loss_func is not None or (own is not None and not calls_super(own))
-    if is_own_loss or is_in_doubt(trainer) or not loss_divides_itself(trainer, num_items_in_batch=1):
+    inner, own = base_model(model), own_compute_loss(trainer)
+    if trainer.compute_loss_func is not None or (own is not None and not calls_super(own)) or is_in_doubt(trainer):
+        return False
+    is_sum = loss_divides_itself(trainer, num_items_in_batch=1)
+    is_classifier = type(inner).__module__.startswith("transformers.") and type(inner).__name__.endswith(
+        _MEANS_OVER_ROWS
+    )
+    if not is_sum and not is_classifier:
         return False
     rows_meet = any(
         isinstance(layer, _NORMALISATION_OVER_ROWS) or getattr(layer, "running_mean", None) is not None
         for layer in model.modules()
     )
-    return not rows_meet and not getattr(getattr(base_model(model), "config", None), "output_router_logits", False)
+    return not rows_meet and not getattr(getattr(inner, "config", None), "output_router_logits", False)
 
 
-def in_halves(micro_batch: Any, num_items_in_batch: Any) -> list[Slice]:
+def in_halves(micro_batch: Any) -> list[Slice]:
     """Return the halves of a micro-batch (the first may have a row more); none if it can't be split.
 
     Args:
         micro_batch: Collated samples.
-        num_items_in_batch: Of its window.
     """
-    if num_items_in_batch is None:  # whatever the loss is divided by, it isn't these
-        return []
     try:
         rows = count_rows(micro_batch)
         pieces = split_evenly(micro_batch, 2)

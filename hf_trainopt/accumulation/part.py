@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.trainer_utils import has_length
 
-from ..core.facts import data_parallel_size, rank_batch_size, sequence_shards
+from ..core.facts import data_parallel_size, loss_divides_itself, rank_batch_size, sequence_shards
 from ..core.part import Part
 from .checkpoint import check_constant, check_state, place_after_stock_steps, restore, run_state
 from .checks import (
@@ -295,7 +295,9 @@ class AccumulationPart(Part):
         controller.timer.fetched(len(micro_batches))
         slices: list[Slice] = []
         if measures and controller.halves and planned == 1:
-            slices = in_halves(micro_batches[0], num_items)
+            # A loss over targets that nobody has counted is divided by those of each half.
+            is_known = num_items is not None or not loss_divides_itself(self.trainer, num_items_in_batch=1)
+            slices = in_halves(micro_batches[0]) if is_known else []
             if slices:
                 controller.timer.leave_out_window()
             elif not self._fetcher.epoch_is_over:  # where it is, the micro-batch may be short
