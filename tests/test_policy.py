@@ -45,37 +45,43 @@ def test_policies_hold_while_nothing_is_resolved(policy, seen):
 GRID = [1e-2 * 1.01**i for i in range(2000)]
 
 
-@given(cost=st.floats(0.01, 50), noise_scale=st.floats(0.1, 1e4))
+@given(cost=st.floats(0.01, 50), noise_scale=st.floats(0.1, 1e3))
 def test_goodput_without_slack_is_the_best_k_of_a_brute_force_search(cost, noise_scale):
-    """k* minimises seconds to the loss, (k + r)(1 + B/k): searched on a fine grid."""
+    """k minimises seconds to the loss, (k + r)(1 + B/k): the best whole number is one of the two around √(rB)."""
     seen = observe(noise=noise(noise_scale * 4.0), learning_rate_decay=0.1)
-    best = min(GRID, key=lambda k: (k + cost) * (1 + noise_scale / k))
-    assert GoodputPolicy(step_cost=cost, anneals=False, slack=0.0)(seen) == pytest.approx(best, rel=0.011)
-    assert GoodputPolicy(step_cost=cost, slack=0.0).without_annealing(seen) == pytest.approx(best, rel=0.011)
-    at_peak = observe(noise=noise(noise_scale * 4.0), learning_rate_decay=1.0)
-    assert GoodputPolicy(step_cost=cost, slack=0.0)(at_peak) == pytest.approx(math.sqrt(cost * noise_scale), rel=1e-6)
+    best = math.sqrt(cost * noise_scale)
+    around = {max(math.floor(best), 1), max(math.ceil(best), 1)}
+    assert min(range(1, 400), key=lambda k: (k + cost) * (1 + noise_scale / k)) in around
+    assert GoodputPolicy(step_cost=cost, anneals=False, slack=0.0)(seen) in around
+    assert GoodputPolicy(step_cost=cost, slack=0.0).without_annealing(seen) in around
 
 
 @given(
     cost=st.floats(0.01, 50),
     noise_scale=st.floats(0.1, 1e3),
     decay=st.floats(0.01, 1.0),
-    slack=st.sampled_from([0.0, 0.02, 0.1]),
+    slack=st.sampled_from([0.0, 0.03, 0.1]),
 )
 def test_goodput_is_the_smallest_k_within_the_slack(cost, noise_scale, decay, slack):
     """Gain of a step at the rate ε, 2ε − ε²(1 + B/k), per second; ε is c of the best for k*, in proportion to k."""
     peak = math.sqrt(cost * noise_scale)
 
-    def gain_per_second(k, decay=decay):
+    def gain_per_second(k):
         rate = decay / (1 + noise_scale / peak) * k / peak
         return (2 * rate - rate**2 * (1 + noise_scale / k)) / (k + cost)
 
     seen = observe(noise=noise(noise_scale * 4.0), learning_rate_decay=decay)
-    found = GoodputPolicy(step_cost=cost, slack=slack)(seen)
-    gains = [gain_per_second(k) for k in GRID]
-    best = next(k for k, gain in zip(GRID, gains, strict=True) if gain >= (1 - slack) * max(gains))
-    assert found == pytest.approx(best, rel=0.011)
-    assert found >= GoodputPolicy(step_cost=cost, slack=slack).without_annealing(seen) * (1 - 1e-9)
+    policy = GoodputPolicy(step_cost=cost, slack=slack)
+    found = round(policy(seen))
+    enough = (1 - slack) * max(map(gain_per_second, GRID))
+    gains = {k: gain_per_second(k) for k in range(1, max(round(3 * peak / decay), 4))}
+    best = next((k for k, gain in gains.items() if gain >= enough * (1 + 1e-6)), max(gains, key=gains.get))
+    # The grid is a little off the optimum, and the other end of a tie is as good.
+    assert found in (best, best - 1, best + 1)
+    tolerance = 1e-4 * abs(enough)
+    assert gains[found] >= min(enough, max(gains.values())) - tolerance
+    assert found == 1 or gains[found - 1] <= max(enough, gains[found]) + tolerance
+    assert found >= policy.without_annealing(seen)
 
 
 def test_where_steps_are_cheap_k_is_1_and_where_they_are_dear_it_is_not():
@@ -83,7 +89,7 @@ def test_where_steps_are_cheap_k_is_1_and_where_they_are_dear_it_is_not():
     wishes = {
         (cost, b): GoodputPolicy(cost)(observe(noise=noise(4.0 * b))) for cost, b in [(0.04, 60), (0.24, 30), (3, 50)]
     }
-    assert wishes == pytest.approx({(0.04, 60): 0.64, (0.24, 30): 1.63, (3, 50): 8.81}, rel=0.01)
+    assert wishes == {(0.04, 60): 1, (0.24, 30): 2, (3, 50): 9}
 
 
 @given(cost=st.floats(0.01, 50), noise_scale=st.floats(0.1, 1e3), decay=st.floats(0.01, 1.0))
@@ -103,7 +109,7 @@ def test_micro_batches_that_are_all_alike_have_no_noise():
     """Their trace is zero up to rounding, of either sign."""
     for trace in (0.0, -1e-18):
         seen = observe(noise=noise(trace), learning_rate_decay=0.1)
-        assert GoodputPolicy(step_cost=0.1)(seen) == 0.0
+        assert GoodputPolicy(step_cost=0.1)(seen) == 1.0
 
 
 def test_a_schedule_that_ends_at_zero_has_an_end_to_the_growth():

@@ -24,6 +24,7 @@ from ..core.versions import (
 from .deepspeed_checks import check_deepspeed
 from .halves import can_halve
 from .loss_scaling import (
+    adds_router_loss,
     base_model,
     calls_super,
     model_ignores_num_items,
@@ -237,7 +238,7 @@ def warn_of_adaptive_setup(trainer: Trainer, measures: bool) -> None:
             "plain mean, set `accepts_loss_kwargs = False` on the model: gradients would grow with k otherwise.",
             type(inner).__name__,
         )
-    if getattr(getattr(inner, "config", None), "output_router_logits", False) and trainer.model_accepts_loss_kwargs:
+    if adds_router_loss(inner) and trainer.model_accepts_loss_kwargs:
         logger.warning(
             "%s adds the loss of its router to each micro-batch undivided, so that it weighs k times as much as the "
             "rest: with small k experts are balanced less than at gradient_accumulation_steps=%d. Raise "

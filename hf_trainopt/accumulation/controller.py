@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 # Windows that are measured one after the other until |G|² is resolved for the first time. After so many the interval
 # applies all the same: where it takes longer, k stays where it is and measuring should not cost more.
 STARTUP_WINDOWS = 16
+# The first windows of a run don't run in halves, so that a micro-batch that doesn't fit is found at once.
+WHOLE_WINDOWS = 2
 
 
 @dataclass
@@ -35,8 +37,9 @@ class AccumulationController:
         measure_interval: Every n-th window is measured.
         dwell: Windows between two changes of k.
         timer: Measures what micro-batches and steps cost.
-        halves: Whether a micro-batch that is alone in its window is measured by its halves.
+        halves: Whether a micro-batch that is alone in its window may be measured by its halves, as far as code tells.
         accumulation_steps: k decided for the next window.
+        halves_work: Whether they were found to train what the whole does; `None` while that wasn't tried.
         counted: Samples, and micro-batches of all ranks, that `calibrate` has seen.
     """
 
@@ -58,6 +61,7 @@ class AccumulationController:
     was_resolved: bool = field(init=False, default=False)
     used_range: list[int] = field(init=False, default_factory=list)
     peak_factor: float = field(init=False, default=0.0)
+    halves_work: bool | None = field(init=False, default=None)
     counted: list[int] = field(init=False, default_factory=lambda: [0, 0])
 
     def __post_init__(self):
@@ -133,10 +137,15 @@ class AccumulationController:
     @property
     def measures_next(self) -> bool:
         """Whether gradient statistics are to be taken in the next window."""
-        if self.tracker is None:
+        if self.tracker is None or (self.would_halve and self.num_windows < WHOLE_WINDOWS):
             return False
         startup = not self.was_resolved and self.num_windows < STARTUP_WINDOWS
         return startup or self.windows_since_measured + 1 >= self.measure_interval
+
+    @property
+    def would_halve(self) -> bool:
+        """Whether the next window would run in halves if it were measured."""
+        return self.halves and self.halves_work is not False and self.accumulation_steps == 1
 
     @property
     def next_window_steps(self) -> int:
@@ -149,7 +158,7 @@ class AccumulationController:
         k = self.accumulation_steps
         if k > 1 or self.maximum < 2:
             return k
-        probe_noise = self.measures_next and self.world_size == 1 and not self.halves
+        probe_noise = self.measures_next and self.world_size == 1 and not self.would_halve
         probe_time = self.tracker is not None and self.timer.needs_plain_micro_batch
         return 2 if probe_noise or probe_time else k
 
@@ -213,7 +222,8 @@ class AccumulationController:
         if self.tracker is not None:
             if measured:
                 used = self.tracker.update(statistics)
-                if used or not statistics.has_no_gradient:  # else the next one is measured in its place
+                tells = not statistics.has_no_gradient and statistics.num_micro_batches >= 2
+                if used or tells:  # else the next one is measured in its place
                     self.windows_since_measured = 0
                 noise = self.tracker.estimate()
                 self.was_resolved |= noise is not None and noise.resolved
@@ -238,7 +248,7 @@ class AccumulationController:
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name) for name in self._SAVED}
-        state["counted"], state["halves"] = list(self.counted), self.halves
+        state["counted"], state["halves_work"] = list(self.counted), self.halves_work
         state["tracker"] = self.tracker.state_dict() if self.tracker is not None else None
         return state
 
@@ -247,7 +257,7 @@ class AccumulationController:
             setattr(self, name, state[name])
         # Older checkpoints don't have these.
         self.counted = state.get("counted", [0, 0])
-        self.halves &= state.get("halves", True)
+        self.halves_work = state.get("halves_work")
         self._scale_half_life()
         if self.tracker is not None and state["tracker"] is not None:
             self.tracker.load_state_dict(state["tracker"])

@@ -1,15 +1,15 @@
 """A micro-batch that is alone in its window tells its noise by its halves, where they train what the whole does."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import is_compiled_module
 
 from ..core.batch import count_rows, split_evenly
-from ..core.facts import data_parallel_size, loss_divides_itself, rank_batch_size
+from ..core.facts import data_parallel_size, is_compiled, loss_divides_itself, rank_batch_size
 from .loss_probe import is_in_doubt
-from .loss_scaling import base_model, calls_super, own_compute_loss
+from .loss_scaling import adds_router_loss, base_model, calls_super, own_compute_loss
 from .window import Slice
 
 
@@ -17,6 +17,12 @@ logger = logging.getLogger(__name__)
 
 # Their loss is a mean over rows. Others that have one may compare rows with each other.
 _MEANS_OVER_ROWS = ("ForSequenceClassification", "ForImageClassification")
+_NOT_TEXT = frozenset({"pixel_values", "input_features", "input_values"})
+# What is known to have a row for each sample. Others may be of any shape: patches of all pictures, grids, packed rows.
+_ONE_ROW_A_SAMPLE = _NOT_TEXT | {
+    "input_ids", "attention_mask", "labels", "shift_labels", "token_type_ids", "position_ids", "inputs_embeds",
+    "decoder_input_ids", "decoder_attention_mask", "special_tokens_mask", "completion_mask", "assistant_masks",
+}  # fmt: skip
 _NORMALISATION_OVER_ROWS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm)
 
 
@@ -28,13 +34,15 @@ def can_halve(trainer: Any) -> bool:
     means may be contrastive, and a loss of the user's anything. A compiled model would be compiled again for another
     number of rows.
 
+    What the code doesn't tell is tried on the first micro-batch (`rows_add_up`).
+
     Args:
         trainer: Before its first window.
     """
     args, model = trainer.args, trainer.model
     if data_parallel_size(args) > 1 or args.n_gpu > 1 or rank_batch_size(trainer) < 2:
         return False
-    if args.torch_compile or is_compiled_module(model):
+    if is_compiled(args, model) or is_compiled(args, trainer.model_wrapped):
         return False
     inner, own = base_model(model), own_compute_loss(trainer)
     if trainer.compute_loss_func is not None or (own is not None and not calls_super(own)) or is_in_doubt(trainer):
@@ -49,15 +57,30 @@ def can_halve(trainer: Any) -> bool:
         isinstance(layer, _NORMALISATION_OVER_ROWS) or getattr(layer, "running_mean", None) is not None
         for layer in model.modules()
     )
-    return not rows_meet and not getattr(getattr(inner, "config", None), "output_router_logits", False)
+    return not rows_meet and not adds_router_loss(inner)
 
 
-def in_halves(micro_batch: Any) -> list[Slice]:
-    """Return the halves of a micro-batch (the first may have a row more); none if it can't be split.
+def in_halves(trainer: Any, micro_batch: Any, num_items_in_batch: Any) -> list[Slice]:
+    """Return the halves of a micro-batch (the first may have a row more); none if it is to run as it is.
 
     Args:
+        trainer: The Trainer, for which `can_halve` holds.
         micro_batch: Collated samples.
+        num_items_in_batch: Of its window.
     """
+    is_mean = not loss_divides_itself(trainer, num_items_in_batch=1)
+    if num_items_in_batch is None and not is_mean:
+        return []  # a loss over targets that nobody has counted is divided by those of each half
+    if not isinstance(micro_batch, Mapping) or not _ONE_ROW_A_SAMPLE.issuperset(micro_batch):
+        return []
+    if "input_ids" in micro_batch and not _NOT_TEXT.isdisjoint(micro_batch):
+        return []  # which picture belongs to which row only the model knows
+    tensors = [value for value in micro_batch.values() if value is not None]
+    if len({value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else None for value in tensors}) != 1:
+        return []
+    labels = micro_batch.get("labels")
+    if is_mean and (labels is None or bool((labels == -100).any())):
+        return []  # a mean over some of the rows
     try:
         rows = count_rows(micro_batch)
         pieces = split_evenly(micro_batch, 2)

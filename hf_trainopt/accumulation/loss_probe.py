@@ -1,15 +1,16 @@
-"""Whether a loss is divided by `num_items_in_batch`, tried on a batch where its code does not tell."""
+"""What a loss does, tried on a batch: whether `num_items_in_batch` divides it, and whether rows add up to it."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from transformers import Trainer
 
 from ..core.batch import copy_batch, count_rows, split_batch
-from ..core.facts import is_sharded
+from ..core.facts import is_sharded, loss_divides_itself
 from ..core.shadow import shadow_of
 from ..core.versions import loss_is_scaled_for_ga
 from ..machine.random_state import devices_of, forked_random_state
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 _OURS = ("transformers", "hf_trainopt")
 # Relative difference below which two losses count as the same.
 UNCHANGED = 1e-3
+# The same for a batch and its rows one by one, which other kernels may compute, in bf16 for example.
+_ADDS_UP = 1e-2
 
 
 def is_in_doubt(trainer: Trainer) -> bool:
@@ -77,6 +80,42 @@ def divides_by_items(trainer: Trainer, model: torch.nn.Module, batch: Any, num_i
     return _try(trainer, trainer.model, batch, num_items) if told is None else told
 
 
+def rows_add_up(trainer: Trainer, model: torch.nn.Module, batch: Any, num_items: Any) -> bool | None:
+    """Return whether the loss of two rows is the sum, or the mean, of what it is for each of them.
+
+    Not so if rows meet (contrastive losses), or if something is added to a loss that the items divide, which isn't
+    divided itself: the loss of a router, a penalty. Said to have a thousand times the items, the loss shows that. The
+    passes are as in `divides_by_items`.
+
+    Args:
+        trainer: As for `divides_by_items`.
+        model: As for `divides_by_items`.
+        batch: As for `divides_by_items`, of two rows or more.
+        num_items: As for `divides_by_items`; not looked at if the loss isn't divided by it.
+
+    Returns:
+        `None` if that cannot be told from this batch: its loss isn't finite, or zero.
+    """
+    model = model if is_sharded(trainer) else trainer.model
+    is_sum = loss_divides_itself(trainer, num_items_in_batch=1)
+    try:
+        rows = _first_rows(batch) or batch
+        with _left_as_it_is(trainer, model):
+            if is_sum:
+                once, thousandth = (_loss(trainer, model, rows, num_items * factor) for factor in (1, 1000))
+            parts = (rows, *split_batch(rows, 1))
+            losses = [_loss(trainer, model, part, num_items, training=False) for part in parts]
+    except Exception:
+        logger.info("Whether rows add up to the loss could not be tried.", exc_info=True)
+        return False
+    whole, first, second = losses
+    if not all(map(math.isfinite, losses)) or whole == 0 or (is_sum and not (math.isfinite(once) and once)):
+        return None
+    if is_sum and abs(1 - 1000 * thousandth / once) > UNCHANGED:
+        return False
+    return abs(1 - (first + second) / (1 if is_sum else 2) / whole) <= _ADDS_UP
+
+
 def _first_rows(batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return two rows of a batch; `None` if it has no more or cannot be split."""
     try:
@@ -86,34 +125,39 @@ def _first_rows(batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _try(trainer: Trainer, model: torch.nn.Module, batch: Mapping[str, Any], num_items: Any) -> bool | None:
-    buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
-    was_training = model.training
-    losses = []
     try:
-        with torch.no_grad():
-            for factor in (1, 2):
-                with forked_random_state(
-                    devices_of([torch.empty(0, device=trainer.args.device), *model.parameters()])
-                ):
-                    losses.append(_loss(trainer, model, batch, num_items * factor))
+        with _left_as_it_is(trainer, model):
+            once, twice = (_loss(trainer, model, batch, num_items * factor) for factor in (1, 2))
     except Exception:
         logger.info("Whether the loss is divided by num_items_in_batch could not be tried.", exc_info=True)
         return None
-    finally:
-        model.train(was_training)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-    once, twice = losses
     if not (math.isfinite(once) and math.isfinite(twice)) or once == 0:
         return None
     # A divided loss halves. Kernels that add in another order each time change the last digits of any.
     return abs(1 - twice / once) > UNCHANGED
 
 
-def _loss(trainer: Trainer, model: torch.nn.Module, batch: Mapping[str, Any], num_items: Any) -> float:
+@contextlib.contextmanager
+def _left_as_it_is(trainer: Trainer, model: torch.nn.Module) -> Iterator[None]:
+    """Context of tries without gradients, after which the model's mode and buffers are as before."""
+    buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def _loss(trainer: Trainer, model: torch.nn.Module, batch: Any, num_items: Any, training: bool = True) -> float:
+    """Return the loss of a batch; the random numbers are the same in each try."""
+    devices = devices_of([torch.empty(0, device=trainer.args.device), *model.parameters()])
     trainer = shadow_of(trainer, trainer.model)
-    model.train()
-    inputs = trainer._prepare_inputs(copy_batch(batch))
-    with trainer.compute_loss_context_manager():
-        return trainer.compute_loss(model, inputs, num_items_in_batch=num_items).float().mean().item()
+    model.train(training)
+    with forked_random_state(devices):
+        inputs = trainer._prepare_inputs(copy_batch(batch))
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, inputs, num_items_in_batch=num_items).float().mean().item()

@@ -34,6 +34,13 @@ def base_model(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def adds_router_loss(model: torch.nn.Module) -> bool:
+    """Return whether the loss of a router is added to a model's loss, by its config or the one of its text model."""
+    config = getattr(model, "config", None)
+    texts = [config.get_text_config()] if hasattr(config, "get_text_config") else []
+    return any(getattr(part, "output_router_logits", False) for part in (config, *texts))
+
+
 def model_ignores_num_items(model: torch.nn.Module) -> bool:
     """Return whether the loss of a model is known to be a mean of its own, whatever `num_items_in_batch` it is given.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.trainer_utils import has_length
 
-from ..core.facts import data_parallel_size, loss_divides_itself, rank_batch_size, sequence_shards
+from ..core.facts import data_parallel_size, rank_batch_size, sequence_shards
 from ..core.part import Part
 from .checkpoint import check_constant, check_state, place_after_stock_steps, restore, run_state
 from .checks import (
@@ -25,8 +25,9 @@ from .checks import (
 from .controller import AccumulationController, controller_of_run
 from .cursor import DataCursor
 from .fetch import StockFetch, WindowFetcher
-from .halves import in_halves
+from .halves import can_halve, in_halves
 from .loss_division import LossDivision
+from .loss_probe import rows_add_up
 from .mean_loss import MeanLoss
 from .measurement import WindowMeasurement
 from .noise_scale import WindowStatistics
@@ -59,6 +60,7 @@ class AccumulationPart(Part):
         cursor: Position in the data, or `None`.
         controller: k and the running averages, or `None`.
         measurement: Takes gradient statistics, where `cursor` isn't `None`.
+        last_was_halved: Whether the micro-batch of the last window ran in halves, to be measured.
     """
 
     name = "accumulation"
@@ -79,6 +81,7 @@ class AccumulationPart(Part):
         self.controller: AccumulationController | None = None
         self.measurement: WindowMeasurement | None = None
         self.last_window: tuple[int, int] | None = None  # k and samples
+        self.last_was_halved = False
         self._division: LossDivision | None = None
         self._fetcher: WindowFetcher | None = None
         self._mean_loss = MeanLoss()
@@ -110,7 +113,7 @@ class AccumulationPart(Part):
 
     @property
     def varies(self) -> bool:
-        """Whether k may vary (a fixed one does in probes, if it is measured)."""
+        """Whether k may vary (a fixed one may in probes, if it is measured)."""
         return self.measures or not isinstance(self.policy, FixedPolicy)
 
     @property
@@ -120,9 +123,10 @@ class AccumulationPart(Part):
 
     @property
     def most_steps(self) -> int:
-        """Most micro-batches that an optimizer step may have."""
+        """Most micro-batches that an optimizer step may have, a half counted for one."""
         args = self.trainer.args
-        return args.accumulation_bounds[1] if self.varies else args.gradient_accumulation_steps
+        most = args.accumulation_bounds[1] if self.varies else args.gradient_accumulation_steps
+        return 2 if most == 1 and self.measures and can_halve(self.trainer) else most
 
     @property
     def used_range(self) -> tuple[int, int, int] | None:
@@ -294,20 +298,28 @@ class AccumulationPart(Part):
             return [], num_items
         controller.timer.fetched(len(micro_batches))
         slices: list[Slice] = []
-        if measures and controller.halves and planned == 1:
-            # A loss over targets that nobody has counted is divided by those of each half.
-            is_known = num_items is not None or not loss_divides_itself(self.trainer, num_items_in_batch=1)
-            slices = in_halves(micro_batches[0]) if is_known else []
+        if measures and controller.would_halve and not controller.timer.needs_whole_micro_batch:
+            slices = in_halves(self.trainer, micro_batches[0], num_items)
             if slices:
                 controller.timer.leave_out_window()
             elif not self._fetcher.epoch_is_over:  # where it is, the micro-batch may be short
-                controller.halves = False
+                controller.halves_work = False
         measured = measures and max(len(slices), len(micro_batches) * data_parallel_size(self.trainer.args)) >= 2
         return [Window(micro_batches, planned, measured, slices)], num_items
 
-    def try_loss(self, model: torch.nn.Module, window: Window, num_items_in_batch: Any) -> None:
-        """Try, in the first window of a run, whether the loss is divided by the items."""
-        self._division.try_on(model, window.micro_batches[0], num_items_in_batch, self.parts.measurements.restart_step)
+    def try_loss(self, model: torch.nn.Module, window: Window, num_items_in_batch: Any) -> Window:
+        """Try what isn't known of the loss: whether the items divide it, and whether halves add up.
+
+        Returns:
+            The window: whole and not measured, if it was in halves that don't.
+        """
+        batch, forget = window.micro_batches[0], self.parts.measurements.restart_step
+        self._division.try_on(model, batch, num_items_in_batch, forget)
+        if not window.is_halved or self.controller.halves_work:
+            return window
+        self.controller.halves_work = rows_add_up(self.trainer, model, batch, num_items_in_batch)
+        forget()
+        return window if self.controller.halves_work else replace(window, measured=False, slices=[])
 
     def restart_step(self) -> None:
         self.controller.timer.abandon_window()
@@ -360,6 +372,7 @@ class AccumulationPart(Part):
         controller.finish_window(window.planned, statistics, window.measured, next_k, learning_rate_factor)
         self._mean_loss.add(loss, len(window), window.planned, self.trainer.args.logging_nan_inf_filter)
         self.last_window = (window.planned, statistics.num_samples)
+        self.last_was_halved = window.is_halved and not self.parts.out_of_memory.is_split
 
     def step_ended(self, state: Any) -> None:
         """Correct `state`, which the loop has set as if windows were all alike; before any callback hears of it."""

@@ -87,7 +87,7 @@ class NoiseScalePolicy:
 
 @dataclass(frozen=True)
 class GoodputPolicy:
-    r"""Most progress per second, and of the k that have it within 2 % the smallest.
+    r"""Most progress per second, and of the k that have it within 3 % the smallest.
 
     Steps to a given loss are proportional to 1 + B_noise/B (McCandlish et al. 2018, eq. 2.11) and a window of k
     micro-batches takes k·t_mb + t_step seconds, so that the time to the loss is proportional to
@@ -107,9 +107,9 @@ class GoodputPolicy:
 
     V is flat around k°, and what the model leaves out speaks for small batches: in our measurements
     (benchmarks/convergence.md) the best fixed k is below k*, and a run ends lower at equal data the more steps it
-    takes. So k is the smallest with V(k) ≥ (1 − slack)·V(k°). On one device r is small, and that is mostly 1 or 2,
-    however large the noise scale; it grows where steps are dear (all-reduce over a slow network, offloaded
-    optimizers).
+    takes. So k is the smallest whole number with V(k) ≥ (1 − slack)·V(k°), or the best one where none has that. On one
+    device r is small, and that is mostly 1 or 2, however large the noise scale; it grows where steps are dear
+    (all-reduce over a slow network, offloaded optimizers).
 
     Args:
         step_cost: r in micro-batches instead of the measured one (makes a run reproducible to the bit).
@@ -119,7 +119,7 @@ class GoodputPolicy:
 
     step_cost: float | None = None
     anneals: bool = True
-    slack: float = 0.02
+    slack: float = 0.03
 
     def __call__(self, observation: Observation) -> float | None:
         best, growth = self.without_annealing(observation), self.growth(observation)
@@ -132,25 +132,33 @@ class GoodputPolicy:
     def growth(self, observation: Observation) -> float | None:
         """Return by which factor k is larger than at the peak of the rate, at least 1; `None` while k isn't known."""
         best = self.without_annealing(observation)
-        if best is None or not self.anneals or best == 0:
+        if best is None or not self.anneals:
             return None if best is None else 1.0
         return max(self._k_at(observation, max(observation.learning_rate_decay, 1e-3)) / best, 1.0)
 
     def _k_at(self, observation: Observation, decay: float) -> float | None:
-        """Return the smallest k whose gain per time is within the slack, where the rate has decayed to c = `decay`."""
+        """Return k where the rate has decayed to c = `decay`."""
         cost, noise = self._cost(observation), observation.noise_in_micro_batches
         if cost is None or noise is None:
             return None
         # The trace of micro-batches that are all alike is zero up to rounding, of either sign.
         peak = math.sqrt(cost * max(noise, 0.0))
         if peak == 0:
-            return 0.0
-        best = math.sqrt(cost**2 + cost * ((2 - decay) * noise + 2 * peak) / decay) - cost
+            return 1.0
         slope = decay / (peak + noise)
-        least = (1 - self.slack) * (2 - slope * (best + noise)) / (1 + cost / best)
-        # (2 − slope·(k + B))·k = least·(k + r): a quadratic, of which this is the smaller root.
-        linear = 2 - slope * noise - least
-        return 2 * least * cost / (linear + math.sqrt(max(linear**2 - 4 * slope * least * cost, 0.0)))
+
+        def gain(k: float) -> float:
+            return (2 - slope * (k + noise)) / (1 + cost / k)
+
+        best = math.sqrt(cost**2 + cost * ((2 - decay) * noise + 2 * peak) / decay) - cost
+        enough = (1 - self.slack) * gain(best)
+        # gain(k) = enough is a quadratic, of which this is the smaller root.
+        linear = 2 - slope * noise - enough
+        least = 2 * enough * cost / (linear + math.sqrt(max(linear**2 - 4 * slope * enough * cost, 0.0)))
+        above = max(math.ceil(least), 1)
+        below = max(above - 1, 1)
+        # Between `least` and `best` there may be no whole number.
+        return float(above if gain(above) >= min(enough, gain(below)) else below)
 
     def _cost(self, observation: Observation) -> float | None:
         """Return r."""

@@ -21,6 +21,9 @@ class StepTimer:
         interval: Time every n-th window only (each timed window waits for the device once a micro-batch).
         window: Measurements kept.
         enabled: Whether anything is timed at all.
+
+    Attributes:
+        needs_whole_micro_batch: Whether the window that has begun is timed in place of one that was left out.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class StepTimer:
         self._last: deque[float] = deque(maxlen=window)
         self._step: deque[float] = deque(maxlen=window)
         self._count = 0
-        self._timed = self._is_owed = False
+        self._timed = self._is_owed = self.needs_whole_micro_batch = False
         self._mark = 0.0
         self._fetch = 0.0
         self._engine_step = 0.0
@@ -52,6 +55,7 @@ class StepTimer:
     def start_window(self) -> None:
         """Call before the window's data are fetched."""
         self._timed = self._times_next
+        self.needs_whole_micro_batch = self._timed and self._is_owed
         self._count += 1
         self._engine_step = 0.0
         if self._timed:

@@ -10,7 +10,9 @@ from transformers.trainer_pt_utils import find_batch_size
 
 @dataclass(frozen=True)
 class Slice:
-    """What goes through the model at once: a whole micro-batch, or a slice of one where memory is too short.
+    """What goes through the model at once: a whole micro-batch, or a slice of one.
+
+    Memory may be too short for more, or the noise of the micro-batch is measured.
 
     Attributes:
         inputs: Collated samples.
@@ -65,6 +67,11 @@ class Window:
 
     def __len__(self) -> int:
         return len(self.micro_batches)
+
+    @property
+    def is_halved(self) -> bool:
+        """Whether its only micro-batch runs in slices, which tell its noise."""
+        return len(self.micro_batches) == 1 and len(self.slices) > 1
 
     def __getitem__(self, name: Any) -> Any:
         """Refuse to be taken for a micro-batch, by an override of `training_step` or `get_batch_samples`.

@@ -28,6 +28,13 @@ def is_distributed(tensor: torch.Tensor) -> bool:
     return DTensor is not None and isinstance(tensor, DTensor)
 
 
+def is_compiled(args: TrainingArguments, model: torch.nn.Module) -> bool:
+    """Return whether `torch.compile` has the model or a part of it (a hook there would be traced into the graph)."""
+    return bool(args.torch_compile) or any(
+        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
+    )
+
+
 def is_sharded(trainer: Trainer) -> bool:
     """Return whether ranks hold pieces of the model (FSDP, DeepSpeed, `from_pretrained` with a distributed config)."""
     by_wrapper = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled

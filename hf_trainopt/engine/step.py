@@ -34,7 +34,7 @@ def take_step(parts: Parts, stock_step: StockStep, model: torch.nn.Module, windo
         The loss of the window, on this rank.
     """
     accumulation, timer = parts.accumulation, parts.accumulation.controller.timer
-    accumulation.try_loss(model, window, num_items)
+    window = accumulation.try_loss(model, window, num_items)
 
     def run(window: Window) -> torch.Tensor:
         return run_slices(parts, stock_step, model, window)

@@ -15,11 +15,10 @@ from torch.utils._python_dispatch import (
 )
 from transformers import TrainingArguments
 
-from ..core.facts import ranks_per_micro_batch
+from ..core.facts import is_compiled, ranks_per_micro_batch
 from ..machine.costs import FORMULAS as PLANNED_FORMULAS
 from ..machine.costs import attention_backward_flops, attention_flops
 from ..machine.devices import DEVICES
-from .meter import is_compiled
 
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from ..accumulation.policy import FixedPolicy
 from ..accumulation.sums import Proposal, local_sums, micro_batch_weights, pack_sums, unpack_sums
 from ..accumulation.timing import StepTimer
 from ..accumulation.window import count_target_tokens
-from ..core.facts import inverse_loss_scale
+from ..core.facts import inverse_loss_scale, is_compiled
 from ..core.versions import ACTIVATION_CHECKPOINTING, activation_checkpointing, activation_checkpointing_kwargs
 from .base import MeasurementCallback
-from .meter import count_inputs, is_compiled, is_training_pass
+from .meter import count_inputs, is_training_pass
 
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerControl, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
-from ..core.facts import ranks_per_micro_batch, tensor_parallel_size
+from ..core.facts import is_compiled, ranks_per_micro_batch, tensor_parallel_size
 
 
 # Inputs whose elements (positions, for embeddings) are tokens; the first that is there counts.
@@ -27,13 +27,6 @@ class Reading(NamedTuple):
     seconds: float
     samples: int | None
     tokens: int | None
-
-
-def is_compiled(args: TrainingArguments, model: torch.nn.Module) -> bool:
-    """Return whether `torch.compile` has the model or a part of it (a hook there would be traced into the graph)."""
-    return bool(args.torch_compile) or any(
-        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
-    )
 
 
 def count_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:

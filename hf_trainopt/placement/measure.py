@@ -26,10 +26,17 @@ class PeakMeasurement(TrainerCallback):
         done: Called with the peak in bytes.
         later: Called with that of other steps. On accelerators these are all that follow; on the CPU, where measuring
             takes time, those that `measure_next` asks for. `None`: no others are measured.
+        was_smaller: Asked after the second step whether what went through the model was smaller than planned for. The
+            next step is measured in its place, if there is one.
     """
 
-    def __init__(self, done: Callable[[int], None], later: Callable[[int], None] | None = None):
-        self._done, self._later = done, later
+    def __init__(
+        self,
+        done: Callable[[int], None],
+        later: Callable[[int], None] | None = None,
+        was_smaller: Callable[[], bool] = lambda: False,
+    ):
+        self._done, self._later, self._was_smaller = done, later, was_smaller
         self._second: int | None = None
         self._asked = self._is_second = False
         self._first: int | None = None
@@ -74,6 +81,10 @@ class PeakMeasurement(TrainerCallback):
         if not self._running:
             return
         self._running = False
+        if self._is_second and state.global_step < state.max_steps and self._was_smaller():
+            self._second = state.global_step
+            self.stop()
+            return
         done = self._done if self._is_second else self._later
         if args.device.type != "cpu":
             peak = self._reader.peak()

@@ -106,7 +106,9 @@ class PlacementPart(Part):
             self._peak_measurement = None
             return
         self.trainer.args.validate_placement()
-        self._peak_measurement = PeakMeasurement(self._peak_measured, self._later_peak_measured)
+        self._peak_measurement = PeakMeasurement(
+            self._peak_measured, self._later_peak_measured, lambda: self.parts.accumulation.last_was_halved
+        )
         self.plan = self._agreed_plan(dataloader)
         self._applied = self._apply_plan()
         self.parts.out_of_memory.planned_size = self.plan.details.get("micro_batch_size")
