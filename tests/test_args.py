@@ -84,7 +84,7 @@ def test_ignored_settings_are_warned_of(tmp_path, caplog):
 
 
 def test_probes_of_a_fixed_policy_are_warned_of(tmp_path, caplog):
-    args = arguments(tmp_path, accumulation_policy="fixed", measure_noise_scale=True)
+    args = arguments(tmp_path, accumulation_policy="fixed", measure_noise_scale=True, per_device_train_batch_size=1)
     EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows())
     assert "takes two" in caplog.text
     caplog.clear()

@@ -1,5 +1,6 @@
 """The controller: when it measures, when it probes, how fast k moves. Replayed without a Trainer."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -138,3 +139,30 @@ def test_a_saved_controller_goes_on_as_if_nothing_had_happened():
     second.load_state_dict(first.state_dict())
     assert done + replay(second, scales[30:]) == expected
     assert second.noise == whole.noise
+
+
+def lone(k: int) -> WindowStatistics:
+    """Statistics of a window of which only one micro-batch has targets."""
+    return replace(window(1, 4.0, 0.0), num_samples=4 * k)
+
+
+def test_a_window_with_one_micro_batch_that_has_targets_is_made_up_for():
+    subject = controller(GoodputPolicy(step_cost=1.0), measure_interval=8)
+    replay(subject, [4.0] * 40)
+    while not subject.measures_next:
+        replay(subject, [4.0])
+    for _ in range(3):
+        assert subject.measures_next
+        subject.finish_window(2, lone(2), True, 2)
+    replay(subject, [4.0])
+    assert not subject.measures_next
+
+
+def test_where_most_windows_are_like_that_measuring_costs_no_more_than_elsewhere():
+    subject = controller(GoodputPolicy(step_cost=1.0), measure_interval=8)
+    measured = []
+    for _ in range(200):
+        measured.append(subject.measures_next)
+        subject.finish_window(2, lone(2), subject.measures_next, 2)
+    assert sum(measured[:40]) > 16
+    assert sum(measured[-80:]) == 10

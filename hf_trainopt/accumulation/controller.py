@@ -222,8 +222,10 @@ class AccumulationController:
         if self.tracker is not None:
             if measured:
                 used = self.tracker.update(statistics)
-                tells = not statistics.has_no_gradient and statistics.num_micro_batches >= 2
-                if used or tells:  # else the next one is measured in its place
+                # Where only one micro-batch, or half, has targets, or none, the next window is measured in its place;
+                # not for ever, if most are like that.
+                lacks_others = statistics.num_micro_batches == 1 and not self._drops_most
+                if used or not (statistics.has_no_gradient or lacks_others):
                     self.windows_since_measured = 0
                 noise = self.tracker.estimate()
                 self.was_resolved |= noise is not None and noise.resolved
@@ -245,6 +247,10 @@ class AccumulationController:
 
     _SAVED = ("accumulation_steps", "num_windows", "windows_since_change", "windows_since_measured", "was_resolved",
               "used_range", "peak_factor")  # fmt: skip
+
+    @property
+    def _drops_most(self) -> bool:
+        return self.tracker.num_dropped > self.tracker.num_windows + STARTUP_WINDOWS
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name) for name in self._SAVED}
