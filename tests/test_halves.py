@@ -186,11 +186,13 @@ TRIED = {
 
 
 @pytest.mark.parametrize("name", TRIED)
-def test_what_the_code_does_not_tell_is_tried(tmp_path, name):
+def test_what_the_code_does_not_tell_is_tried(tmp_path, name, caplog):
     """A loss whose halves don't add up; the steps until then are those of a run that isn't measured."""
     trainer = measured(tmp_path, **TRIED[name]())
     assert can_halve(trainer)
-    trainer.train()
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "takes two micro-batches" in caplog.text
     assert trainer.trainopt.accumulation.controller.halves_work is False
     assert set(trainer.rows) <= {4, 2, 1}  # tries are of two rows
     assert trainer.sizes[:5] == [1, 1, 1, 2, 2]

@@ -147,6 +147,17 @@ class AccumulationController:
         """Whether the next window would run in halves if it were measured."""
         return self.halves and self.halves_work is not False and self.accumulation_steps == 1
 
+    def learn_of_halves(self, work: bool | None) -> None:
+        """Take in whether halves train what the whole micro-batch does; `None` if that isn't known yet."""
+        self.halves_work = work
+        if work is False:
+            logger.log(
+                logging.WARNING if isinstance(self.policy, FixedPolicy) else logging.INFO,
+                "Halves of a micro-batch can't tell its noise here: batches can't be split, or their loss isn't a sum "
+                "over rows. At k = 1 every %d-th optimizer step takes two micro-batches.",
+                self.measure_interval,
+            )
+
     @property
     def next_window_steps(self) -> int:
         """Micro-batches that the next window should have: k, or 2 where one micro-batch cannot tell its noise.

@@ -303,7 +303,7 @@ class AccumulationPart(Part):
             if slices:
                 controller.timer.leave_out_window()
             elif not self._fetcher.epoch_is_over:  # where it is, the micro-batch may be short
-                controller.halves_work = False
+                controller.learn_of_halves(False)
         measured = measures and max(len(slices), len(micro_batches) * data_parallel_size(self.trainer.args)) >= 2
         return [Window(micro_batches, planned, measured, slices)], num_items
 
@@ -317,9 +317,10 @@ class AccumulationPart(Part):
         self._division.try_on(model, batch, num_items_in_batch, forget)
         if not window.is_halved or self.controller.halves_work:
             return window
-        self.controller.halves_work = rows_add_up(self.trainer, model, batch, num_items_in_batch)
+        found = rows_add_up(self.trainer, model, batch, num_items_in_batch)
         forget()
-        return window if self.controller.halves_work else replace(window, measured=False, slices=[])
+        self.controller.learn_of_halves(found)
+        return window if found else replace(window, measured=False, slices=[])
 
     def restart_step(self) -> None:
         self.controller.timer.abandon_window()
