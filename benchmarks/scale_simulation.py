@@ -258,9 +258,12 @@ def adaptive_run(setup: Setup, curve: Curve, policy: Callable = GOODPUT) -> Adap
 
 
 def recorded_curves() -> list[Curve]:
-    """Return those of the one-rank `goodput` runs on the language task, five seeds."""
-    paths = sorted((RESULTS / "convergence").glob("language-goodput-k8-lr0.002-surge-tokens-seed?.json"))
-    return [curve_of(json.loads(path.read_text())["history"]) for path in paths]
+    """Return those of one-rank `goodput` runs on the language task, five seeds.
+
+    They were logged while a window of k = 1 was measured by two micro-batches, which tell the noise scale better than
+    the halves of one.
+    """
+    return [curve_of(history) for history in json.loads((RESULTS / "scaling" / "noise_courses.json").read_text())]
 
 
 # B_noise at the end of a run, in tokens. Kaplan et al. (2020), eq. 1.4: 2e8/L^4.76, at a loss L of 3 nats.

@@ -62,7 +62,7 @@ class Needy(torch.optim.SGD):
         super().__init__(params, lr=helper["lr"])
 
 
-@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW, Handing], ids=["args", "adamw", "own"])
+@pytest.mark.parametrize("optimizer", [None, Handing], ids=["args", "own"])
 def test_a_second_run_is_planned_and_measured_as_the_first(tmp_path, optimizer):
     model = gpt2()
     own = {"optimizers": (optimizer(model.parameters(), lr=1e-3), None)} if optimizer else {}
@@ -475,8 +475,8 @@ def ends_of(model) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("model", "share"),
-    [(frozen_gpt2, 0.0), (frozen_gpt2, 0.5), (lora_gpt2, 0.5)],
-    ids=["frozen 0.0", "frozen 0.5", "lora 0.5"],
+    [(frozen_gpt2, 0.0), (lora_gpt2, 0.5)],
+    ids=["frozen 0.0", "lora 0.5"],
 )
 def test_frozen_lower_layers_are_not_recomputed(tmp_path, model, share):
     floor, baseline = ends_of(model)
@@ -503,9 +503,9 @@ def test_a_model_of_which_only_the_head_is_trained(tmp_path):
 # ---- What a plan claims --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host_s", [None, 0.0, 4e-6, 15e-6], ids=["CPU", "device limits", "either", "host"])
+@pytest.mark.parametrize("host_s", [None, 4e-6], ids=["CPU", "either"])
 def test_the_gap_holds_against_all_plans_there_are(host_s):
-    """All plans of two layers, on a CPU and where the GPU, its host or now one and now the other limits a step."""
+    """All plans of two layers, on a CPU and where now the GPU and now its host limits a step."""
     setup = CPU if host_s is None else StepSetup(device=replace(DEVICES["a100"], host_s=host_s))
     planner = PlacementPlanner(gpt2(num_layers=2), tokens(12, 24), setup, memory_rewrites="none")
     ((_, profile),) = planner.profiles.items()
