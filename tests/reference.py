@@ -50,6 +50,17 @@ class TrackedWindow:
     num_micro_batches: int
     num_samples: float
     position: float  # samples seen at its end
+    in_halves: bool = False
+
+
+def caps(windows: list[TrackedWindow], weights: np.ndarray, half_life: float) -> np.ndarray:
+    """Weights without their decay. Those before a window in halves are on average no larger than its own."""
+    weights = weights.copy()
+    for index, window in enumerate(windows):
+        if window.in_halves and index:
+            earlier = weights[:index] * [0.5 ** ((window.position - w.position) / half_life) for w in windows[:index]]
+            weights[:index] *= min(1.0, weights[index] / np.average(weights[:index], weights=earlier))
+    return weights
 
 
 def tracked_noise(windows: list[TrackedWindow], now: float, half_life: float) -> dict[str, float]:
@@ -60,7 +71,7 @@ def tracked_noise(windows: list[TrackedWindow], now: float, half_life: float) ->
     samples = np.array([w.num_samples for w in windows], dtype=float)
     x = np.array([w.trace for w in windows])
     y = np.array([w.square for w in windows])
-    a, c = decay * (m - 1), decay * (m - 1) / m * samples**2
+    a, c = decay * caps(windows, m - 1, half_life), decay * caps(windows, (m - 1) / m * samples**2, half_life)
     trace, square = np.average(x, weights=a), np.average(y, weights=c)
     effective = c.sum() ** 2 / (c**2).sum()
     correction = effective / (effective - 1)

@@ -130,6 +130,21 @@ def window_of_two(individual: float, mean: float) -> WindowStatistics:
     )
 
 
+def exact_window(trace: float, square: float, rows: int) -> WindowStatistics:
+    """Two pieces of so many rows, whose estimates are exact."""
+    return WindowStatistics(
+        weighted_square_norm=square + trace / rows,
+        squared_weight_square_norm=(square + trace / rows) / 2,
+        gradient_square_norm=square + trace / (2 * rows),
+        individual_coefficient=1 / rows,
+        mean_coefficient=1 / (2 * rows),
+        squared_weight=0.5,
+        num_micro_batches=2,
+        num_items=2.0 * rows,
+        num_samples=2 * rows,
+    )
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_windows_that_cannot_tell_give_nothing(bad):
     good = window_of_two(2.0, 1.0)
@@ -146,7 +161,8 @@ def random_windows(rng, count: int):
         yield statistics_of(draw(rng, sizes, mean, deviation), sizes)
 
 
-def test_tracker_equals_its_full_history():
+@pytest.mark.parametrize("halves", [False, True])
+def test_tracker_equals_its_full_history(halves):
     rng = np.random.default_rng(1)
     tracker, half_life = NoiseScaleTracker(half_life=20.0), 20.0
     history, position = [], 0.0
@@ -154,12 +170,15 @@ def test_tracker_equals_its_full_history():
         if index % 3 == 0:
             tracker.skip(5)
             position += 5
-        tracker.update(statistics)
+        in_halves = halves and index % 4 == 3
+        tracker.update(statistics, in_halves=in_halves)
         position += statistics.num_samples
         trace, square = estimate_noise(statistics)
         per_sample = statistics.num_items / statistics.num_samples
         history.append(
-            TrackedWindow(trace / per_sample, square, statistics.num_micro_batches, statistics.num_samples, position)
+            TrackedWindow(
+                trace / per_sample, square, statistics.num_micro_batches, statistics.num_samples, position, in_halves
+            )
         )
         if index < 2:
             continue
@@ -175,6 +194,25 @@ def test_tracker_equals_its_full_history():
         if found.resolved:
             assert found.upper == pytest.approx(interval[1], rel=1e-6)
             assert found.value == pytest.approx(expected["trace"] / expected["square"], rel=1e-9)
+
+
+def test_windows_in_halves_are_not_held_up_by_those_before():
+    """The signal falls to a fourth while k falls to 1: averages follow as fast as if nothing had been in halves."""
+    found = {}
+    for in_halves, rows in ((True, 2), (False, 4)):
+        tracker = NoiseScaleTracker(half_life=40.0)
+        for _ in range(16):
+            tracker.update(exact_window(16.0, 4.0, rows=4))
+        for _ in range(10):
+            tracker.update(exact_window(16.0, 1.0, rows=rows), in_halves=in_halves)
+            tracker.skip(8 - 2 * rows)
+        found[in_halves] = tracker.estimate().value
+    assert found[True] == pytest.approx(found[False], rel=0.05)
+    held_up = NoiseScaleTracker(half_life=40.0)
+    for rows, square in [(4, 4.0)] * 16 + [(2, 1.0)] * 10:
+        held_up.update(exact_window(16.0, square, rows))
+        held_up.skip(8 - 2 * rows)
+    assert held_up.estimate().value < 0.7 * found[True]
 
 
 def test_tracker_half_life_is_in_samples_whatever_the_window():

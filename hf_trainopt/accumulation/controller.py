@@ -232,7 +232,7 @@ class AccumulationController:
         self.windows_since_measured += 1
         if self.tracker is not None:
             if measured:
-                used = self.tracker.update(statistics)
+                used = self.tracker.update(statistics, in_halves=planned == self.world_size == 1)
                 # Where only one micro-batch, or half, has targets, or none, the next window is measured in its place;
                 # not for ever, if most are like that.
                 lacks_others = statistics.num_micro_batches == 1 and not self._drops_most

@@ -143,6 +143,9 @@ class _Sums:
     trace_total: float = 0.0
     square_weight: float = 0.0
     square_total: float = 0.0
+    # of a² and c² as the weights are without their discount: over the sums of weights, what a window has on average
+    trace_size: float = 0.0
+    square_size: float = 0.0
     # products of the two weights a, c with 1, x, y, x·y, as the covariance of Σax/Σa and Σcy/Σc needs them
     aa: float = 0.0
     aa_x: float = 0.0
@@ -192,11 +195,14 @@ class NoiseScaleTracker:
         """Account for a window that was not measured: what is known ages with the data."""
         self._pending_samples += num_samples
 
-    def update(self, statistics: WindowStatistics) -> bool:
+    def update(self, statistics: WindowStatistics, in_halves: bool = False) -> bool:
         """Take in one window.
 
         Args:
             statistics: Sums over the window.
+            in_halves: Whether it is one micro-batch in halves. It tells a quarter of what two micro-batches do, by
+                which windows are weighted, so that older windows would count for long after they are out of date.
+                They are given no more weight than this one.
 
         Returns:
             Whether it was used. A window with non-finite gradients is dropped and counted in `num_dropped`. One
@@ -216,13 +222,21 @@ class NoiseScaleTracker:
         decay = 0.5 ** (self._pending_samples / self.half_life)
         self._pending_samples = 0.0
         s = self._sums
-        for name, order, new in (
-            ("trace_weight", 1, a), ("trace_total", 1, a * x), ("square_weight", 1, c), ("square_total", 1, c * y),
-            ("aa", 2, a * a), ("aa_x", 2, a * a * x), ("aa_xx", 2, a * a * x * x),
-            ("cc", 2, c * c), ("cc_y", 2, c * c * y), ("cc_yy", 2, c * c * y * y),
-            ("ac", 2, a * c), ("ac_x", 2, a * c * x), ("ac_y", 2, a * c * y), ("ac_xy", 2, a * c * x * y),
+        cap_trace = cap_square = 1.0
+        if in_halves and s.trace_size and s.square_size:
+            cap_trace = min(1.0, a * s.trace_weight / s.trace_size)
+            cap_square = min(1.0, c * s.square_weight / s.square_size)
+        of_trace, of_square = decay * cap_trace, decay * cap_square
+        for name, factor, new in (
+            ("trace_weight", of_trace, a), ("trace_total", of_trace, a * x),
+            ("square_weight", of_square, c), ("square_total", of_square, c * y),
+            ("trace_size", of_trace * cap_trace, a * a), ("square_size", of_square * cap_square, c * c),
+            ("aa", of_trace**2, a * a), ("aa_x", of_trace**2, a * a * x), ("aa_xx", of_trace**2, a * a * x * x),
+            ("cc", of_square**2, c * c), ("cc_y", of_square**2, c * c * y), ("cc_yy", of_square**2, c * c * y * y),
+            ("ac", of_trace * of_square, a * c), ("ac_x", of_trace * of_square, a * c * x),
+            ("ac_y", of_trace * of_square, a * c * y), ("ac_xy", of_trace * of_square, a * c * x * y),
         ):  # fmt: skip
-            setattr(s, name, getattr(s, name) * decay**order + new)
+            setattr(s, name, getattr(s, name) * factor + new)
         self.num_windows += 1
         running = self.estimate()
         if running is not None and math.isfinite(running.value):
