@@ -207,9 +207,9 @@ class Listening(AnyK):
     def set_initial_training_values(self, *args, **kwargs):
         values = super().set_initial_training_values(*args, **kwargs)
         update = self.trainopt.accumulation.controller.tracker.update
-        self.trainopt.accumulation.controller.tracker.update = lambda found: (
+        self.trainopt.accumulation.controller.tracker.update = lambda found, **kwargs: (
             self.statistics.append(asdict(found)),
-            update(found),
+            update(found, **kwargs),
         )[1]
         return values
 

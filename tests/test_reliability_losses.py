@@ -153,7 +153,7 @@ def listen(trainer):
         values = begin(*args, **kwargs)
         tracker = trainer.trainopt.accumulation.controller.tracker
         update, skip = tracker.update, tracker.skip
-        tracker.update = lambda statistics: updates.append(update(statistics))
+        tracker.update = lambda statistics, **kwargs: updates.append(update(statistics, **kwargs))
         tracker.skip = lambda samples: (skips.append(samples), skip(samples))  # `update` calls it too
         return values
 

@@ -121,9 +121,9 @@ def statistics_and_twin(tmp_path, k, **kwargs):
         def set_initial_training_values(self, *args, **kwargs):
             values = super().set_initial_training_values(*args, **kwargs)
             update = self.trainopt.accumulation.controller.tracker.update
-            self.trainopt.accumulation.controller.tracker.update = lambda statistics: (
+            self.trainopt.accumulation.controller.tracker.update = lambda statistics, **kwargs: (
                 found.append(statistics),
-                update(statistics),
+                update(statistics, **kwargs),
             )[1]
             return values
 
