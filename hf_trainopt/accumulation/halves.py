@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from ..core.batch import count_rows, split_evenly
+from ..core.batch import split_evenly
 from ..core.facts import data_parallel_size, is_compiled, loss_divides_itself, rank_batch_size
+from ..core.running_statistics import RunningStatistics
 from .loss_probe import is_in_doubt
 from .loss_scaling import adds_router_loss, base_model, calls_super, own_compute_loss
-from .window import Slice
+from .window import Slice, slices_of
 
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,8 @@ def can_halve(trainer: Any) -> bool:
     )
     if not is_sum and not is_classifier:
         return False
-    rows_meet = any(
-        isinstance(layer, _NORMALISATION_OVER_ROWS) or getattr(layer, "running_mean", None) is not None
-        for layer in model.modules()
-    )
-    return not rows_meet and not adds_router_loss(inner)
+    rows_meet = any(isinstance(layer, _NORMALISATION_OVER_ROWS) for layer in model.modules())
+    return not (rows_meet or RunningStatistics(model)) and not adds_router_loss(inner)
 
 
 def in_halves(trainer: Any, micro_batch: Any, num_items_in_batch: Any) -> list[Slice]:
@@ -82,10 +80,7 @@ def in_halves(trainer: Any, micro_batch: Any, num_items_in_batch: Any) -> list[S
     if is_mean and (labels is None or bool((labels == -100).any())):
         return []  # a mean over some of the rows
     try:
-        rows = count_rows(micro_batch)
-        pieces = split_evenly(micro_batch, 2)
+        return slices_of(split_evenly(micro_batch, 2))
     except ValueError as error:
         logger.debug("A micro-batch wasn't split to measure its noise: %s.", error)
         return []
-    counts = [count_rows(piece) for piece in pieces]
-    return [Slice(pieces[0], counts[0], rows, ends_micro_batch=False), Slice(pieces[1], counts[1], rows)]

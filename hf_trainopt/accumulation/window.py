@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import find_batch_size
 
+from ..core.batch import count_rows
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -30,6 +32,16 @@ class Slice:
     def share(self) -> float:
         """Share of the rows of its micro-batch."""
         return self.num_rows / self.num_rows_of_micro_batch
+
+
+def slices_of(pieces: Sequence[Any]) -> list[Slice]:
+    """Return the pieces of a micro-batch, in order, as slices; the only one is taken for the whole."""
+    rows = [count_rows(piece) for piece in pieces] if len(pieces) > 1 else [1]
+    last = len(pieces) - 1
+    return [
+        Slice(piece, count, sum(rows), index == last)
+        for index, (piece, count) in enumerate(zip(pieces, rows, strict=True))
+    ]
 
 
 _NO_MICRO_BATCH = (

@@ -174,7 +174,7 @@ class GradientStatisticsCallback(MeasurementCallback):
             return (
                 "one micro-batch on one device cannot tell its own noise; set gradient_accumulation_steps to 2 or "
                 "more (and per_device_train_batch_size down), or use EfficientTrainer(measure_noise_scale=True), "
-                "which splits one, or takes two, now and then."
+                "which now and then splits one or takes two."
             )
         return None
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from ..accumulation.window import Slice, Window
+from ..accumulation.window import Slice, Window, slices_of
 from ..core.batch import copy_batch, count_rows, split_batch
 from ..core.facts import is_sharded, loss_divides_itself, rank_batch_size
 from ..core.part import Part
@@ -260,14 +260,7 @@ class OutOfMemoryPart(Part):
             split = split_alike(window.micro_batches, size)
         else:
             split = [split_batch(micro_batch, size) for micro_batch in window.micro_batches]
-        slices = []
-        for pieces in split:
-            rows = [count_rows(piece) for piece in pieces] if len(pieces) > 1 else [1]
-            slices += [
-                Slice(piece, count, sum(rows), index == len(pieces) - 1)
-                for index, (piece, count) in enumerate(zip(pieces, rows, strict=True))
-            ]
-        return replace(window, slices=slices)
+        return replace(window, slices=[piece for pieces in split for piece in slices_of(pieces)])
 
     def _check_split(self, window: Window, num_items_in_batch: Any) -> None:
         """Refuse to begin with smaller micro-batches where they would train something else.
