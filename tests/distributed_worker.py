@@ -186,9 +186,14 @@ class Uneven(TrainerCallback):
 class Terminated(TrainerCallback):
     """A signal to the second rank alone, in the middle of a window."""
 
+    was_sent = False
+
     def on_substep_end(self, args, state, control, **kwargs):
-        if args.process_index == 1 and state.global_step == 3:
+        if args.process_index == 1 and state.global_step == 3 and not self.was_sent:
+            self.was_sent = True
             os.kill(os.getpid(), signal.SIGTERM)
+
+    on_pre_optimizer_step = on_substep_end  # where the window has one micro-batch
 
 
 class Listening(AnyK):
@@ -219,6 +224,11 @@ class FailsLater:
 
     def __call__(self, observation):
         return 2 if observation.progress < 0.3 else 1 / 0
+
+
+def always_one(observation) -> int:
+    """A policy of the user's: one micro-batch a step. It may ask for times, so windows are timed."""
+    return 1
 
 
 def make(case: str, output_dir: str, watch: Watch):
@@ -266,12 +276,16 @@ def make(case: str, output_dir: str, watch: Watch):
         callbacks = [watch, UnevenClock()]
         return EfficientTrainer(model=tiny_gpt2(dropout=0.1), args=args, train_dataset=Rows(49), callbacks=callbacks)
     if case.partition(" ")[0] in ("interrupt", "uninterrupted"):
+        name = case.split()[1]
+        own = {"accumulation_policy": always_one} if name == "timed" else {}
         args = arguments(
-            output_dir, gradient_accumulation_steps=3, save_on_interrupt=True, optimizer_step_cost=0.5,
-            accumulation_policy=case.split()[1], **common,
+            output_dir, gradient_accumulation_steps=3, save_on_interrupt=True,
+            **({} if own else {"accumulation_policy": name, "optimizer_step_cost": 0.5}), **common,
         )  # fmt: skip
         callbacks = [watch, *([Terminated()] if case.startswith("interrupt") else [])]
-        return EfficientTrainer(model=tiny_gpt2(dropout=0.1), args=args, train_dataset=Rows(49), callbacks=callbacks)
+        return EfficientTrainer(
+            model=tiny_gpt2(dropout=0.1), args=args, train_dataset=Rows(49), callbacks=callbacks, **own
+        )
     if case.startswith("evidence"):
         settings = {
             "gradient_accumulation_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2,

@@ -84,3 +84,53 @@ def test_interval_leaves_windows_untimed(clock):
     for _ in range(8):
         run_window(timer, clock, 2)
     assert len(waits) == 6  # one timed window (the fifth): start, fetch, two micro-batches, restart, step
+
+
+def resumed(timer: StepTimer, **settings) -> StepTimer:
+    other = StepTimer(**settings)
+    other.load_state_dict(timer.state_dict())
+    return other
+
+
+def test_a_resumed_run_goes_on_with_what_was_measured(clock):
+    timer = StepTimer(distributed=True)
+    for _ in range(4):
+        run_window(timer, clock, 2, reduction=1.5)
+    other = resumed(timer, distributed=True)
+    assert (other.micro_batch_seconds, other.step_seconds) == pytest.approx((2.5, 4.5))
+    assert not other.needs_plain_micro_batch
+    run_window(other, clock, 2, compute=500.0)  # the first of a process isn't timed
+    assert not other.needs_plain_micro_batch
+    # On a slower machine new times soon outweigh the old ones, however many those were.
+    for _ in range(100):
+        run_window(timer, clock, 2, reduction=1.5)
+    slower = resumed(timer, distributed=True)
+    for _ in range(10):
+        run_window(slower, clock, 2, compute=9.5, reduction=1.5, step=5.0)
+    assert (slower.micro_batch_seconds, slower.step_seconds) == pytest.approx((10.0, 6.5))
+
+
+def test_a_resumed_run_times_the_windows_that_were_to_be_timed(clock):
+    timer = StepTimer(interval=4)
+    for _ in range(6):
+        run_window(timer, clock, 2)
+    other = resumed(timer, interval=4)
+    timed = []
+    for _ in range(8):
+        run_window(other, clock, 2)
+        timed.append(len(other.state_dict()["step"]))
+    assert timed == [1, 1, 2, 2, 2, 2, 3, 3]
+
+
+def test_a_window_that_was_left_out_is_timed_after_a_resume(clock):
+    timer = StepTimer(interval=4)
+    for _ in range(4):
+        run_window(timer, clock, 2)
+    timer.start_window()
+    timer.leave_out_window()
+    other = resumed(timer, interval=4)
+    whole = []
+    for _ in range(3):
+        run_window(other, clock, 2)
+        whole.append(other.needs_whole_micro_batch)
+    assert whole == [False, True, False]

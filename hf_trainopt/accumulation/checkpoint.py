@@ -126,6 +126,7 @@ def restore(
     controller.load_state_dict(state["controller"])
     if saved == setup:
         return
+    controller.timer.forget()
     reference = saved["gradient_accumulation_steps"]
     before, now = (samples_in_step(s) // s["gradient_accumulation_steps"] for s in (saved, setup))
     cursor.micro_batch, again = divmod(cursor.micro_batch * before, now)

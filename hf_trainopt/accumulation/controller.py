@@ -256,16 +256,17 @@ class AccumulationController:
             self.accumulation_steps = next_k
             self.windows_since_change = 0
 
-    _SAVED = ("accumulation_steps", "num_windows", "windows_since_change", "windows_since_measured", "was_resolved",
-              "used_range", "peak_factor")  # fmt: skip
-
     @property
     def _drops_most(self) -> bool:
         return self.tracker.num_dropped > self.tracker.num_windows + STARTUP_WINDOWS
 
+    _SAVED = ("accumulation_steps", "num_windows", "windows_since_change", "windows_since_measured", "was_resolved",
+              "used_range", "peak_factor")  # fmt: skip
+
     def state_dict(self) -> dict:
         state = {name: getattr(self, name) for name in self._SAVED}
         state["counted"], state["halves_work"] = list(self.counted), self.halves_work
+        state["timer"] = self.timer.state_dict()
         state["tracker"] = self.tracker.state_dict() if self.tracker is not None else None
         return state
 
@@ -275,6 +276,8 @@ class AccumulationController:
         # Older checkpoints don't have these.
         self.counted = state.get("counted", [0, 0])
         self.halves_work = state.get("halves_work")
+        if "timer" in state:
+            self.timer.load_state_dict(state["timer"])
         self._scale_half_life()
         if self.tracker is not None and state["tracker"] is not None:
             self.tracker.load_state_dict(state["tracker"])

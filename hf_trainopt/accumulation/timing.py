@@ -6,6 +6,10 @@ from collections import deque
 from collections.abc import Callable
 
 
+_TIMES = ("plain", "last", "step")
+_SAVED_TIMES = 8
+
+
 class StepTimer:
     """Median times over the last windows.
 
@@ -42,6 +46,7 @@ class StepTimer:
         self._last: deque[float] = deque(maxlen=window)
         self._step: deque[float] = deque(maxlen=window)
         self._count = 0
+        self._has_begun = False
         self._timed = self._is_owed = self.needs_whole_micro_batch = False
         self._mark = 0.0
         self._fetch = 0.0
@@ -57,6 +62,7 @@ class StepTimer:
         self._timed = self._times_next
         self.needs_whole_micro_batch = self._timed and self._is_owed
         self._count += 1
+        self._has_begun = True
         self._engine_step = 0.0
         if self._timed:
             self._is_owed = False
@@ -92,8 +98,12 @@ class StepTimer:
     def abandon_window(self) -> None:
         """Forget the window, and what micro-batches took so far: call where it is repeated with smaller ones."""
         self._timed = False
-        for times in (self._plain, self._last, self._step):
-            times.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what micro-batches and steps took so far: call where they are of another size from now on."""
+        for name in _TIMES:
+            getattr(self, f"_{name}").clear()
 
     def restart(self) -> None:
         """Leave out what happened since the last mark (gradient statistics, our own book-keeping)."""
@@ -108,8 +118,8 @@ class StepTimer:
 
     @property
     def _times_next(self) -> bool:
-        # The first window is left out: lazy initialisation, autotuning, cold caches.
-        return self._enabled and self._count > 0 and (self._is_owed or self._count % self._interval == 0)
+        # The first window of a process is left out: lazy initialisation, autotuning, cold caches.
+        return self._enabled and self._has_begun and (self._is_owed or self._count % self._interval == 0)
 
     @property
     def needs_plain_micro_batch(self) -> bool:
@@ -131,3 +141,17 @@ class StepTimer:
         if self._distributed:
             reduction = max(0.0, statistics.median(self._last) - statistics.median(self._plain))
         return statistics.median(self._step) + reduction
+
+    def state_dict(self) -> dict:
+        """Return what a checkpoint keeps, so that a resumed run doesn't measure again what is known.
+
+        Of the times only the last few: where it resumes on another machine, new ones soon outweigh them.
+        """
+        times = {name: list(getattr(self, f"_{name}"))[-_SAVED_TIMES:] for name in _TIMES}
+        return {**times, "count": self._count, "is_owed": self._is_owed}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._count, self._is_owed = state["count"], state["is_owed"]
+        self.forget()
+        for name in _TIMES:
+            getattr(self, f"_{name}").extend(state[name])
