@@ -138,7 +138,8 @@ def test_what_the_cases_differ_from_trains(script, base, files, tmp_path):
 
 
 @pytest.mark.parametrize("case", cases.COMMANDS, ids=str)
-def test_commands(case, files, capsys):
+def test_commands(case, files, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where `compare` makes its folder before it looks at all that it was told
     words = [
         word.replace("{files}", str(files)).replace("{script}", str(REPOSITORY / "run_clm.py")) for word in case.words
     ]

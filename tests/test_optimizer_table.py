@@ -33,9 +33,9 @@ def nbytes(model, name):
     )
 
 
-def real_optimizer(model, name):
+def real_optimizer(model, name, folder):
     """Make the optimizer as Trainer does."""
-    arguments = TrainingArguments("unused", optim=name, use_cpu=True, report_to="none")
+    arguments = TrainingArguments(str(folder), optim=name, use_cpu=True, report_to="none")
     trainer = Trainer(model, arguments)
     return trainer.create_optimizer()
 
@@ -53,20 +53,20 @@ def tensors_of(value):
     ["adamw_bnb_8bit", "adamw_8bit", "ademamix", "ademamix_8bit", "lion_32bit", "lion_8bit", "rmsprop_bnb",
      "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"],
 )  # fmt: skip
-def test_bitsandbytes(name):
+def test_bitsandbytes(name, tmp_path):
     pytest.importorskip("bitsandbytes")
-    compare(name)
+    compare(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adamw_torch_8bit", "adamw_torch_4bit"])
-def test_torchao(name):
+def test_torchao(name, tmp_path):
     pytest.importorskip("torchao")
-    compare(name)
+    compare(name, tmp_path)
 
 
-def compare(name):
+def compare(name, folder):
     model = Net()
-    optimizer = real_optimizer(model, name)
+    optimizer = real_optimizer(model, name, folder)
     model(torch.arange(8)).backward()
     optimizer.step()
     kept = sum(
