@@ -50,6 +50,8 @@ PARTS_OF_DEFAULT = (("surge", "steps"), ("none", "tokens"), ("sqrt", "tokens"))
 # ρ and rule of the policy that follows the noise scale itself, at the rate of k = 8.
 NOISE_SCALE = (("noise_scale", "surge"), ("half_noise_scale", "surge"), ("half_noise_scale", "sqrt"))
 RANKS_SEEDS = range(3)
+# Learning rates of stock on two ranks where β2 has the recipe's half-life in data.
+RANKS_BETA2 = {1: (2e-3, 3e-3), 2: (3e-3,)}
 SEEDS = range(5)
 # Costs of an optimizer step in micro-batches, as an optimizer on the host or a slow network may have.
 DEAR_STEPS = (1.0, 3.0)
@@ -203,14 +205,17 @@ def dear_steps(results: Path, quick: bool) -> Runs:
 
 
 def ranks(results: Path, quick: bool) -> Runs:
-    """The language task on two ranks: stock over k, ours with its defaults, seed 0.
+    """The language task on two ranks: stock over k and, where it matters, β2; ours with its defaults; seed 0.
 
-    Rates of stock are those that were best on one rank. An optimizer step has a cost of communication here, which
-    ours measures in the run.
+    Rates of stock at the recipe's β2 are those that were best on one rank. An optimizer step has a cost of
+    communication here, which ours measures in the run.
     """
     records = load(results)
     for k in (8,) if quick else (1, 2, 4, 8):
         yield on_two_ranks(stock("language", k, rate_of_stock(records, k)))
+    for k, rates in ({} if quick else RANKS_BETA2).items():
+        for rate in rates:
+            yield on_two_ranks(stock("language", k, rate, beta2=beta2_in_data("language", k)))
     yield on_two_ranks(adaptive("language", recipe(records, "language")["learning_rate"], on=2))
 
 
