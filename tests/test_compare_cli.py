@@ -374,6 +374,23 @@ def test_stock_and_ours_need_a_script_with_our_trainer(monkeypatch, script, caps
     assert len(ignoring.commands) == 1
 
 
+def test_a_script_must_take_what_its_command_line_says(monkeypatch, script, capsys):
+    """One that doesn't read it would be compared with itself."""
+    ignoring = Launcher(lambda arguments: [5.0, 4.0])
+    ignoring.more = {"took": {"seed": 42, "output_dir": "here", "accumulation_policy": "goodput"}}
+    assert run(monkeypatch, script, ["--seeds", "2"], ignoring) == 2
+    said = capsys.readouterr().err
+    assert "its Trainer has seed=42 (told 0) and output_dir='here' (told " in said
+    assert "and accumulation_policy='goodput' (told 'fixed'). Read the command line with HfArgumentParser" in said
+    assert len(ignoring.commands) == 1
+    arms = ["--arm", "a=--width 16", "--arm", "b=--width 8", "--restart", "--seeds", "1"]
+    assert run(monkeypatch, script, arms, ignoring) == 2
+    assert "its Trainer has seed=42" in capsys.readouterr().err
+    # Such a script may have a seed of its own, or put its outputs elsewhere.
+    ignoring.more["took"]["seed"] = 0
+    assert run(monkeypatch, script, arms, ignoring) == 0
+
+
 def test_sweep_gives_stock_its_best_setting(monkeypatch, script, capsys):
     def outcome(arguments):
         if not is_stock(arguments):
@@ -504,5 +521,6 @@ def test_a_script_with_plain_trainer_for_real(script, capsys):
     assert broken["failed_seeds"] == [0]
     record = json.loads((out / "records" / "wide-seed0.json").read_text())
     assert "--width 16" in record["command"]
+    assert record["took"] == {"seed": 0, "output_dir": str(out / "wide-seed0"), "accumulation_policy": None}
     assert record["world_size"] == 1
     assert record["versions"]["torch"]

@@ -273,6 +273,7 @@ def check_first_run(record: dict[str, Any], own_arms: bool) -> None:
         name = record["arm"]["name"]
         failure = _first_failure({name: [record]})
         raise ValueError(f"the first run of the baseline '{name}' failed, so no other was started. {failure}")
+    check_takes_arguments(record, own_arms)
 
 
 def check_is_ours(record: dict[str, Any]) -> None:
@@ -287,6 +288,28 @@ def check_is_ours(record: dict[str, Any]) -> None:
         "the arms 'stock' and 'ours' need a script that trains with EfficientTrainer and EfficientTrainingArguments, "
         f"but {reason}. Change its imports, or compare arms of your own with --arm NAME='--flag value'."
     )
+
+
+def check_takes_arguments(record: dict[str, Any], own_arms: bool) -> None:
+    """Raise `ValueError` if the Trainer of a script doesn't have what its command line says: all arms would be alike.
+
+    Args:
+        record: Of a run that has finished.
+        own_arms: Whether all arms are the user's: then a script may have a seed or a folder of its own.
+    """
+    told = {
+        "seed": record["seed"],
+        "output_dir": arms_of.value_of(shlex.split(record["command"]), "output_dir"),
+        "accumulation_policy": arms_of.value_of(record["arm"]["arguments"], "accumulation_policy"),
+    }
+    took = record.get("took", told)  # older records don't say
+    others = [name for name, value in told.items() if value is not None and took[name] != value]
+    if others and (not own_arms or {"seed", "output_dir"} <= set(others)):
+        listed = " and ".join(f"{name}={took[name]!r} (told {told[name]!r})" for name in others)
+        raise ValueError(
+            f"the script doesn't take what its command line says: its Trainer has {listed}. Read the command line with "
+            "HfArgumentParser, and give the training arguments that it returns to the Trainer."
+        )
 
 
 def _first_failure(by_arm: dict[str, list[dict[str, Any]]]) -> str:

@@ -69,6 +69,7 @@ def record_of(trainer: Any, wall: float, cpu: float) -> dict[str, Any]:
         "log_history": trainer.state.log_history,
         "optimizer_steps": trainer.state.global_step,
         "is_ours": isinstance(trainer, EfficientTrainerMixin),
+        "took": {name: getattr(trainer.args, name, None) for name in ("seed", "output_dir", "accumulation_policy")},
         "world_size": trainer.args.world_size,
         "wall_seconds": wall,
         "cpu_seconds": cpu,
