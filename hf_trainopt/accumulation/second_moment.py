@@ -60,7 +60,7 @@ def moment_ratio(log_beta2: float, batch_ratio: float, longest: float) -> float:
     Returns:
         κ itself where κ ≥ 1 or the recipe's half-life is at most H; else more, up to 1, at which β2 is unchanged.
     """
-    if batch_ratio >= 1:
+    if batch_ratio >= 1 or log_beta2 == 0:
         return batch_ratio
     half_life = -math.log(2.0) / log_beta2
     return max(batch_ratio, min(1.0, half_life * batch_ratio / longest))

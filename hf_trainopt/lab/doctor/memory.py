@@ -57,5 +57,5 @@ def device_memory(device: torch.device) -> tuple[int, str] | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1], "of the GPU"
     if device.type == "cpu":
-        return psutil.virtual_memory().available, "of this machine, available now"
+        return psutil.virtual_memory().available, "available on this machine now"
     return None

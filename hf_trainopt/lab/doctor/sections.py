@@ -16,7 +16,7 @@ from ...accumulation.controller import STARTUP_WINDOWS
 from ...accumulation.deepspeed_checks import config_of, stage_of
 from ...accumulation.policy import FixedPolicy
 from ...accumulation.schedule import METRIC_DRIVEN, NOISE_SCALING_RULES, DataIndexedLR, chosen_rule, torch_optimizer
-from ...accumulation.second_moment import decay_of_step, moment_setting
+from ...accumulation.second_moment import LONGEST_MEMORY, decay_of_step, moment_ratio, moment_setting
 from ...core.facts import data_parallel_size
 from ...machine.device_memory import uses_expandable_segments
 from ...placement.plan.budget import gib, is_of_device, stated_budget
@@ -136,13 +136,10 @@ def accumulation(trainer: Trainer) -> Lines:
     if controller.tracker is None:
         lines.append(("noise scale", "not measured: nothing needs it"))
     else:
-        lines.append(
-            (
-                "noise scale",
-                f"measured in the first {STARTUP_WINDOWS} steps and then in every {controller.measure_interval}.; "
-                f"averages halve in {controller.tracker.half_life:,.0f} samples",
-            )
-        )
+        interval = controller.measure_interval
+        often = f"the first {STARTUP_WINDOWS} steps, then every {interval} steps" if interval > 1 else "every step"
+        half_life = f"averages halve in {controller.tracker.half_life:,.0f} samples"
+        lines.append(("noise scale", f"measured in {often}; {half_life}"))
     return lines
 
 
@@ -186,16 +183,19 @@ def _clock(trainer: Trainer, optimizer: torch.optim.Optimizer) -> str:
         return f"forgets by optimizer steps: {error}"
     if setting is None:
         return "none"
-    controller = trainer.trainopt.accumulation.controller
+    accumulation = trainer.trainopt.accumulation
+    controller, longest = accumulation.controller, LONGEST_MEMORY * accumulation.cursor.budget
     reference = controller.reference_steps
     if setting.kind == "power":
         return f"forgets by data, as if every step had {reference} micro-batches"
     log_beta2 = setting.log_beta2(optimizer.param_groups[0], 0.0)
-    at = [
-        f"{decay_of_step(log_beta2, k / reference):.6g} at a k of {k}"
-        for k in dict.fromkeys([controller.minimum, reference, controller.maximum])
-    ]
-    return f"forgets by data: a decay of {', '.join(at)} a step"
+    at, is_limited = [], False
+    for k in dict.fromkeys([controller.minimum, reference, controller.maximum]):
+        ratio = moment_ratio(log_beta2, k / reference, longest)
+        is_limited |= ratio != k / reference
+        at.append(f"{decay_of_step(log_beta2, ratio):.6g} at a k of {k}")
+    why = f" (a half-life of at most an eighth of this run, or the one at a k of {reference})" if is_limited else ""
+    return f"forgets by data: a decay of {', '.join(at)} a step{why}"
 
 
 def _adapts(trainer: Trainer) -> bool:
@@ -349,7 +349,7 @@ def reliability(trainer: Trainer, resumed_from: str | None) -> Lines:
     if args.save_strategy.value != "no":
         kept = "all are kept" if args.save_total_limit is None else f"the last {args.save_total_limit} are kept"
         saves += f" into {args.output_dir}, {kept}"
-    lines = [("checkpoints", saves), ("resumes from", resumed_from or "nothing, it begins anew")]
+    lines = [("checkpoints", saves), ("resumes from", resumed_from or "nothing: it starts from scratch")]
     signals = "save a checkpoint and end" if args.saves_on_interrupt else "end the run, nothing is saved"
     lines.append(("SIGTERM, Ctrl-C", signals))
     obstacle = trainer.trainopt.skipped_steps.obstacle
