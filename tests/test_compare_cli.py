@@ -146,6 +146,15 @@ def test_target_is_what_the_baseline_reaches_at_a_share_of_its_data():
     assert freeze_target(record, "eval_accuracy", 0.9, 0.8, None).greater_is_better
 
 
+def test_a_target_that_the_first_evaluation_has_is_told():
+    """The loss rises: whoever evaluates first is there first."""
+    falling = {"arm": {"name": "stock"}, "seed": 0, "log_history": history([5.0, 4.0, 3.0, 2.0])}
+    assert freeze_target(falling, "eval_loss", None, 0.5, None).source == "stock, seed 0, at 50% of its data"
+    rising = falling | {"log_history": history([2.0, 3.0, 4.0, 5.0])}
+    source = freeze_target(rising, "eval_loss", None, 0.5, None).source
+    assert source.endswith("; it is no better than that run's first evaluation, so the time to it says little")
+
+
 def test_a_run_that_never_gets_there_is_a_bound():
     def record(seed, losses):
         return {"status": "finished", "seed": seed, "arm": {"name": "x"}, **measured(losses)}

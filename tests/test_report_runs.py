@@ -64,6 +64,25 @@ def test_the_state_of_the_last_checkpoint_stands_in(tmp_path):
     assert read_run(tmp_path / "run" / "checkpoint-4").name == "run/checkpoint-4"
 
 
+def test_a_checkpoint_after_the_last_line(tmp_path):
+    """Its steps are known, so its samples and seconds must be those of the same step."""
+    own = {
+        "measurements": {"callbacks": [{"name": "ThroughputCallback", "attributes": {"meter": {"seconds": 17.0}}}]},
+        "accumulation": {"cursor": {"samples_seen": 55}},
+    }
+    lines = [line for line in our_history() if "train_runtime" not in line]
+    place = write_run(tmp_path / "run" / "checkpoint-11", lines, global_step=11)
+    (place / "trainopt_state.json").write_text(json.dumps({"version": 2, "parts": own}))
+    run = read_run(tmp_path / "run")
+    assert (run.steps, run.end("steps"), run.end("samples"), run.end("time")) == (11, 11, 55, 17.0)
+    # Stock's: no more is known than that step.
+    write_run(tmp_path / "stock" / "checkpoint-11", stock_history()[:-1], global_step=11)
+    assert read_run(tmp_path / "stock").end("steps") == 11
+    # Where the line at the end of `train` is there, all is known.
+    write_run(tmp_path / "whole", our_history())
+    assert len(read_run(tmp_path / "whole").history) == len(our_history())
+
+
 def test_results_model_and_plan_are_read(stock):
     (stock / "all_results.json").write_text('{"eval_loss": 1.5, "perplexity": 4.5}')
     (stock / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "_name_or_path": "gpt2"}')

@@ -101,7 +101,8 @@ def freeze_target(
     """
     if value is not None:
         return Target.of(metric, value, greater_is_better)
-    reached = value_at_share(curve_from_log(record["log_history"], metric), share)
+    curve = curve_from_log(record["log_history"], metric)
+    reached = value_at_share(curve, share)
     if reached is None:
         return None
     name, seed = record["arm"]["name"], record["seed"]
@@ -111,7 +112,10 @@ def freeze_target(
             "with --target_value, or another --target_share."
         )
     target = Target.of(metric, reached, greater_is_better)
-    return replace(target, source=f"{name}, seed {seed}, at {share:.0%} of its data")
+    source = f"{name}, seed {seed}, at {share:.0%} of its data"
+    if first_crossing(curve[:1], target.value, target.greater_is_better).reached and len(curve) > 1:
+        source += "; it is no better than that run's first evaluation, so the time to it says little"
+    return replace(target, source=source)
 
 
 def quantities(record: dict[str, Any], target: Target | None, metric: str) -> dict[str, Measured | None]:

@@ -45,8 +45,9 @@ def read_run(folder: str | Path) -> Run:
     if state is None and not results and not events:
         detail = f" ({' '.join(notes)})" if notes else ""
         raise ValueError(
-            f"{folder} isn't the output folder of a run: there is neither {STATE_NAME} (in it or in a "
-            f"checkpoint-N) nor all_results.json{detail}."
+            f"{folder} isn't the output folder of a run that was saved: there is neither {STATE_NAME} (in it or in a "
+            f"checkpoint-N) nor all_results.json{detail}. Call trainer.save_state() after train(), or save checkpoints; "
+            "of a comparison pass the folder that `hf-trainopt compare` was given."
         )
     is_of_checkpoint = state_path is not None and state_path.parent != folder
     if state is None and events:
@@ -189,8 +190,25 @@ def _read_state(folder: Path, notes: list[str]) -> tuple[Path | None, dict[str, 
             ours = _read_json(place / OWN_STATE_NAME, notes) or {}
             with contextlib.suppress(KeyError, TypeError):  # stock `Trainer`, or nothing measured
                 state["measurements"] = ours["parts"]["measurements"]["callbacks"]
+            _add_line_of_checkpoint(state, ours)
             return place / STATE_NAME, state
     return None, None
+
+
+def _add_line_of_checkpoint(state: dict[str, Any], ours: Mapping[str, Any]) -> None:
+    """Add to a log that ends before its checkpoint how far that is; steps after the last line would lack samples."""
+    history, step = state.get("log_history"), state.get("global_step")
+    lines = [line for line in history if isinstance(line, dict)] if isinstance(history, list) else []
+    steps = [line["step"] for line in lines if isinstance(line.get("step"), int)]
+    if not steps or not isinstance(step, int) or step <= max(steps):
+        return
+    line = {"step": step}
+    with contextlib.suppress(KeyError, TypeError):  # as above, or k doesn't vary
+        line["samples_seen"] = ours["parts"]["accumulation"]["cursor"]["samples_seen"]
+    for callback in state.get("measurements") or []:
+        with contextlib.suppress(KeyError, TypeError):
+            line["train_time_s"] = callback["attributes"]["meter"]["seconds"]
+    history.append(line)
 
 
 def _read_results(folder: Path, notes: list[str]) -> dict[str, Any]:

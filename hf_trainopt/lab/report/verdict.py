@@ -96,7 +96,7 @@ def _whole(ratios: dict[str, Estimate]) -> str:
         return ""
     ratio = estimate.value
     change = f"{ratio_text(ratio)} times as long" if ratio >= 1.995 else f"{100 * (ratio - 1):.2g} % longer"
-    return f"whole run {change}"
+    return f"its whole training took {change}"
 
 
 def _interval(estimate: Estimate) -> str:
