@@ -138,7 +138,7 @@ ARGUMENTS = [
     # contradictions
     case("max_accumulation_steps (2)", "lower the other", min_accumulation_steps=4, max_accumulation_steps=2),
     case("measure_noise_scale=False", "leave it unset", measure_noise_scale=False),
-    case("fp16=True", "use bf16=True, or leave it out", fp16=True),
+    case("fp16=True", "use bf16=True with use_cpu=True, or leave it out", fp16=True),
     case("precision='fp16'", "choose precision='bf16', 'fp32' or 'auto'", precision="fp16"),
     case("precision='fp32' contradicts bf16=True", "set bf16=False", precision="fp32", bf16=True),
     case("checkpoint_placement is 'all'", "leave it unset", memory_budget="50%", checkpoint_placement="all"),

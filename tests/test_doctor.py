@@ -83,8 +83,8 @@ def test_what_it_says_is_what_the_run_does(tmp_path):
     factors = lines(found, "Learning rate")["with k"]
     assert factors == "lr_batch_scaling='sqrt': ×0.5 at a k of 1, ×1 at a k of 4, ×1.22 at a k of 6"
     assert lines(found, "Learning rate")["second moment"] == (
-        "forgets by data: a decay of 0.999 at a k of 1, 0.999 at a k of 4, 0.9985 at a k of 6 a step (a half-life of at "
-        "most an eighth of this run, or the one at a k of 4)"
+        "forgets by data: a decay of 0.999 at a k of 1, 0.999 at a k of 4, 0.9985 at a k of 6 a step (a half-life of "
+        "at most an eighth of this run, or the one at a k of 4)"
     )
     reliability = lines(found, "Checkpoints and reliability")
     assert reliability["checkpoints"].startswith("every 3 reference windows into")

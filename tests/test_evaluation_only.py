@@ -12,7 +12,7 @@ from hf_trainopt.core.versions import ACTIVATION_CHECKPOINTING
 REFUSED = {
     "samplers": ({"train_sampling_strategy": "group_by_length"}, "set it to 'random'"),
     "batch size": ({"auto_find_batch_size": True}, "set it to False"),
-    "optimizer": ({"optim": "lomo"}, "inside the backward pass"),
+    "optimizer": ({"optim": "lomo"}, "in the backward pass of every micro-batch"),
     "re-entrant": (
         {ACTIVATION_CHECKPOINTING: True, f"{ACTIVATION_CHECKPOINTING}_kwargs": {"use_reentrant": True}},
         "use_reentrant=True",

@@ -55,7 +55,10 @@ def test_the_sentence_of_the_issue():
         ({"time_to_target": Estimate(1.5, None, None, "at least", 5)}, "did not reach the target in 1.50 times the"),
         ({"time_to_target": Estimate(0.5, None, None, "at most", 5)}, "which stock did not, in at most 0.500 of its"),
         ({"time_to_target": exact(1.002, 0.9, 1.1)}, "in the same time (95 %: 0.900–1.10, no clear difference)"),
-        ({"time_to_target": exact(0.25, 0.2, 0.3), "train_time": exact(1.39, 1.3, 1.5)}, "), its whole training took 39 % longer"),
+        (
+            {"time_to_target": exact(0.25, 0.2, 0.3), "train_time": exact(1.39, 1.3, 1.5)},
+            "), its whole training took 39 % longer",
+        ),
         (
             {"peak_memory": exact(0.5, 0.4, 0.6), "train_time": exact(2.5, 2, 3)},
             "ours: its whole training took 2.50 times as long, 50",

@@ -13,7 +13,6 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 from ..core.facts import data_parallel_size, ranks_per_micro_batch, sequence_shards
 from ..core.versions import (
-    ACTIVATION_CHECKPOINTING,
     MEAN_LOSS_REMEDY,
     activation_checkpointing,
     activation_checkpointing_kwargs,
@@ -75,20 +74,20 @@ def check_adaptive_setup(trainer: Trainer, measures: bool, has_own_policy: bool)
         )
     if args.auto_find_batch_size:
         raise ValueError(
-            f"auto_find_batch_size changes the size of micro-batches, in which {what} counts; set it to False, or "
-            f"{remedy}."
+            f"auto_find_batch_size changes the size of micro-batches, in which {what} counts; set it to False "
+            f"(auto_micro_batch=True splits them where memory runs out), or {remedy}."
         )
     optim = getattr(args.optim, "value", args.optim)
     if any(name in optim.lower() for name in ("layerwise", "lomo")):
         raise ValueError(
-            f"optim='{optim}' takes its steps inside the backward pass, so that gradients cannot be accumulated; "
-            f"choose another optimizer, or {remedy}."
+            f"optim='{optim}' takes a step in the backward pass of every micro-batch, whatever k is; choose another "
+            f"optimizer, or {remedy} and gradient_accumulation_steps=1."
         )
     reentrant = activation_checkpointing_kwargs(args).get("use_reentrant")
     if measures and activation_checkpointing(args) and reentrant:
         raise ValueError(
-            f"{ACTIVATION_CHECKPOINTING}_kwargs: use_reentrant=True hands out gradients in pieces, so their norms "
-            f"cannot be measured; set it to False, or {remedy}."
+            "use_reentrant=True hands out gradients in pieces, so their norms cannot be measured; set it to False in "
+            f"the keyword arguments of checkpointing, or {remedy}."
         )
 
 

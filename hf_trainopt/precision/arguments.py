@@ -67,7 +67,7 @@ class PrecisionArgumentsMixin:
                 what = "fp16=True" if self.fp16 else "ACCELERATE_MIXED_PRECISION='fp16' (--mixed_precision fp16)"
                 raise ValueError(
                     f"{what} is ignored on a CPU by Accelerate, which would train in fp32 without a word; use "
-                    "bf16=True, or leave it out (precision='auto' takes what the device does best)."
+                    "bf16=True with use_cpu=True, or leave it out (precision='auto' takes what the device does best)."
                 )
             return None
         if over_ranks and self.world_size > 1 and torch.distributed.is_initialized():

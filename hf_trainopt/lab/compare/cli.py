@@ -307,8 +307,8 @@ def check_takes_arguments(record: dict[str, Any], own_arms: bool) -> None:
     if others and (not own_arms or {"seed", "output_dir"} <= set(others)):
         listed = " and ".join(f"{name}={took[name]!r} (told {told[name]!r})" for name in others)
         raise ValueError(
-            f"the script doesn't take what its command line says: its Trainer has {listed}. Read the command line with "
-            "HfArgumentParser, and give the training arguments that it returns to the Trainer."
+            f"the script doesn't take what its command line says: its Trainer has {listed}. Read the command line "
+            "with HfArgumentParser, and give the training arguments that it returns to the Trainer."
         )
 
 

@@ -46,8 +46,8 @@ def read_run(folder: str | Path) -> Run:
         detail = f" ({' '.join(notes)})" if notes else ""
         raise ValueError(
             f"{folder} isn't the output folder of a run that was saved: there is neither {STATE_NAME} (in it or in a "
-            f"checkpoint-N) nor all_results.json{detail}. Call trainer.save_state() after train(), or save checkpoints; "
-            "of a comparison pass the folder that `hf-trainopt compare` was given."
+            f"checkpoint-N) nor all_results.json{detail}. Call trainer.save_state() after train() or save "
+            "checkpoints. Of a comparison, pass the folder that `hf-trainopt compare` was given."
         )
     is_of_checkpoint = state_path is not None and state_path.parent != folder
     if state is None and events:
