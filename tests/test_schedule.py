@@ -3,6 +3,7 @@
 import collections
 import copy
 import functools
+import logging
 import math
 
 import numpy as np
@@ -382,6 +383,25 @@ class Places(TrainerCallback):
             "running": controller.noise.value if controller.noise is not None else None,
             "resolved": controller.noise is not None and controller.noise.resolved,
         })  # fmt: skip
+
+
+def test_a_rate_that_jumps_late_is_explained(tmp_path, caplog):
+    """Where the noise scale is known late, a factor of √κ becomes the one that follows from it."""
+    caplog.set_level(logging.INFO)
+    places = Places()
+    args = arguments(
+        tmp_path, gradient_accumulation_steps=8, optimizer_step_cost=0.1, noise_scale_interval=1, num_train_epochs=6,
+        lr_scheduler_type="linear", warmup_steps=0,
+    )  # fmt: skip
+    trainer = quiet(EfficientTrainer(model=tiny_gpt2(), args=args, train_dataset=Rows(), callbacks=[places]))
+    places.trainer = trainer
+    trainer.train()
+    first = next(index for index, place in enumerate(places.seen) if place["noise"] is not None)
+    before, place = places.seen[first - 1 : first + 1]
+    assert place["progress"] > 0.1
+    assert place["scale"] > 1.25 * before["scale"]
+    (told,) = [text for text in caplog.messages if "The noise scale is known from here on" in text]
+    assert f"{place['scale']:.3g} times the schedule's; it was {before['scale']:.3g} times" in told
 
 
 @pytest.mark.parametrize("warmup", [0.02, 0.5])

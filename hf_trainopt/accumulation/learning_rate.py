@@ -121,6 +121,7 @@ class LearningRatePart(Part):
         """
         # While the noise scale is not resolved the policy holds k: what k is made of stays as it was, too.
         self.growth = growth or self.growth
+        was_unknown = self.transfer_noise is None
         if not self.keeps_noise:
             noise, cursor = self.parts.accumulation.controller.noise, self.parts.accumulation.cursor
             if noise is not None and noise.resolved:
@@ -128,6 +129,23 @@ class LearningRatePart(Part):
                 self.keeps_noise = cursor.progress >= TRANSFER_PROGRESS and factor <= self._last_factor
         self._last_factor = factor
         self.place()
+        if was_unknown and self.transfer_noise is not None:
+            self._tell_of_transfer()
+
+    def _tell_of_transfer(self) -> None:
+        """Say why the rate changes where the noise scale is known for the first time, late in a run."""
+        scheduler, progress = self.trainer.lr_scheduler, self.parts.accumulation.cursor.progress
+        if not isinstance(scheduler, DataIndexedLR) or progress < TRANSFER_PROGRESS:
+            return
+        if not 0.8 < scheduler.scale / scheduler.applied_scale < 1.25:
+            logger.info(
+                "The noise scale is known from here on (%.3g samples, after %.0f %% of the data): the learning rate is "
+                "now %.3g times the schedule's; it was %.3g times.",
+                self.transfer_noise,
+                100 * progress,
+                scheduler.scale,
+                scheduler.applied_scale,
+            )
 
     def place(self) -> None:
         """Tell the schedule where the next window begins and how large it will be; its next step applies that."""

@@ -125,8 +125,8 @@ class SignalWatch:
             # The signal may have come in the middle of a write to the same stream.
             with contextlib.suppress(RuntimeError):
                 logger.warning(
-                    "%s: a checkpoint is saved at the end of this optimizer step, then training ends (Ctrl-C%s: at "
-                    "once, without saving).",
+                    "%s: a checkpoint is saved at the end of this optimizer step, then training ends (press Ctrl-C%s "
+                    "to stop at once, without saving).",
                     self.received.name,
                     " again" if number == signal.SIGINT else "",
                 )

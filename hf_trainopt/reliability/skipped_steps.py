@@ -182,11 +182,11 @@ class SkippedStepsPart(Part):
 
     def _remedy(self, step: int) -> str:
         """Return what to do about windows that aren't finite, the last one after `step` steps."""
-        hint = "lower the learning rate and look at the data"
+        hint = "lower the learning rate and check the data"
         last_complete = self.parts.checkpoints.last_complete
         good = last_complete(last_good_step(step, self.count.in_a_row))
         if good is not None:
-            return f"the last good checkpoint is {good.path}: resume from it and {hint}"
+            return f"the last good checkpoint is {good.path}: resume from it with a lower learning rate, and check the data"
         last = last_complete()
         if last is None:
             return f"there is no complete checkpoint; {hint}"
