@@ -128,10 +128,14 @@ def test_a_loss_of_ones_own_that_does_not_read_the_items_is_warned_of(tmp_path, 
     def warnings(cls=EfficientTrainer, **kwargs):
         caplog.clear()
         cls(model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=Rows(), **kwargs)
-        return [record.getMessage() for record in caplog.records if "does not read num_items" in record.getMessage()]
+        said = [record.getMessage() for record in caplog.records]
+        return [text for text in said if "does not read num_items" in text or "ignores num_items" in text]
 
     assert "compute_loss_func=mean" in warnings(compute_loss_func=mean)[0]
-    assert "Mean.compute_loss" in warnings(Mean)[0]
+    assert "Mean.compute_loss does not read" in warnings(Mean, compute_loss_func=scaled)[0]
+    (divided,) = warnings(Mean)
+    assert "Mean.compute_loss ignores num_items_in_batch" in divided
+    assert "loss_is_scaled_for_ga = False" in divided
     assert not (warnings() + warnings(compute_loss_func=scaled) + warnings(Scaled))
     if Version("5.19") <= TRANSFORMERS:
         assert not warnings(Told)

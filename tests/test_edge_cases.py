@@ -286,7 +286,7 @@ def test_a_problem_type_that_only_labels_tell_is_refused_at_once(tmp_path):
 
 def test_optimizers_that_step_inside_backward_are_refused(tmp_path):
     trainer = EfficientTrainer(model=tiny_gpt2(), args=arguments(tmp_path, optim="lomo"), train_dataset=Rows())
-    with pytest.raises(ValueError, match="inside the backward pass"):
+    with pytest.raises(ValueError, match="in the backward pass of every micro-batch"):
         trainer.train()
 
 

@@ -61,7 +61,7 @@ MEANS = {
 
 
 def make(folder, model, k=4, cls=AnyK, **kwargs):
-    extra = {"sequence": [k]} if cls is AnyK else {}
+    extra = {"sequence": [k]} if issubclass(cls, AnyK) else {}
     settings = {"gradient_accumulation_steps": 4, "max_steps": 2, "max_grad_norm": 0.0}
     return quiet(cls(model=model, args=arguments(folder, **settings), train_dataset=Rows(), **extra, **kwargs))
 
@@ -78,6 +78,50 @@ def test_means_do_not_grow_with_k(model, tmp_path, caplog):
     norms = [first_norm(make(tmp_path, model(), k)) for k in (1, 4)]
     assert norms[1] < 1.5 * norms[0]
     assert caplog.text.count("ignores num_items_in_batch") == 2
+
+
+class OwnMean(AnyK):
+    """The loss of the model, as most users take it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class OfSuper(AnyK):
+    """Leaves out `num_items_in_batch` on the way."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("cls", [OwnMean, OfSuper])
+def test_means_of_ones_own_do_not_grow_with_k(cls, tmp_path, caplog):
+    trainers = [make(tmp_path, tiny_gpt2(), k, cls=cls) for k in (1, 4)]
+    norms = [first_norm(trainer) for trainer in trainers]
+    assert norms[1] < 1.5 * norms[0]
+    assert caplog.text.count(f"{cls.__name__}.compute_loss ignores num_items_in_batch") == 2
+    said = tiny_gpt2()
+    said.accepts_loss_kwargs = False
+    assert norms[1] == first_norm(make(tmp_path, said, 4))
+
+
+def test_a_mean_of_ones_own_is_stock_under_fixed(tmp_path):
+    class Fixed(EfficientTrainer):
+        compute_loss = OwnMean.compute_loss
+
+    class Stock(Trainer):
+        compute_loss = OwnMean.compute_loss
+
+    settings = {"gradient_accumulation_steps": 4, "max_steps": 2}
+    ours = quiet(
+        Fixed(tiny_gpt2(), arguments(tmp_path, accumulation_policy="fixed", **settings), train_dataset=Rows())
+    )
+    stock = quiet(Stock(tiny_gpt2(), arguments(tmp_path, TrainingArguments, **settings), train_dataset=Rows()))
+    ours.train()
+    stock.train()
+    assert weights_equal(ours.model, stock.model)
 
 
 def test_a_function_that_divides_stays_as_it_is(tmp_path, caplog):

@@ -139,8 +139,8 @@ class LearningRatePart(Part):
             return
         if not 0.8 < scheduler.scale / scheduler.applied_scale < 1.25:
             logger.info(
-                "The noise scale is known from here on (%.3g samples, after %.0f %% of the data): the learning rate is "
-                "now %.3g times the schedule's; it was %.3g times.",
+                "The noise scale is known from here on (%.3g samples, after %.0f %% of the data): the learning rate "
+                "is now %.3g times the schedule's; it was %.3g times.",
                 self.transfer_noise,
                 100 * progress,
                 scheduler.scale,

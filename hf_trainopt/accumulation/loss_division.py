@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..core.versions import MEAN_LOSS_REMEDY
 from .checks import loss_ignores_num_items
 from .loss_probe import divides_by_items, is_in_doubt
 from .loss_scaling import own_loss_ignoring_num_items
@@ -14,24 +15,26 @@ from .loss_scaling import own_loss_ignoring_num_items
 logger = logging.getLogger(__name__)
 
 _IGNORES_ITEMS = (
-    "The loss of %s ignores num_items_in_batch, so that in stock Trainer gradients and losses are k times too large: "
-    "here they are means over the micro-batches. Set `accepts_loss_kwargs = False` on the model to have that in both, "
-    "without this warning."
+    "%s ignores num_items_in_batch, so that in stock Trainer gradients and losses are k times too large: here they "
+    "are means over the micro-batches. To have that in both, without this warning, %s."
 )
+_REMEDY = "set `accepts_loss_kwargs = False` on the model"
 
 
 class LossDivision:
     """Decides `trainer.model_accepts_loss_kwargs` for runs that go through windows.
 
     In stock, a loss that ignores `num_items_in_batch` grows with k, which is a constant there. A mean of micro-batch
-    means doesn't, so such losses are divided by the number of micro-batches here. What the code of a model tells is
-    known before the run (`read`); the rest is tried on the first micro-batch (`try_on`).
+    means doesn't, so such losses are divided by the number of micro-batches here. What the code of a model or of the
+    user's `compute_loss` tells is known before the run (`read`); the rest is tried on the first micro-batch
+    (`try_on`).
     """
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self._stock = self._decided = trainer.model_accepts_loss_kwargs
         self._is_tried = False
+        self._own_loss: str | None = None
 
     def read(self, adapts: bool) -> None:
         """Decide anew, for a run that goes through windows (`adapts`) or one that doesn't."""
@@ -40,14 +43,20 @@ class LossDivision:
         if trainer.model_accepts_loss_kwargs != self._decided:  # the user has set it since
             self._stock = trainer.model_accepts_loss_kwargs
         trainer.model_accepts_loss_kwargs = self._stock
-        if adapts and loss_ignores_num_items(trainer):
+        # Where there is a `compute_loss_func`, `Trainer` never divides: of that one a warning tells.
+        self._own_loss = own_loss_ignoring_num_items(trainer) if trainer.compute_loss_func is None else None
+        if adapts and (self._own_loss or loss_ignores_num_items(trainer)):
             trainer.model_accepts_loss_kwargs = False
         self._decided = trainer.model_accepts_loss_kwargs
 
     def warn_if_changed(self) -> None:
-        """Say that the loss of the model is taken for a mean, where stock takes it for a sum."""
-        if self._decided != self._stock:
-            logger.warning(_IGNORES_ITEMS, type(self._trainer.model).__name__)
+        """Say that the loss is taken for a mean, where stock takes it for a sum."""
+        if self._decided == self._stock:
+            return
+        if self._own_loss:
+            logger.warning(_IGNORES_ITEMS, self._own_loss, MEAN_LOSS_REMEDY)
+        else:
+            logger.warning(_IGNORES_ITEMS, f"The loss of {type(self._trainer.model).__name__}", _REMEDY)
 
     def try_on(self, model: torch.nn.Module, batch: Any, num_items_in_batch: Any, forget: Callable[[], None]) -> None:
         """Try on the first micro-batch of a run whether a loss that code doesn't tell of divides by the items.

@@ -186,7 +186,8 @@ class SkippedStepsPart(Part):
         last_complete = self.parts.checkpoints.last_complete
         good = last_complete(last_good_step(step, self.count.in_a_row))
         if good is not None:
-            return f"the last good checkpoint is {good.path}: resume from it with a lower learning rate, and check the data"
+            where = f"the last good checkpoint is {good.path}"
+            return f"{where}: resume from it with a lower learning rate, and check the data"
         last = last_complete()
         if last is None:
             return f"there is no complete checkpoint; {hint}"
