@@ -2,7 +2,7 @@
 
     python benchmarks/convergence.py sweep                  # stock, k x learning rate x beta2, both tasks, seed 0
     python benchmarks/convergence.py paired                 # five seeds of what is compared
-    python benchmarks/convergence.py others                 # tasks on which no default was found
+    python benchmarks/convergence.py others                 # a task on which no default was tuned
     python benchmarks/convergence.py ablations              # the defaults' parts, wrong rates, fewest steps
     python benchmarks/convergence.py dear_steps             # ours where a step costs as much as 1 or 3 micro-batches
     python benchmarks/convergence.py resnet50               # a larger net: rates searched; then resnet50_paired

@@ -128,7 +128,7 @@ def describe(pairs: Sequence[Sequence[Crossing]], axis: str) -> str:
     if never[0]:
         text += f"; never by {never[0]} of {len(pairs)}"
     if never[1]:
-        text += f"; never by the other arm in {never[1]} of {len(pairs)}"
+        text += f"; the other arm missed it in {never[1]} of {len(pairs)}"
     return text
 
 
@@ -145,7 +145,7 @@ def sweep_table(records: list[dict], task: str) -> str:
 
 
 def others_table(records: list[dict], task: str) -> str:
-    """Return a task that no default was found on: stock at k = 8, then all at the rate that is best for it."""
+    """Return a task that no default was tuned on: stock at k = 8, then all at the rate that is best for it."""
     here = [r for r in records if r["task"] == task and r["seed"] == 0]
     tried = [r for r in here if (r["policy"], r["k"], r["adam_beta2"]) == ("fixed", REFERENCE, TASK_BETA2[task])]
     rates = ", ".join(

@@ -60,7 +60,7 @@ VISION = Task(
         "per_device_eval_batch_size": 100,
     },
 )
-# A task that no default was found on: a Llama-type net on the sources of Python's standard library.
+# A task that no default was tuned on: a Llama-type net on the sources of Python's standard library.
 CODE = replace(LANGUAGE, name="code")
 # A larger net, for which rates are searched anew.
 RESNET50 = replace(VISION, name="resnet50")

@@ -22,7 +22,7 @@ def test_runs_that_never_get_there_are_not_left_out_of_a_ratio():
     assert describe([(slow, there)] * 3, "steps") == "2.00 (2.00 to 2.00)"
     # Of the pair that got there alone it would be 1.00.
     assert describe([(there, there), (never, there)], "steps") == "≥ 2.00; never by 1 of 2"
-    assert describe([(there, never)], "steps") == "≤ 0.25; never by the other arm in 1 of 1"
+    assert describe([(there, never)], "steps") == "≤ 0.25; the other arm missed it in 1 of 1"
     assert describe([(never, there), (there, never)], "steps").startswith("–; never by 1 of 2")
 
 

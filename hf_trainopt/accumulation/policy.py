@@ -87,7 +87,7 @@ class NoiseScalePolicy:
 
 @dataclass(frozen=True)
 class GoodputPolicy:
-    r"""Most progress per second, and of the k that have it within 3 % the smallest.
+    r"""The smallest k within 3 % of the best progress per second.
 
     Steps to a given loss are proportional to 1 + B_noise/B (McCandlish et al. 2018, eq. 2.11) and a window of k
     micro-batches takes k·t_mb + t_step seconds, so that the time to the loss is proportional to

@@ -227,7 +227,7 @@ def precision(trainer: Trainer) -> Lines:
     choice, mixed = trainer.trainopt.precision.choice, str(trainer.accelerator.mixed_precision)
     if choice is None:
         named = {"no": "fp32 (or the type of the weights)"}.get(mixed, f"{mixed} autocast")
-        lines = [("computation", f"{named}, as fp16, bf16 and the launcher say (precision is unset)")]
+        lines = [("computation", f"{named}: precision is unset, so fp16, bf16 and the launcher decide")]
     else:
         lines = [("computation", f"{choice.precision}: {choice.reason}")]
         if choice.fallback is not None:
