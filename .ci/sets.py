@@ -2,7 +2,7 @@
 
     python .ci/sets.py floor                          # the lowest versions that pyproject.toml allows
     python .ci/sets.py gpu --environment /tmp/gpu     # what the GPU machine has; the environment is kept there
-    python .ci/sets.py newest
+    python .ci/sets.py newest --report /tmp/report.xml  # which has the time of each test
 
 Each result goes to docs/versions/SET.json, from which docs/generate.py makes the table in docs/compatibility.md.
 """
@@ -101,10 +101,10 @@ def installed(python: Path) -> dict[str, str]:
     return {"python": version, **{name: found[name] for name in SHOWN if name in found}}
 
 
-def run_suite(python: Path) -> dict:
-    """Run all tests; return the counts, and what failed and why."""
+def run_suite(python: Path, kept: Path | None) -> dict:
+    """Run all tests; return the counts, and what failed and why. Pytest's report, with all times, stays in `kept`."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
+        report = kept or Path(folder) / "report.xml"
         # Tests start programs by name: those of this environment.
         path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         done = call(python, "-m", "pytest", "--junitxml", report, PATH=path)
@@ -151,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--environment", type=Path, help="folder of the environment; default: a temporary one")
+    parser.add_argument("--report", type=Path, help="file for pytest's report (JUnit XML), with the time of each test")
     parser.add_argument("--scripts_only", action="store_true", help="leave the suite's counts as they were recorded")
     arguments = parser.parse_args()
     versions = SETS[arguments.set]
@@ -163,7 +164,7 @@ def main() -> None:
         if arguments.scripts_only:
             record["suite"] = json.loads(record_path.read_text(encoding="utf-8"))["suite"]
         else:
-            record["suite"] = run_suite(python)
+            record["suite"] = run_suite(python, arguments.report)
     record_path.parent.mkdir(exist_ok=True)
     record_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(record, indent=1) + "\n")

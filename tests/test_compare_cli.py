@@ -395,9 +395,14 @@ def test_a_script_must_take_what_its_command_line_says(monkeypatch, script, caps
     arms = ["--arm", "a=--width 16", "--arm", "b=--width 8", "--restart", "--seeds", "1"]
     assert run(monkeypatch, script, arms, ignoring) == 2
     assert "its Trainer has seed=42" in capsys.readouterr().err
-    # Such a script may have a seed of its own, or put its outputs elsewhere.
+    # Such a script may have a seed of its own, and any script may put its outputs elsewhere.
     ignoring.more["took"]["seed"] = 0
     assert run(monkeypatch, script, arms, ignoring) == 0
+    elsewhere = Launcher(lambda arguments: [5.0, 4.0])
+    elsewhere.more = {"took": {"seed": 0, "output_dir": "/elsewhere", "accumulation_policy": "fixed"}}
+    assert run(monkeypatch, script, ["--seeds", "1", "--restart"], elsewhere) == 0
+    elsewhere.more["took"] |= {"output_dir": str(script.parent / "out" / "stock-seed0"), "seed": 7}
+    assert run(monkeypatch, script, ["--seeds", "1", "--restart"], elsewhere) == 2
 
 
 def test_sweep_gives_stock_its_best_setting(monkeypatch, script, capsys):

@@ -295,7 +295,7 @@ def check_takes_arguments(record: dict[str, Any], own_arms: bool) -> None:
 
     Args:
         record: Of a run that has finished.
-        own_arms: Whether all arms are the user's: then a script may have a seed or a folder of its own.
+        own_arms: Whether all arms are the user's: then a script may have a seed of its own.
     """
     told = {
         "seed": record["seed"],
@@ -304,7 +304,8 @@ def check_takes_arguments(record: dict[str, Any], own_arms: bool) -> None:
     }
     took = record.get("took", told)  # older records don't say
     others = [name for name, value in told.items() if value is not None and took[name] != value]
-    if others and (not own_arms or {"seed", "output_dir"} <= set(others)):
+    # A script may change the folder, but then not its seed.
+    if {"seed", "output_dir"} <= set(others) or (others not in ([], ["output_dir"]) and not own_arms):
         listed = " and ".join(f"{name}={took[name]!r} (told {told[name]!r})" for name in others)
         raise ValueError(
             f"the script doesn't take what its command line says: its Trainer has {listed}. Read the command line "

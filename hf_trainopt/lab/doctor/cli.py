@@ -24,8 +24,8 @@ def add_parser(subparsers: Any, **options: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
         description="Start a training script with its arguments and stop it before the first step: its data are "
-        "loaded, its model is built, everything is decided, nothing is trained and nothing saved (Trainer makes an empty "
-        "output_dir). Flags of doctor stand before the script.",
+        "loaded, its model is built, everything is decided, nothing is trained and nothing saved (Trainer makes an "
+        "empty output_dir). Flags of doctor stand before the script.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **options,
