@@ -185,7 +185,7 @@ def measures(arms: Sequence[Arm]) -> list[Measure]:
         Measure("MFU", lambda run: last_rate(run, "mfu"), "%"),
         Measure("samples per optimizer step, mean", _samples_per_step),
         Measure("k, last", _last_k),
-        Measure("noise scale in samples, last", _resolved_noise),
+        Measure("noise scale in samples, last with both ends", _resolved_noise),
         Measure("peak memory", lambda run: largest(run, "peak_memory_gib"), "GiB"),
         Measure("peak of a step, measured", measured_peak, "GiB"),
         Measure("peak of a step, predicted", predicted_peak, "GiB"),
