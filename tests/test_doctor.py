@@ -166,7 +166,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     script = str(TESTS.parent / "run_image.py")
     assert cli.main(["doctor", "--json", script, "--use_cpu", "--report_to", "none", "--memory_budget", "100%"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert lines(found, "Gradient accumulation")["policy"].startswith("goodput: Most progress per second")
+    assert lines(found, "Gradient accumulation")["policy"].startswith("goodput: The smallest k within 3 % of the best")
     assert "100%" in lines(found, "Memory")["budget"]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert cli.main(["doctor", script, "--use_cpu", "--learning_rat", "1"]) == 2

@@ -579,7 +579,7 @@ def test_two_answers_to_the_same_question(tmp_path):
         ("is_deepspeed_enabled", True, "can't repeat a step of a sharded model.*set memory_budget to 'device'"),
         ("is_fsdp_enabled", True, "can't repeat a step of a sharded model.*or leave auto_micro_batch out"),
         ("args._n_gpu", 2, "start one process per GPU"),
-        ("args.optim", "lomo", "takes its steps inside the backward pass"),
+        ("args.optim", "lomo", "takes a step in the backward pass of every micro-batch"),
     ],
 )
 def test_what_cannot_be_repeated_is_refused(name, value, message, tmp_path):
