@@ -1,5 +1,6 @@
 """Settings of all tests: offline, CPU, quiet, one thread (tiny tensors gain nothing from more)."""
 
+import gc
 import os
 
 
@@ -19,6 +20,13 @@ hypothesis.settings.load_profile("busy")
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_garbage_collection_of_libraries():
+    """`Trainer.train` collects garbage, and half a second of that would be for what libraries made when imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

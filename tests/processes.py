@@ -7,6 +7,7 @@ it by hand (`scripts_helpers.run_script`, `torchrun` and `accelerate launch` in 
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -90,6 +91,7 @@ def _wait(processes: list, deadline: float) -> int | None:
 
 
 def _run(words: list[str], environment: dict[str, str], cwd: str, streams: list[str]) -> None:
+    gc.freeze()  # as in conftest.py
     for number, path in enumerate(streams, 1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
