@@ -1,5 +1,6 @@
 """Tiny models, data and runs that the tests share. Everything is deterministic and offline."""
 
+import mmap
 import socket
 from typing import Any
 
@@ -123,6 +124,13 @@ def arguments(output_dir, cls: type[TrainingArguments] = EfficientTrainingArgume
     if issubclass(cls, EfficientTrainingArguments):
         defaults["measurements"] = "none"  # the lines of stock Trainer, and ours beside them
     return cls(**(defaults | kwargs))
+
+
+def touch(mib: int) -> None:
+    """Have that much memory for a moment: in pages of its own, as malloc may hand out what is resident already."""
+    with mmap.mmap(-1, mib * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+        for begin in range(0, len(pages), mmap.PAGESIZE):
+            pages[begin] = 1
 
 
 def free_port() -> int:

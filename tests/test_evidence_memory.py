@@ -1,13 +1,12 @@
 """Peaks by phase: readers of one counter, a fake allocator in place of CUDA's, and the real memory of this process."""
 
-import ctypes
 import gc
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Rows, arguments, quiet, tiny_gpt2
+from helpers import Rows, arguments, quiet, tiny_gpt2, touch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from hf_trainopt import EfficientTrainer
@@ -205,12 +204,6 @@ def test_a_device_without_a_counter_is_said(monkeypatch, caplog):
 
 
 linux = pytest.mark.skipif(process_counter() is None, reason="the high-water mark of a process cannot be reset here")
-
-
-def touch(mib: int) -> None:
-    """Have that much memory for a moment (above malloc's thresholds, so that it is given back at once)."""
-    size = mib * MIB
-    ctypes.memset(ctypes.create_string_buffer(size), 1, size)
 
 
 class Uses(TrainerCallback):
