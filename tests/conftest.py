@@ -24,7 +24,7 @@ transformers.logging.set_verbosity_error()
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_garbage_collection_of_libraries():
-    """`Trainer.train` collects garbage, and half a second of that would be for what libraries made when imported."""
+    """`Trainer.train` collects garbage: half a second each time, for what libraries made when they were imported."""
     gc.collect()
     gc.freeze()
 

@@ -106,9 +106,10 @@ def own_loss_ignoring_num_items(trainer: Trainer) -> str | None:
     """
     if loss_is_scaled_for_ga(trainer) is not None:
         return None
-    method, function = own_compute_loss(trainer), trainer.compute_loss_func
+    method = own_compute_loss(trainer)
     if method is not None and trainer.model_accepts_loss_kwargs and _never_reads_items(method):
         return method.__qualname__
+    function = trainer.compute_loss_func
     if function is not None and method is None and _never_reads_items(function):
         return f"compute_loss_func={getattr(function, '__name__', type(function).__name__)}"
     return None

@@ -58,7 +58,8 @@ def moment_ratio(log_beta2: float, batch_ratio: float, longest: float) -> float:
         longest: H, in reference windows.
 
     Returns:
-        κ itself where κ ≥ 1 or the recipe's half-life is at most H; else more, up to 1, at which β2 is unchanged.
+        κ itself where κ ≥ 1, the recipe's half-life is at most H, or nothing is forgotten (β2 = 1); else more, up to
+        1, at which β2 is unchanged.
     """
     if batch_ratio >= 1 or log_beta2 == 0:
         return batch_ratio
@@ -210,7 +211,7 @@ class SecondMomentClock:
         for group, forgotten in zip(self.optimizer.param_groups, self.forgotten, strict=True):
             log_beta2 = self.setting.log_beta2(group, self.windows)
             keeps = -math.inf < log_beta2 < 0  # else nothing is kept, or everything, at any k
-            is_stretched = keeps and self.setting.kind != "power"  # Adafactor's memory grows with the run
+            is_stretched = self.setting.kind != "power"  # Adafactor's memory grows with the run
             ratio = moment_ratio(log_beta2, batch_ratio, self._longest) if is_stretched else batch_ratio
             self._ratios.append(ratio)
             new = self._changed(group, rate_factor, log_beta2, ratio, forgotten) if keeps else {}

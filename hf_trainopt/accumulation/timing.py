@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 
 
-_TIMES = ("plain", "last", "step")
 _SAVED_TIMES = 8
 
 
@@ -45,6 +44,7 @@ class StepTimer:
         self._plain: deque[float] = deque(maxlen=window)
         self._last: deque[float] = deque(maxlen=window)
         self._step: deque[float] = deque(maxlen=window)
+        self._times = {"plain": self._plain, "last": self._last, "step": self._step}
         self._count = 0
         self._has_begun = False
         self._timed = self._is_owed = self.needs_whole_micro_batch = False
@@ -102,8 +102,8 @@ class StepTimer:
 
     def forget(self) -> None:
         """Forget what micro-batches and steps took so far: call where they are of another size from now on."""
-        for name in _TIMES:
-            getattr(self, f"_{name}").clear()
+        for times in self._times.values():
+            times.clear()
 
     def restart(self) -> None:
         """Leave out what happened since the last mark (gradient statistics, our own book-keeping)."""
@@ -147,11 +147,11 @@ class StepTimer:
 
         Of the times only the last few: where it resumes on another machine, new ones soon outweigh them.
         """
-        times = {name: list(getattr(self, f"_{name}"))[-_SAVED_TIMES:] for name in _TIMES}
-        return {**times, "count": self._count, "is_owed": self._is_owed}
+        saved = {name: list(times)[-_SAVED_TIMES:] for name, times in self._times.items()}
+        return {**saved, "count": self._count, "is_owed": self._is_owed}
 
     def load_state_dict(self, state: dict) -> None:
         self._count, self._is_owed = state["count"], state["is_owed"]
         self.forget()
-        for name in _TIMES:
-            getattr(self, f"_{name}").extend(state[name])
+        for name, times in self._times.items():
+            times.extend(state[name])

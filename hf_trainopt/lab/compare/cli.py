@@ -308,8 +308,8 @@ def check_takes_arguments(record: dict[str, Any], own_arms: bool) -> None:
     if {"seed", "output_dir"} <= set(others) or (others not in ([], ["output_dir"]) and not own_arms):
         listed = " and ".join(f"{name}={took[name]!r} (told {told[name]!r})" for name in others)
         raise ValueError(
-            f"the script doesn't take what its command line says: its Trainer has {listed}. Read the command line "
-            "with HfArgumentParser, and give the training arguments that it returns to the Trainer."
+            f"the script ignores its command line: its Trainer has {listed}. Read the command line with "
+            "HfArgumentParser, and pass the training arguments that it returns to the Trainer."
         )
 
 

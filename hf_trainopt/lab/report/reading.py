@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,15 @@ def _agree(lines: list[dict[str, Any]], events: list[tuple[float, dict[str, Any]
     return not pairs or 2 * len(same) > len(pairs)
 
 
+def _last_step(lines: Sequence[Any]) -> int:
+    """Return the last step that lines of a log have; -1 if none does."""
+    steps = (line.get("step") for line in lines if isinstance(line, dict))
+    return max((step for step in steps if isinstance(step, int)), default=-1)
+
+
 def _comes_after(line: Mapping[str, Any], lines: list[dict[str, Any]]) -> bool:
     """Whether a line was logged behind all of a log: later, or at the same step as the end of `train`."""
-    last = max((known["step"] for known in lines if isinstance(known.get("step"), int)), default=-1)
+    last = _last_step(lines)
     return line["step"] > last or (line["step"] == last and is_last_line(line))
 
 
@@ -198,9 +204,8 @@ def _read_state(folder: Path, notes: list[str]) -> tuple[Path | None, dict[str, 
 def _add_line_of_checkpoint(state: dict[str, Any], ours: Mapping[str, Any]) -> None:
     """Add to a log that ends before its checkpoint how far that is; steps after the last line would lack samples."""
     history, step = state.get("log_history"), state.get("global_step")
-    lines = [line for line in history if isinstance(line, dict)] if isinstance(history, list) else []
-    steps = [line["step"] for line in lines if isinstance(line.get("step"), int)]
-    if not steps or not isinstance(step, int) or step <= max(steps):
+    last = _last_step(history) if isinstance(history, list) else -1
+    if last < 0 or not isinstance(step, int) or step <= last:
         return
     line = {"step": step}
     with contextlib.suppress(KeyError, TypeError):  # as above, or k doesn't vary
